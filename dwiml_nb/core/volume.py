@@ -69,7 +69,7 @@ def neighborhood_vectors(
     if kind not in ('axes', 'grid'): raise ValueError(f"a neighbourhood is None, 'axes' or 'grid', found '{kind}'")
     if int(radius) != radius or radius < 1 or not resolution > 0: raise ValueError(f"a neighbourhood needs a whole radius >= 1 and a resolution > 0, found {radius} and {resolution}")
     if kind == 'axes':
-        six = torch.tensor([[1., 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 1], [0, 0, -1]])
+        six = torch.cat([torch.eye(3), -torch.eye(3)])
         steps = torch.cat([six*r for r in range(1, radius+1)])
     else:
         ticks = range(-radius, radius+1)

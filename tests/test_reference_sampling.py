@@ -8,7 +8,7 @@ from dwiml_nb.core.lines import directions, previous_directions
 from dwiml_nb.core.volume import neighborhood_vectors, sample_nearest, sample_neighborhood, sample_trilinear
 
 @pytest.fixture(scope='module')
-def ref(): return {k: torch.tensor(v) for k,v in np.load(Path(__file__).parent/'data'/'sampling.npz').items() if v.dtype.kind in 'fbi'}
+def ref(): return {k: torch.tensor(v) for k,v in np.load(Path(__file__).parent/'data'/'sampling.npz').items() if v.dtype.kind in 'fbiu'}
 
 @pytest.fixture(scope='module')
 def lines(ref): return Ragged.from_lengths(ref['lines'], ref['lines_lengths'])

@@ -28,7 +28,8 @@ class DataProblem(ValueError):
         "The full sentence: place, problem, expected and found, what to do."
         place = [f"{label}{value}" for label,value in
                  (("subject ", self.subject), ("group ", self.group), ("file ", self.file)) if value is not None]
-        text = (", ".join(place) + ": " if place else "") + str(self.problem).rstrip('.') + "."
+        text = (", ".join(place) + ": " if place else "") + str(self.problem).rstrip('.')
+        text += "" if text.endswith('?') else "."
         if self.expected is not None: text += f" Expected: {self.expected}."
         if self.found is not None: text += f" Found: {self.found}."
         return text + (f" To do: {self.do}" if self.do else "")

@@ -48,6 +48,7 @@ class DWIMLBatchIDSampler:
         nb_streamlines_per_chunk:int=None, # Only for 'length_mm'
         nb_subjects_per_batch:int=None, # Most subjects in one batch; None: all
         cycles:int=None, # Batches in a row with the same subjects; None: new subjects each batch
+        nb_passes:int=1, # How often a training epoch goes through every line; more than 1 suits small studies with random segments
         seed:int=1234,
     ):
         if batch_size_units == 'length_mm' or nb_streamlines_per_chunk is not None:
@@ -55,7 +56,7 @@ class DWIMLBatchIDSampler:
         if batch_size_units != 'nb_streamlines': raise ValueError(f"batch_size_units is 'nb_streamlines', found {batch_size_units!r}")
         if batch_size_validation is None: batch_size_validation = batch_size_training
         for name,value in dict(batch_size_training=batch_size_training, batch_size_validation=batch_size_validation,
-                               nb_subjects_per_batch=nb_subjects_per_batch, cycles=cycles).items():
+                               nb_subjects_per_batch=nb_subjects_per_batch, cycles=cycles, nb_passes=nb_passes).items():
             if value is not None and (int(value) != value or value < 1): raise ValueError(f"{name} is a whole number >= 1, found {value!r}")
         if cycles and not nb_subjects_per_batch: raise ValueError("cycles needs nb_subjects_per_batch: with all subjects in each batch there is nothing to cycle through")
         known = list(dataset.streamline_groups)
@@ -64,24 +65,29 @@ class DWIMLBatchIDSampler:
                               do=f"choose one of these groups.{did_you_mean(streamline_group_name, known)}")
         self.dataset,self.streamline_group_name,self.seed = dataset,streamline_group_name,int(seed)
         self.batch_size_training,self.batch_size_validation,self.batch_size_units = batch_size_training,batch_size_validation,batch_size_units
-        self.nb_subjects_per_batch,self.cycles,self.context = nb_subjects_per_batch,cycles,'training'
+        self.nb_subjects_per_batch,self.cycles,self.nb_passes,self.context = nb_subjects_per_batch,cycles,nb_passes,'training'
 
     @property
     def params(self) -> dict:
         "The arguments to make the same sampler again, as JSON can keep them."
         return dict(streamline_group_name=self.streamline_group_name, batch_size_training=self.batch_size_training,
                     batch_size_validation=self.batch_size_validation, batch_size_units=self.batch_size_units,
-                    nb_subjects_per_batch=self.nb_subjects_per_batch, cycles=self.cycles, seed=self.seed)
+                    nb_subjects_per_batch=self.nb_subjects_per_batch, cycles=self.cycles, nb_passes=self.nb_passes, seed=self.seed)
     def __repr__(self): return f"DWIMLBatchIDSampler({', '.join(f'{k}={v!r}' for k,v in self.params.items())})"
 
 # %% ../../nbs/03_batch/01_sampler.ipynb #a0b26957
+@patch
+def passes(self:DWIMLBatchIDSampler, context:str) -> int:
+    "How often an epoch goes through every line: `nb_passes` in training, once in validation."
+    return self.nb_passes if context == 'training' else 1
+
 @patch
 def plan(self:DWIMLBatchIDSampler,
     context:str='training', # 'training' or 'validation'
     epoch:int=0,
 ): # -> generator of lists of (subject index, number of lines)
     "How many lines of which subjects make each batch of an epoch."
-    left = np.array(self.dataset.subset(context).nb_streamlines(self.streamline_group_name), dtype=np.int64)
+    left = np.array(self.dataset.subset(context).nb_streamlines(self.streamline_group_name), dtype=np.int64)*self.passes(context)
     size = self.batch_size_training if context == 'training' else self.batch_size_validation
     rng = keyed_rng(self.seed, 'subjects', context, epoch)
     at_once = min(self.nb_subjects_per_batch or len(left), size)
@@ -118,7 +124,9 @@ def batches(self:DWIMLBatchIDSampler,
     for index,chosen in enumerate(self.plan(context, epoch)):
         batch = BatchIds(subset=context, epoch=epoch, index=index)
         for subject,n in chosen:
-            if subject not in order: order[subject] = keyed_rng(self.seed, 'order', context, epoch, subject).permutation(int(totals[subject]))
+            if subject not in order:
+                rng = keyed_rng(self.seed, 'order', context, epoch, subject)
+                order[subject] = np.concatenate([rng.permutation(int(totals[subject])) for _ in range(self.passes(context))])
             batch.append((subject, order[subject][taken[subject]:taken[subject]+n]))
             taken[subject] += n
         if index >= start: yield batch

@@ -31,6 +31,6 @@ setup(
     package_data={lib: ["**/*.toml", "**/*.js", "**/*.css", "**/*.json"]},
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
-    entry_points={"console_scripts": cfg["console_scripts"].split()},
+    entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{lib}={lib}._modidx:d"]},
     zip_safe=False,
 )

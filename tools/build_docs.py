@@ -26,6 +26,7 @@ BUILD, HERE = ROOT / "build" / "nbs", Path(__file__).resolve().parent / "site"
 SITE = ROOT / "_docs"
 ANSI, FENCE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "`" * 6
 PLOTLY = "application/vnd.plotly.v1+json"
+EXPORTS = {"export", "exports", "exporti"}
 
 
 # ---- one page: notebook → Markdown → HTML
@@ -80,22 +81,35 @@ def output_markdown(output, target, number):
 
 def page_markdown(notebook, target):
     "The processed notebook as Markdown; an exported cell is folded below the signatures that nbdev made of it."
-    parts, folded = [], []
+    parts, folded, signatures = [], [], []
     for number, cell in enumerate(notebook.cells):
         flags = getattr(cell, "directives_", {}) or {}
         said_no = {key.rstrip(":") for key, value in flags.items() if value == ["false"]}
-        if cell.cell_type == "raw" or flags.keys() & {"hide", "default_exp", "hide_input"} or "include" in said_no: continue
-        signature = cell.cell_type == "code" and re.search(r"^show_doc\(", cell.source, re.M)
-        if folded and not signature: parts += [folded.pop()]
-        if cell.cell_type == "markdown": parts.append(cell.source)
-        if cell.cell_type != "code": continue
+        if cell.cell_type == "raw" or flags.keys() & {"hide", "default_exp"} or "include" in said_no: continue
+        outputs = [output_markdown(output, target, f"{number}-{i}") for i, output in enumerate(cell.get("outputs", []))]
+        if cell.cell_type == "code" and re.search(r"^show_doc\(", cell.source, re.M):
+            signatures = outputs + signatures  # nbdev puts the last definition of a cell first
+            continue
+        parts += signatures + folded
+        folded, signatures = [], []
         code = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|")).strip()
-        if flags.keys() & {"export", "exports", "exporti"}:
-            folded = [f"<details class=\"source\"><summary>source</summary>\n\n{fenced(code, '.python')}\n\n</details>"]
-        elif code and not signature and "echo" not in said_no: parts.append(fenced(code, ".python"))
-        if "output" not in said_no and not (flags.keys() & {"export", "exports", "exporti"}):
-            parts += [output_markdown(output, target, f"{number}-{i}") for i, output in enumerate(cell.get("outputs", []))]
-    return "\n\n".join(parts + folded)
+        if cell.cell_type == "markdown": parts.append(cell.source)
+        elif flags.keys() & EXPORTS: folded = [f'<details class="source"><summary>source</summary>\n\n{fenced(code, ".python")}\n\n</details>']
+        else:
+            if code and "echo" not in said_no: parts.append(fenced(code, ".python"))
+            if "output" not in said_no: parts += outputs
+    return "\n\n".join(parts + signatures + folded)
+
+
+def split_title(notebook):
+    "Give the sentences that share a cell with the title a cell of their own: nbdev keeps only title and promise of that one."
+    from execnb.nbio import mk_cell
+    for i, cell in enumerate(notebook.cells):
+        if cell.cell_type != "markdown" or not cell.source.startswith("# "): continue
+        head = re.match(r"# .*\n?\s*(?:>.*(?:\n|$))*", cell.source)[0]
+        notebook.cells.insert(i + 1, mk_cell(cell.source[len(head):], "markdown"))
+        cell.source = head
+        return
 
 
 def local_links(html, source):
@@ -133,6 +147,7 @@ def write_page(source, sections):
             def base_procs(self): return [processor for processor in super().base_procs() if processor is not rm_export]
 
         notebook = read_nb(BUILD.parent / source)
+        split_title(notebook)
         SitePage()(notebook)
         title, promise = (notebook.frontmatter_.get(key, "") for key in ("title", "description"))
         text, dialect = page_markdown(notebook, target), "markdown+lists_without_preceding_blankline-implicit_figures"
@@ -159,8 +174,8 @@ def find_sections():
         return [(page_title(file), str(file.relative_to(ROOT))) for file in sorted((ROOT / "nbs").glob(pattern), key=lambda p: p.name)]
     sections = []
     for item in yaml.safe_load((ROOT / "nbs" / "sidebar.yml").read_text())["website"]["sidebar"]["contents"]:
-        if isinstance(item, str): sections.append(("", entries(item)))
-        else: sections.append((item["section"], entries(item["contents"])))
+        name, pattern = ("", item) if isinstance(item, str) else (item["section"], item["contents"])
+        sections.append((name, entries(pattern)))
     guides = [(page_title(file), str(file.relative_to(ROOT))) for file in sorted((ROOT / "docs").glob("*.md"))]
     return [section for section in sections + [("Guides", guides)] if section[1]]
 
@@ -177,6 +192,7 @@ def sidebar(sections, current):
     "The navigation, links relative to the page it stands on."
     here = html_path(current).parent
     def link(title, source):
+        if source == "nbs/index.ipynb": title = "Start here"
         mark = ' class="here"' if source == current else ""
         return f'<li><a{mark} href="{os.path.relpath(html_path(source), here)}">{escape(title)}</a></li>'
     def block(name, pages):

@@ -28,6 +28,11 @@ def find_pages(patterns):
     return sorted(pages, key=lambda p: (str(p)[0].isdigit(), str(p)))
 
 
+def files_beside():
+    "What lies in nbs/ besides pages: a lesson must not add to it."
+    return {str(p.relative_to(ROOT)) for p in NBS.rglob("*") if p.is_file() and p.suffix != ".ipynb" and "__pycache__" not in p.parts}
+
+
 def module_of(notebook):
     "Dotted module that a page exports to, or None."
     names = [cell.directives_["default_exp"] for cell in notebook.cells if "default_exp" in cell.directives_]
@@ -100,20 +105,20 @@ def main():
     args = parser.parse_args()
     os.environ.update(IN_TEST="1", OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1", MPLBACKEND="agg", PLOTLY_RENDERER="plotly_mimetype", PYTHONHASHSEED="0")
     os.chdir(ROOT)
-    pages, start = find_pages(args.patterns), time.time()
-    files_before = {p for p in NBS.rglob("*") if p.suffix != ".ipynb" and "__pycache__" not in p.parts}
-    for old in (BUILD / "coverage").glob("*"): old.unlink()
+    pages, start, files_before = find_pages(args.patterns), time.time(), files_beside()
     (BUILD / "coverage").mkdir(parents=True, exist_ok=True)
+    for old in (BUILD / "coverage").glob("*"): old.unlink()
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(SLOW_IMPORTS)
     with ThreadPoolExecutor(args.workers) as pool: went_well = list(pool.map(lambda page: run(page, args.shipped, context), pages))
     failed = [str(page) for page, good in zip(pages, went_well) if not good]
-    left = {str(p.relative_to(ROOT)) for p in NBS.rglob("*") if p.suffix != ".ipynb" and "__pycache__" not in p.parts} - {str(p.relative_to(ROOT)) for p in files_before}
+    left = sorted(files_beside() - files_before)
     if args.shipped and not failed: report_coverage()
     print(f"{len(pages) - len(failed)} of {len(pages)} pages ran in {time.time() - start:.0f} s" + (f"; failed: {', '.join(failed)}" if failed else ""))
-    if left: print("left behind by a page:", *sorted(left))
+    if left: print("left behind by a page:", *left)
     if failed or left or not pages: sys.exit(1)
+    if not args.shipped and not args.patterns: (BUILD / "pages.done").touch()
 
 
 if __name__ == "__main__":

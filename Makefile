@@ -1,0 +1,67 @@
+# make test    everything CI runs, in a fresh environment      make docs     the site, in _docs/
+# make lab     open the pages in JupyterLab                    make readme   README.md from nbs/index.ipynb
+# make clean   remove what these commands made (not .venv)
+PYTHON ?= python3
+VENV ?= .venv
+# The build of PyTorch is chosen here: make test TORCH_PIP_ARGS=--index-url=... (on Linux the default one brings CUDA)
+TORCH ?= torch==2.13.0
+TORCH_PIP_ARGS ?=
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: test install system check pages shipped docs tests fastcore2 wheel readme lab clean
+
+test: install system check wheel fastcore2 pages docs shipped tests
+
+install: $(VENV)/.ready
+	$(PY) -m pip check
+
+$(VENV)/.ready: settings.ini setup.py constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet $(TORCH_PIP_ARGS) "$(TORCH)"
+	$(PY) -m pip install --quiet $(TORCH_PIP_ARGS) --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+system:  # a browser and software Vulkan for the tests that draw
+	tools/system_packages.sh
+
+check:  # pages, modules and README in step; who imports whom; names that do not exist
+	$(PY) tools/check_house.py
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/ruff check --quiet --no-cache .
+
+pages:  # execute every page once; the outputs are kept for the site
+	$(PY) tools/run_pages.py
+
+shipped:  # execute the pages on the installed modules, with coverage
+	$(PY) tools/run_pages.py --shipped
+
+docs: build/pages.done
+	$(PY) tools/build_docs.py
+
+build/pages.done: $(VENV)/.ready $(shell find nbs dwiml_nb -name '*.ipynb' -o -name '*.py')
+	$(PY) tools/run_pages.py
+
+tests:
+	$(PY) -m pytest
+
+wheel:  # build it, install it in an empty folder, import everything there
+	rm -rf build/lib build/bdist* build/wheel build/installed
+	$(PY) -m build --wheel --no-isolation --outdir build/wheel . > /dev/null
+	$(PY) -m pip install --quiet --no-deps --target build/installed build/wheel/*.whl
+	PYTHONPATH=$(CURDIR)/build/installed $(PY) tools/import_all.py --from build/installed
+
+fastcore2:  # developers are held to fastcore 1 by nbdev; users may have 2
+	$(PY) -m pip install --quiet --upgrade --no-deps --target build/fastcore2 "fastcore>=2"
+	PYTHONPATH=$(CURDIR)/build/fastcore2 $(PY) tools/import_all.py
+
+readme:
+	$(PY) tools/build_docs.py --readme
+
+lab: $(VENV)/.ready
+	$(BIN)/jupyter lab nbs
+
+clean:
+	rm -rf build _docs _proc demo dist .pytest_cache .ruff_cache .hypothesis .coverage* *.egg-info

@@ -1,0 +1,113 @@
+"""What the tests share: markers that ask for something special, a browser, a JupyterLab to open pages in.
+
+A test marked `browser`, `fury`, `cuda` or `slow` is skipped, with the reason in pytest's summary, where its requirement is missing.
+With CI=true a skipped browser or FURY test is a failure: there the requirement is the job of tools/system_packages.sh.
+"""
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MUST_RUN_IN_CI = ("browser", "fury")
+
+
+def chromium_path():
+    "The installed browser, or None."
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def has_adapter():
+    "Is there a graphics adapter that FURY can draw with? (asked, never tried: a failed try breaks the process)"
+    import wgpu
+    return any("float32-filterable" in adapter.features for adapter in wgpu.gpu.enumerate_adapters_sync())
+
+
+def has_cuda():
+    import torch
+    return torch.cuda.is_available()
+
+
+REQUIREMENTS = {
+    "slow": (lambda: os.environ.get("DWIML_SLOW"), "takes minutes: set DWIML_SLOW=1 to run it"),
+    "cuda": (has_cuda, "no CUDA device"),
+    "fury": (has_adapter, "no graphics adapter: sudo apt install libvulkan1 mesa-vulkan-drivers"),
+    "browser": (chromium_path, "no browser: sudo apt install chromium"),
+}
+
+
+def pytest_runtest_setup(item):
+    for mark, (is_there, reason) in REQUIREMENTS.items():
+        if item.get_closest_marker(mark) and not is_there(): pytest.skip(reason)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    if report.skipped and os.environ.get("CI") == "true" and not item.get_closest_marker("slow") and any(map(item.get_closest_marker, MUST_RUN_IN_CI)):
+        report.outcome, report.longrepr = "failed", f"skipped in CI, where it must run: {report.longrepr[-1]}"
+
+
+@pytest.fixture(scope="session")
+def browser():
+    "A headless Chromium (playwright)."
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=chromium_path(), args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    "URL of a JupyterLab that serves a copy of nbs/ (so that nothing is written here); `lab.folder` is that copy."
+    folder = tmp_path_factory.mktemp("lab") / "nbs"
+    shutil.copytree(ROOT / "nbs", folder, ignore=shutil.ignore_patterns(".*"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    state = {key: str(tmp_path_factory.mktemp(key.lower())) for key in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR", "JUPYTERLAB_SETTINGS_DIR", "IPYTHONDIR")}
+    for name, value in {"notebook-extension/tracker": '{"windowingMode": "none"}',  # keep the cells that are scrolled away
+                        "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}'}.items():
+        settings = Path(state["JUPYTERLAB_SETTINGS_DIR"]) / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        settings.parent.mkdir(parents=True, exist_ok=True)
+        settings.write_text(value)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.ip=127.0.0.1",
+         f"--ServerApp.root_dir={folder}", "--IdentityProvider.token=", "--ServerApp.password="],
+        env=os.environ | state, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(120):
+        try: urllib.request.urlopen(f"{url}/api/status"); break
+        except OSError: time.sleep(.25)
+    else: pytest.fail("JupyterLab did not start within 30 s")
+    yield Lab(url, folder)
+    server.terminate()
+    server.wait(10)
+
+
+class Lab:
+    "A running JupyterLab."
+    def __init__(self, url, folder): self.url, self.folder = url, folder
+
+    def open(self, browser, notebook, width=1400, height=1000):
+        "A browser page with `notebook` (relative to nbs/) open and its kernel idle."
+        page = browser.new_page(viewport={"width": width, "height": height})
+        page.goto(f"{self.url}/lab/tree/{notebook}", wait_until="domcontentloaded")
+        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+        page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', state="attached", timeout=60_000)
+        return page
+
+    def run_all(self, page, timeout=120):
+        "Run all cells from the menu and wait until the kernel is done."
+        page.click('text="Run"')
+        page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
+        page.wait_for_timeout(500)
+        page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', state="attached", timeout=1000 * timeout)
+        page.wait_for_function("() => ![...document.querySelectorAll('.jp-InputPrompt')].some(p => p.textContent.includes('[*]'))", timeout=1000 * timeout)

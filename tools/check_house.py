@@ -1,0 +1,98 @@
+"""Cheap checks of the house: modules and README in step with the pages, no module without a page, imports only from pages before.
+
+The last lines tell how the pages are written (docs/contributing.md says what is aimed at); they are figures, not conditions.
+"""
+import ast
+import hashlib
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from build_docs import ROOT, readme
+from nbdev.process import NBProcessor
+
+EXPORTS = {"export", "exports", "exporti"}
+
+
+def contents():
+    "Digest of every page and module."
+    files = [*ROOT.glob("nbs/**/*.ipynb"), *ROOT.glob("dwiml_nb/**/*.py")]
+    return {str(f.relative_to(ROOT)): hashlib.sha1(f.read_bytes()).hexdigest() for f in files if ".ipynb_checkpoints" not in f.parts}
+
+
+def out_of_step():
+    "Export and clean; name the files which that changed or made."
+    before = contents()
+    for command in ("nbdev_export", "nbdev_clean"): subprocess.run([Path(sys.executable).with_name(command)], cwd=ROOT, check=True)
+    after = contents()
+    changed = sorted(name for name in after if after[name] != before.get(name))
+    return [f"{name} was not in step with its page: look at it and commit it" for name in changed]
+
+
+def read_pages():
+    "{module: (path of its page, cells)} in reading order."
+    pages = {}
+    for path in sorted(ROOT.glob("nbs/**/*.ipynb")):
+        if ".ipynb_checkpoints" in path.parts: continue
+        cells = NBProcessor(path, rm_directives=False).nb.cells
+        module = next((cell.directives_["default_exp"][0] for cell in cells if "default_exp" in cell.directives_), None)
+        pages[f"dwiml_nb.{module}" if module else str(path)] = path, cells
+    return pages
+
+
+def orphans(pages):
+    "Modules that no page exports."
+    files = [f for f in ROOT.glob("dwiml_nb/**/*.py") if f.name not in ("__init__.py", "_modidx.py")]
+    names = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in files}
+    return [f"{f.relative_to(ROOT)} has no page: remove it, or name it in a page's default_exp" for name, f in names.items() if name not in pages]
+
+
+def backward_imports(pages):
+    "Exported cells that import from a page at or after their own (the order of the file names is the order of imports)."
+    order, problems = {module: i for i, module in enumerate(pages)}, []
+    order["dwiml_nb.all"] = len(order)
+    for module, (path, cells) in pages.items():
+        sources = [cell.source for cell in cells if cell.directives_.keys() & EXPORTS]
+        for node in (node for source in sources for node in ast.walk(ast.parse(re.sub(r"^\s*[%!].*", "", source, flags=re.M)))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level: names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            problems += [f"{path.relative_to(ROOT)} imports {name}, a page at or after it" for name in names
+                         if name in order and order[name] >= order[module]]
+    return problems
+
+
+def writing(pages):
+    "How the pages are written: length of exported cells, how many definitions an example follows, how many tests hide."
+    lengths, followed, hidden, shown = [], [], 0, 0
+    for path, cells in pages.values():
+        cells = [cell for cell in cells if cell.cell_type == "code"]
+        for i, cell in enumerate(cells):
+            if "hide" in cell.directives_: hidden += "test_" in cell.source or "assert" in cell.source
+            elif not cell.directives_.keys() & EXPORTS: shown += 1
+            if not cell.directives_.keys() & EXPORTS: continue
+            nodes = [node for node in ast.parse(cell.source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+            if not nodes: continue
+            lines = len(cell.source.splitlines())
+            lengths.append((lines, f"{path.relative_to(ROOT / 'nbs')} {nodes[0].name}"))
+            examples = [c.source for c in cells[i + 1:i + 3] if not c.directives_.keys() & (EXPORTS | {"hide"})]
+            followed.append(any(re.search(rf"\b{node.name}\b", source) for node in nodes for source in examples))
+    if not lengths: return
+    longest = max(lengths)
+    print(f"{len(pages)} pages, {len(lengths)} exported cells: median {statistics.median(n for n, _ in lengths):.0f} lines, "
+          f"longest {longest[0]} ({longest[1]}); {100 * statistics.mean(followed):.0f} % followed within two cells by an example that uses the name; "
+          f"{hidden} hidden test cells beside {shown} shown")
+
+
+def main():
+    problems, pages = out_of_step(), read_pages()
+    problems += orphans(pages) + backward_imports(pages)
+    if (ROOT / "README.md").read_text(encoding="utf-8") != readme(): problems.append("README.md is not what nbs/index.ipynb says: run `make readme`")
+    print(*problems, sep="\n", file=sys.stderr)
+    writing(pages)
+    if problems: sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -26,8 +26,8 @@ class TrainingControl:
         self.started,self.done_before,self.done,self.total = None,0,0,0
 
     def request_stop(self):
-        "Ask the training to end after the batch in progress, with a checkpoint."
-        self.stop.set()
+        "Ask the training to end after the batch in progress, with a checkpoint; one that is over hears nothing."
+        if self.state not in ('stopped', 'ended', 'failed'): self.stop.set()
 
     @property
     def stop_requested(self) -> bool: return self.stop.is_set()
@@ -65,9 +65,16 @@ def begin(self:TrainingControl,
     done:int, # Training batches that earlier sessions did
     total:int, # Training batches of the whole run
 ):
-    "Start the clock, and forget an earlier wish to stop."
-    self.stop.clear()
+    "Start the clock."
     self.started,self.done_before,self.done,self.total = time.monotonic(), done, done, total
+
+@patch
+def finish(self:TrainingControl,
+    state:str, # 'stopped', 'ended' or 'failed'
+):
+    "Enter a last state and forget the wish to stop, so that the same trainer can be started again."
+    self.stop.clear()
+    self.set_state(state)
 
 @patch(as_prop=True)
 def eta_seconds(self:TrainingControl) -> float: # None before the first batch

@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings as python_warnings
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -27,8 +28,8 @@ import numpy as np
 import torch
 import dwiml_nb
 from ..core.errors import DataProblem
-from ..core.files import atomic_file, progress, write_json
-from ..core.lines import directions, lengths_of, resample_nb_points, resample_step
+from ..core.files import atomic_file, progress
+from ..core.lines import lengths_of, resample_nb_points, resample_step
 from ..core.ragged import Ragged, as_ragged
 from ..core.sh import standardize_per_degree, zero_outside
 from ..core.space import convert
@@ -395,6 +396,9 @@ def add_subjects(
                 reports.append(job.result())
                 with h5py.File(path, 'r') as part: part.copy(s.subject, file)
                 path.unlink()
+        except BrokenProcessPool as e:
+            raise RuntimeError("A process that made a subject ended before it was done: out of memory (use fewer, n_procs), or a script that lacks "
+                               "`if __name__ == '__main__':` around the call, which processes need.") from e
         finally: pool.shutdown(cancel_futures=True)
     return reports
 

@@ -1036,4 +1036,11 @@ d = { 'settings': { 'branch': 'main',
                                            'dwiml_nb.training.trainer.rows_of_outputs': ( '06_training/trainer.html#rows_of_outputs',
                                                                                           'dwiml_nb/training/trainer.py'),
                                            'dwiml_nb.training.trainer.trainer_from_folder': ( '06_training/trainer.html#trainer_from_folder',
-                                                                                              'dwiml_nb/training/trainer.py')}}}
+                                                                                              'dwiml_nb/training/trainer.py')},
+            'dwiml_nb.viz.theme': { 'dwiml_nb.viz.theme.category_colours': ('08_viz/theme.html#category_colours', 'dwiml_nb/viz/theme.py'),
+                                    'dwiml_nb.viz.theme.direction_colours': ( '08_viz/theme.html#direction_colours',
+                                                                              'dwiml_nb/viz/theme.py'),
+                                    'dwiml_nb.viz.theme.matplotlib_style': ('08_viz/theme.html#matplotlib_style', 'dwiml_nb/viz/theme.py'),
+                                    'dwiml_nb.viz.theme.plotly_style': ('08_viz/theme.html#plotly_style', 'dwiml_nb/viz/theme.py'),
+                                    'dwiml_nb.viz.theme.rgba': ('08_viz/theme.html#rgba', 'dwiml_nb/viz/theme.py'),
+                                    'dwiml_nb.viz.theme.value_colours': ('08_viz/theme.html#value_colours', 'dwiml_nb/viz/theme.py')}}}

@@ -496,7 +496,7 @@ def write_study(
             with h5py.File(tmp, 'w') as f:
                 write_root(f, sources.lists, config, options)
                 reports = add_subjects(f, sources, options, n_procs, parts, intermediate)
-                raise_problems([p for r in reports for p in r.problems], "the contents of the sources")
+                raise_problems([p for r in reports for p in r.problems], "the contents of the sources; nothing was written")
             open_study(tmp).close()
         return reports
     except OSError as e:

@@ -31,7 +31,7 @@ class SeveralProblems(DataProblem):
         self.problems,self.what = list(problems), what
         super().__init__(f"{len(self.problems)} problems with {what}")
     def message(self) -> str:
-        return f"{len(self.problems)} problems with {self.what}; nothing was written.\n" + "\n".join(f" {i}. {p}" for i,p in enumerate(self.problems, 1))
+        return f"{len(self.problems)} problems with {self.what}:\n" + "\n".join(f" {i}. {p}" for i,p in enumerate(self.problems, 1))
     def __reduce__(self): return type(self), (self.problems, self.what)
 
 def raise_problems(

@@ -314,5 +314,5 @@ def check_sources(
             bad += b; warn += w
     if ignored := [f for f in folders if f not in subjects]: warn.append(f"folders that no list names are ignored: {', '.join(ignored)}.")
     warn += [f"group {g}: std_mask has no effect without standardisation." for g,s in specs.items() if isinstance(s, VolumeSpec) and s.std_mask and s.standardization == 'none' and s.outside is None]
-    raise_problems(bad + check_between(subjects.values()), f"the sources in {root}")
+    raise_problems(bad + check_between(subjects.values()), f"the sources in {root}; nothing was written")
     return Sources(root, specs, lists, subjects, warn)

@@ -7,7 +7,6 @@ __all__ = ['ModelWithNeighborhood', 'ModelWithOneInput', 'ModelWithPreviousDirec
 
 # %% ../../nbs/05_models/03_parts.ipynb #e35ac393
 from typing import Literal
-import torch
 from torch import Tensor
 from fastcore.basics import patch
 from ..core.ragged import Ragged

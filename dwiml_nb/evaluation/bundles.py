@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'Reference', 'find_scoring', 'load_reference', 'read_mask', 'check_lines', 'voxel_numbers', 'look_up',
-           'judge', 'inside_share', 'Scores', 'coverage', 'score_tractogram', 'scores_table', 'bundle_table']
+           'end_regions', 'Visits', 'visits_of', 'inside_share', 'judge', 'Scores', 'coverage', 'score_tractogram',
+           'scores_table', 'bundle_table']
 
 # %% ../../nbs/09_evaluation/00_bundles.ipynb #746c36a4
 import numpy as np
@@ -12,10 +13,11 @@ import nibabel as nib
 import torch
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from ..core.errors import DataProblem, did_you_mean
 from ..core.files import read_json
 from ..core.ragged import Ragged, as_ragged
-from ..core.space import Grid, convert, grid_of, inside, same_grid
+from ..core.space import Grid, convert, grid_of, inside, same_grid, to_vox_matrix
 from ..core.lines import lengths_of, resample_step
 from ..core.tractograms import Tractogram
 
@@ -96,53 +98,77 @@ def voxel_numbers(
     grid:Grid,
 ) -> np.ndarray: # (P,) position in the flattened volume, -1 outside
     "Which voxel each point lies in."
-    vox = convert(points.double(), grid, 'rasmm', 'vox')
-    flat = np.ravel_multi_index(vox.floor().long().numpy().T, grid.dimensions, mode='clip')
-    return np.where(inside(vox, grid).numpy(), flat, -1)
+    to_vox = to_vox_matrix(grid, 'rasmm')
+    vox = points.numpy() @ to_vox[:3, :3].T
+    vox += to_vox[:3, 3]
+    x,y,z = np.floor(vox, out=vox).T.astype(np.int64)
+    nx,ny,nz = grid.dimensions
+    within = (x >= 0) & (x < nx) & (y >= 0) & (y < ny) & (z >= 0) & (z < nz)
+    return np.where(within, (x*ny + y)*nz + z, -1)
 
 def look_up(
-    masks, # (K, X*Y*Z) bool
+    masks, # (K, X*Y*Z) or (X*Y*Z,) bool
     numbers, # (P,) from `voxel_numbers`
-) -> np.ndarray: # (K, P) bool
+) -> np.ndarray: # (K, P) or (P,) bool
     "Whether each point lies in each mask."
-    return masks[:, numbers] & (numbers >= 0)
+    return masks[..., numbers] & (numbers >= 0)
 
 # %% ../../nbs/09_evaluation/00_bundles.ipynb #e0897c35
+def end_regions(
+    lines:Ragged, # rasmm
+    reference:Reference,
+) -> tuple: # start in head, start in tail, end in head, end in tail: (K, S) bool
+    "The regions in which each line starts and ends; a line without points is in none."
+    has,found = lines.lengths > 0, []
+    for rows in (lines.offsets[:-1], lines.offsets[1:] - 1):
+        numbers = np.full(len(lines), -1); numbers[has.numpy()] = voxel_numbers(lines.data[rows[has]], reference.grid)
+        found += [look_up(reference.head, numbers), look_up(reference.tail, numbers)]
+    return tuple(found)
+
+# %% ../../nbs/09_evaluation/00_bundles.ipynb #fb489bf7
+class Visits(NamedTuple):
+    "Points half a millimetre apart along some of the lines."
+    numbers:np.ndarray # (P,) the voxel each lies in, -1 outside the volume
+    line:np.ndarray # (P,) the line it belongs to
+
+def visits_of(
+    lines:Ragged, # rasmm
+    which, # (S,) bool, the lines to follow
+    grid:Grid,
+) -> Visits:
+    "Where some lines go, half a millimetre at a time."
+    chosen = np.flatnonzero(which)
+    if not len(chosen): return Visits(np.zeros(0, int), np.zeros(0, int))
+    fine = resample_step(lines[torch.tensor(chosen)], .5)
+    return Visits(voxel_numbers(fine.data, grid), np.repeat(chosen, fine.lengths.numpy()))
+
+def inside_share(
+    visits:Visits,
+    whole, # (K, X*Y*Z) bool
+    n_lines:int,
+) -> np.ndarray: # (K, S), 0 for lines not followed
+    "The share of each line that lies in each bundle's voxels."
+    count = np.maximum(np.bincount(visits.line, minlength=n_lines), 1)
+    return np.stack([np.bincount(visits.line, look_up(mask, visits.numbers), n_lines)/count for mask in whole])
+
+# %% ../../nbs/09_evaluation/00_bundles.ipynb #7c0a1978
 def judge(
     lines:Ragged, # rasmm
     reference:Reference,
-) -> tuple: # reason (S,) position in `REASONS`; bundle (S,) position in names, -1 where none is joined
+) -> tuple: # reason (S,) position in `REASONS`; bundle (S,) position in names, -1 where none is joined; the `Visits`
     "Why each line is valid or not."
-    has,r = (lines.lengths > 0).numpy(), reference
-    ends = [np.full(len(lines), -1), np.full(len(lines), -1)]
-    for end,rows in zip(ends, (lines.offsets[:-1], lines.offsets[1:] - 1)): end[has] = voxel_numbers(lines.data[rows[has]], r.grid)
-    (h0,t0),(h1,t1) = [(look_up(r.head, e), look_up(r.tail, e)) for e in ends]            # (K, S) each
-    joins = (h0 & t1) | (t0 & h1)
-    share,length = inside_share(lines, r, joins), lengths_of(lines).numpy()
-    short,long = length < .8*r.length_mm[:, :1], length > 1.2*r.length_mm[:, 1:]
+    h0,t0,h1,t1 = end_regions(lines, reference)
+    joins = (h0 & t1) | (t0 & h1)                                                          # (K, S)
+    visits = visits_of(lines, joins.any(0), reference.grid)
+    share,length = inside_share(visits, reference.whole, len(lines)), lengths_of(lines).numpy()
+    short,long = length < .8*reference.length_mm[:, :1], length > 1.2*reference.length_mm[:, 1:]
     valid = joins & ~short & ~long & (share >= .9)
-    best = np.where(valid, 2 + share, np.where(joins, share, -1.)).argmax(0)               # the bundle a line is closest to
-    bundle = np.where(joins.any(0), best, -1)
+    best = np.where(valid, 2 + share, np.where(joins, share, -1.)).argmax(0)
     of_best = lambda a: np.take_along_axis(a, best[None], 0)[0]
-    connected = [(h0 | t0).any(0), (h1 | t1).any(0)]
-    reason = np.select([valid.any(0), joins.any(0) & of_best(short), joins.any(0) & of_best(long), joins.any(0), ((h0 & h1) | (t0 & t1)).any(0), connected[0] & connected[1],
-                        connected[0] | connected[1]], range(7), 7)
-    return reason.astype(np.int8), bundle
-
-# %% ../../nbs/09_evaluation/00_bundles.ipynb #2deb043f
-def inside_share(
-    lines:Ragged, # rasmm
-    reference:Reference,
-    joins, # (K, S) bool, the pairs to look at
-) -> np.ndarray: # (K, S), 0 where not looked at
-    "The share of a line's points, half a millimetre apart, that lie in a bundle's voxels."
-    share,which = np.zeros(joins.shape), np.flatnonzero(joins.any(0))
-    if not len(which): return share
-    fine = resample_step(lines[torch.tensor(which)], .5)
-    numbers,line,count = voxel_numbers(fine.data, reference.grid), fine.line_index.numpy(), fine.lengths.numpy()
-    for k,whole in enumerate(reference.whole):
-        share[k, which] = np.bincount(line, whole[numbers] & (numbers >= 0), len(which))/count
-    return np.where(joins, share, 0)
+    start,end = (h0 | t0).any(0), (h1 | t1).any(0)
+    joined = joins.any(0)
+    reason = np.select([valid.any(0), joined & of_best(short), joined & of_best(long), joined, ((h0 & h1) | (t0 & t1)).any(0), start & end, start | end], range(7), 7)
+    return reason.astype(np.int8), np.where(joined, best, -1), visits
 
 # %% ../../nbs/09_evaluation/00_bundles.ipynb #6dba9f9d
 @dataclass
@@ -176,16 +202,17 @@ class Scores:
 
 # %% ../../nbs/09_evaluation/00_bundles.ipynb #689e91a0
 def coverage(
-    lines:Ragged, # The valid lines of one bundle, rasmm
+    numbers, # (P,) voxels that the valid lines of one bundle visit, -1 outside the volume
     whole, # (X*Y*Z,) bool, the bundle's voxels
-    grid:Grid,
 ) -> dict: # OL, OR, F1
     "How much of a bundle's voxels its lines visit, and how much besides."
-    visited = np.unique(voxel_numbers(resample_step(lines, .5).data, grid)) if len(lines) else np.zeros(0, int)
-    hit,size = int(whole[visited[visited >= 0]].sum()), int(whole.sum())
-    out = len(visited) - hit                                          # all that lies outside the volume counts as one voxel
+    seen = np.zeros(len(whole) + 1, bool)                             # all that lies outside the volume is one more voxel
+    seen[numbers] = True
+    hit,size = int((seen[:-1] & whole).sum()), int(whole.sum())
+    out = int(seen.sum()) - hit
     return {'OL': hit/size, 'OR': out/size, 'F1': 2*hit/(hit + out + size)}
 
+# %% ../../nbs/09_evaluation/00_bundles.ipynb #7d912a14
 def score_tractogram(
     lines, # Ragged, Tractogram, or list of (N, 3); rasmm
     reference, # Subject folder, scoring JSON, or `Reference`
@@ -193,14 +220,14 @@ def score_tractogram(
     "Score lines against a reference; no lines at all score 0 everywhere."
     ref = load_reference(reference)
     lines = check_lines(lines, ref.grid)
-    reason,bundle = judge(lines, ref)
-    n,count = max(len(lines), 1), np.bincount(reason, minlength=len(REASONS))
-    table = {}
+    reason,bundle,visits = judge(lines, ref)
+    n,count,table = max(len(lines), 1), np.bincount(reason, minlength=len(REASONS)), {}
     for k,name in enumerate(ref.names):
-        mine = np.flatnonzero((reason == 0) & (bundle == k))
-        table[name] = {'n_valid': len(mine), 'share': len(mine)/n, **coverage(lines[torch.tensor(mine)], ref.whole[k], ref.grid)}
+        mine = (reason == 0) & (bundle == k)
+        table[name] = {'n_valid': int(mine.sum()), 'share': float(mine.sum()/n), **coverage(visits.numbers[mine[visits.line]], ref.whole[k])}
     mean = {m: float(np.mean([row[m] for row in table.values()])) for m in ('OL', 'OR', 'F1')}
-    return Scores(VB=sum(row['n_valid'] > 0 for row in table.values()), VS=count[0]/n, IB=count[1:6].sum()/n, NC=count[6:].sum()/n, **mean,
+    share = lambda some: float(count[some].sum()/n)
+    return Scores(VB=sum(row['n_valid'] > 0 for row in table.values()), VS=share(slice(0, 1)), IB=share(slice(1, 6)), NC=share(slice(6, 8)), **mean,
                   n_lines=len(lines), n_bundles=len(table), bundles=table, reason=reason, bundle=bundle)
 
 # %% ../../nbs/09_evaluation/00_bundles.ipynb #59635f94

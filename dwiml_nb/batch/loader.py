@@ -81,6 +81,7 @@ class DWIMLBatchLoader:
         segment_mm:float=None, # Keep a random run of this length of each longer line
         noise_mm_forward:float=0., # White noise on what the model sees, mm
         noise_mm_loss:float=0., # White noise on the targets, mm
+        widen_mm:float=0., # Move each line as a whole by up to this much, mm
         off_track_mm:float=0., # Slow displacement with targets that lead back, mm
         off_track_corr_mm:float=8., # How slow, mm
         lead_mm:float=None, # How far ahead the target aims; None: 5 mm
@@ -90,7 +91,7 @@ class DWIMLBatchLoader:
         if not (noise_mm_forward >= 0 and noise_mm_loss >= 0): raise ValueError(f"noise is a standard deviation in mm, found {noise_mm_forward} and {noise_mm_loss}")
         self.dataset,self.spec,self.streamline_group_name,self.seed = dataset,spec_of(model),known_group(streamline_group_name, dataset.streamline_groups, 'streamlines'),int(seed)
         self.noise_mm_forward,self.noise_mm_loss = noise_mm_forward,noise_mm_loss
-        self.augmentation = Augmentation(reverse_ratio, segment_mm, off_track_mm, off_track_corr_mm, lead_mm=lead_mm)
+        self.augmentation = Augmentation(reverse_ratio, segment_mm, widen_mm, off_track_mm, off_track_corr_mm, lead_mm=lead_mm)
         if (off_track_mm or segment_mm) and not self.spec.step_size:
             raise ValueError("off_track_mm and segment_mm need equidistant points: give the model a step_size (mm).")
 
@@ -99,7 +100,7 @@ class DWIMLBatchLoader:
         "The arguments to make the same loader again, as JSON can keep them."
         a = self.augmentation
         return dict(streamline_group_name=self.streamline_group_name, reverse_ratio=a.reverse_ratio, segment_mm=a.segment_mm,
-                    noise_mm_forward=self.noise_mm_forward, noise_mm_loss=self.noise_mm_loss, off_track_mm=a.off_track_mm,
+                    noise_mm_forward=self.noise_mm_forward, noise_mm_loss=self.noise_mm_loss, widen_mm=a.widen_mm, off_track_mm=a.off_track_mm,
                     off_track_corr_mm=a.off_track_corr_mm, lead_mm=a.lead_mm, seed=self.seed)
     def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k,v in self.params.items())})"
 

@@ -20,8 +20,8 @@ install: $(VENV)/.ready
 
 $(VENV)/.ready: settings.ini setup.py constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet $(TORCH_PIP_ARGS) "$(TORCH)"
-	$(PY) -m pip install --quiet $(TORCH_PIP_ARGS) --constraint constraints.txt --editable ".[dev]"
+	$(PY) -m pip install --quiet --no-compile $(TORCH_PIP_ARGS) "$(TORCH)"
+	$(PY) -m pip install --quiet --no-compile $(TORCH_PIP_ARGS) --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 system:  # a browser and software Vulkan for the tests that draw
@@ -50,11 +50,11 @@ tests:
 wheel:  # build it, install it in an empty folder, import everything there
 	rm -rf build/lib build/bdist* build/wheel build/installed
 	$(PY) -m build --wheel --no-isolation --outdir build/wheel . > /dev/null
-	$(PY) -m pip install --quiet --no-deps --target build/installed build/wheel/*.whl
+	$(PY) -m pip install --quiet --no-compile --no-deps --target build/installed build/wheel/*.whl
 	PYTHONPATH=$(CURDIR)/build/installed $(PY) tools/import_all.py --from build/installed
 
 fastcore2:  # developers are held to fastcore 1 by nbdev; users may have 2
-	$(PY) -m pip install --quiet --upgrade --no-deps --target build/fastcore2 "fastcore>=2"
+	$(PY) -m pip install --quiet --no-compile --upgrade --no-deps --target build/fastcore2 "fastcore>=2"
 	PYTHONPATH=$(CURDIR)/build/fastcore2 $(PY) tools/import_all.py
 
 readme:

@@ -20,13 +20,11 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlparse
 
 import yaml
+from run_pages import EXPORTS, ROOT, SLOW_IMPORTS
 
-ROOT = Path(__file__).resolve().parent.parent
-BUILD, HERE = ROOT / "build" / "nbs", Path(__file__).resolve().parent / "site"
-SITE = ROOT / "_docs"
+BUILD, SITE, HERE = ROOT / "build", ROOT / "_docs", Path(__file__).resolve().parent / "site"
 ANSI, FENCE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "`" * 6
 PLOTLY = "application/vnd.plotly.v1+json"
-EXPORTS = {"export", "exports", "exporti"}
 
 
 # ---- one page: notebook → Markdown → HTML
@@ -146,7 +144,7 @@ def write_page(source, sections):
         class SitePage(FilterDefaults):
             def base_procs(self): return [processor for processor in super().base_procs() if processor is not rm_export]
 
-        notebook = read_nb(BUILD.parent / source)
+        notebook = read_nb(BUILD / source)
         split_title(notebook)
         SitePage()(notebook)
         title, promise = (notebook.frontmatter_.get(key, "") for key in ("title", "description"))
@@ -164,6 +162,15 @@ def write_page(source, sections):
     html = re.sub(r'<p><a href="[^"]*/blob/[^"]*"[^>]*>source</a></p>', "", html)  # the code itself is folded below
     head, body = html.split("<main>")
     target.write_text(head + "<main>" + local_links(body, source), encoding="utf-8")
+
+
+def write_pages(sources, sections):
+    "Write several pages in this process; return what went wrong."
+    problems = []
+    for source in sources:
+        try: write_page(source, sections)
+        except Exception as problem: problems.append(f"{source}: {problem}\n    {problem.__cause__!r}")
+    return problems
 
 
 # ---- the whole site
@@ -242,18 +249,18 @@ def build_site():
     shutil.copy(HERE / "style.css", SITE)
     sections = find_sections()
     sources = [source for _, pages in sections for _, source in pages]
-    missing = [source for source in sources if source.endswith(".ipynb") and not (BUILD.parent / source).exists()]
+    missing = [source for source in sources if source.endswith(".ipynb") and not (BUILD / source).exists()]
     if missing: return [f"{source} has not been executed: run tools/run_pages.py first" for source in missing]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "matplotlib.pyplot", "ipywidgets", "nbdev.processors", "pypandoc"])
-    problems = []
+    context.set_forkserver_preload([*SLOW_IMPORTS, "nbdev.processors", "pypandoc"])
     with ProcessPoolExecutor(2, mp_context=context, max_tasks_per_child=1) as pool:
-        for source, job in [(source, pool.submit(write_page, source, sections)) for source in sources]:
-            if job.exception(): problems.append(f"{source}: {job.exception()}")
+        groups = [sources[i:i + 6] for i in range(0, len(sources), 6)]
+        problems = sum(pool.map(write_pages, groups, [sections] * len(groups)), [])
+    if problems: return problems
     if any("Plotly.newPlot" in file.read_text(encoding="utf-8") for file in SITE.rglob("*.html")):
         from plotly.offline import get_plotlyjs
         (SITE / "plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
-    return problems + dead_links()
+    return dead_links()
 
 
 def readme():

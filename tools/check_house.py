@@ -10,10 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from build_docs import ROOT, readme
+from build_docs import readme
 from nbdev.process import NBProcessor
-
-EXPORTS = {"export", "exports", "exporti"}
+from run_pages import EXPORTS, ROOT
 
 
 def contents():

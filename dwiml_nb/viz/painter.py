@@ -94,8 +94,9 @@ def paint_slices(
     frame:Frame,
 ):
     "Paint the three planes of a volume."
-    for axis in range(3):
+    for axis,name in enumerate('xyz'):
         if abs(frame.view.towards[axis]) < .05: continue              # seen from its edge
+        if name not in slices.planes and not frame.view.flat: continue
         points,depth = frame.on_plane(axis, slices.position_mm[axis])
         grey = slices.grey(points)
         seen = np.flatnonzero(np.isfinite(grey) & (depth > nearest))
@@ -157,6 +158,7 @@ def paint(
     size:tuple=(400, 400), # (W, H) pixels
     max_lines:int=3000, # The most lines of each set
     smooth:int=1, # 2 paints at twice the size, for smooth edges
+    title:str=None, # None: the scene's
 ) -> np.ndarray: # (H, W, 3) uint8
     "A scene as pixels."
     frame = view if isinstance(view, Frame) else frame_of(scene, view, size)
@@ -171,7 +173,7 @@ def paint(
         colours = np.broadcast_to(rgba(p.colour), (len(p), 4))
         paint_dots(pixels, nearest, fine.project(p.positions), fine.depth(p.positions), colours, fine, int(round(p.size*smooth)))
     pixels = pixels.reshape(h//smooth, smooth, w//smooth, smooth, 3).mean((1, 3))
-    return label((pixels*255).round().astype(np.uint8), frame, scene.title)
+    return label((pixels*255).round().astype(np.uint8), frame, scene.title if title is None else title)
 
 # %% ../../nbs/08_viz/02_painter.ipynb #893e2595
 def label(
@@ -188,7 +190,7 @@ def label(
         write(at, frame.view.letters[side], anchor)
     bar = next((mm for mm in (50, 20, 10, 5, 2, 1) if mm*frame.scale < .3*w), 1)
     pen.line([(8, h - 8), (8 + bar*frame.scale, h - 8)], fill=QUIET, width=2)
-    write((8, h - 11), f'{bar} mm', 'lb', QUIET)
+    write((8, h - 13), f'{bar} mm', 'lb', QUIET)
     if title: write((6, 4), title, 'la')
     return np.asarray(picture)
 
@@ -209,7 +211,7 @@ def paint_views(
     **options, # Of `paint`
 ) -> np.ndarray: # (H, n*W, 3) uint8
     "A scene from several sides."
-    return np.concatenate([paint(scene, view, size, **options) for view in views], 1)
+    return np.concatenate([paint(scene, view, size, title=None if i == 0 else '', **options) for i,view in enumerate(views)], 1)
 
 def paint_side_by_side(
     scenes:dict, # Title -> `Scene`
@@ -220,9 +222,5 @@ def paint_side_by_side(
     "Several scenes at the same place and scale, to compare them."
     together = Scene()
     together.lines,together.slices,together.points = ([x for s in scenes.values() for x in getattr(s, kind)] for kind in ('lines', 'slices', 'points'))
-    frame,pictures = frame_of(together, view, size), []
-    for title,scene in scenes.items():
-        titled = Scene(title)
-        titled.lines,titled.slices,titled.points = scene.lines,scene.slices,scene.points
-        pictures.append(paint(titled, frame, **options))
-    return np.concatenate(pictures, 1)
+    frame = frame_of(together, view, size)
+    return np.concatenate([paint(scene, frame, title=title, **options) for title,scene in scenes.items()], 1)

@@ -85,7 +85,9 @@ class Slices:
         affine, # (4, 4) voxel centres to RAS mm
         position_mm=None, # (3,) where to cut; None: the middle of the volume
         name:str='volume',
+        planes:str='xyz', # Which cuts are shown: those across x, y and z
     ):
+        self.planes = planes
         volume = np.asarray(volume.detach().cpu() if isinstance(volume, torch.Tensor) else volume, dtype=np.float32)
         self.volume,self.affine,self.name = np.nan_to_num(volume[..., 0] if volume.ndim == 4 else volume),np.asarray(affine, dtype=np.float64),name
         shown = self.volume[self.volume != 0]
@@ -142,8 +144,8 @@ class Scene:
         self.lines.append(LineSet(lines.lines if isinstance(lines, Tractogram) else lines, name, colour, **known))
         return self
 
-    def add_slices(self, volume, affine, position_mm=None, name:str='volume') -> 'Scene':
-        self.slices.append(Slices(volume, affine, position_mm, name))
+    def add_slices(self, volume, affine, position_mm=None, name:str='volume', planes:str='xyz') -> 'Scene':
+        self.slices.append(Slices(volume, affine, position_mm, name, planes))
         return self
 
     def add_points(self, positions, colour=PALETTE[4], size:float=5., name:str='points') -> 'Scene':
@@ -241,7 +243,7 @@ def scene_of_batch(
     owner = np.concatenate([np.full(which.stop - which.start, s) for s,which in who.items()])
     scene = Scene(f"{who.subset} batch {who.index} of epoch {who.epoch}")
     if group := getattr(batch_loader, 'input_group_name', None):
-        scene.add_slices(subset.get_volume(subject, group), subset.grid(subject, group).affine, name=f"{group} of {subset.subjects[subject]}")
+        scene.add_slices(subset.get_volume(subject, group), subset.grid(subject, group).affine, name=f"{group} of {subset.subjects[subject]}", planes='z')
     shown = np.flatnonzero(owner == subject) if only else np.arange(len(owner))
     legend = {'subject': subset.subjects}
     scene.add_lines(batch_in_world(batch, batch_loader)[shown.tolist()], 'lines', labels={'subject': owner[shown]}, legends=legend)

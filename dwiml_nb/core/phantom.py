@@ -26,8 +26,8 @@ from .ragged import Ragged
 from .space import Grid, convert, inside
 from .lines import lengths_of, resample_step
 from .tractograms import Tractogram, save_tractogram
-from .sh import (degree_scales, fit_attenuation, image_axes, sh_basis, sh_degrees, sh_size, choose_shell, standardize_per_degree,
-                              strongest_peak, write_gradients, write_sh, zero_outside)
+from .sh import (choose_shell, fit_attenuation, image_axes, sh_basis, sh_degrees, sh_size, strongest_peak, write_fit,
+                              write_gradients)
 
 # %% ../../nbs/00_core/09_phantom.ipynb #ee3dcbec
 def centreline(
@@ -337,8 +337,7 @@ def write_subject(
                       'anat/t1': s.brain*(400 + 500*s.fractions.sum(0).clip(0, 1)).astype(np.int16)}.items(): save_volume(data, s.grid, folder/f'{name}.nii.gz')
     write_gradients(s.bvals, s.bvecs, folder/'dwi/dwi.bval', folder/'dwi/dwi.bvec', s.grid.affine)
     raw = fit_attenuation(s.dwi, s.bvals, s.bvecs, s.brain, s.order)
-    mean,scales = degree_scales(raw, s.brain)
-    write_sh(zero_outside(standardize_per_degree(raw, s.brain), s.brain), s.grid.affine, folder/'dwi/sh.nii.gz', choose_shell(s.bvals)[2], mean=mean, scales=scales)
+    write_fit(raw, s.brain, s.grid.affine, folder/'dwi/sh.nii.gz', choose_shell(s.bvals)[2])
     save_volume(strongest_peak(raw, s.white), s.grid, folder/'dwi/peaks.nii.gz')
     write_truth(folder, s)
     return folder

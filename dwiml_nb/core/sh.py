@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Convention', 'B0_MAX', 'BASIS', 'sh_size', 'sh_degrees', 'image_axes', 'flip_bvecs', 'read_gradients', 'check_bvecs',
            'write_gradients', 'shells_of', 'choose_shell', 'sh_basis', 'fit_attenuation', 'check_dwi', 'degree_scales',
-           'zero_outside', 'standardize_per_degree', 'fit_sh', 'write_sh', 'sh_json', 'peak_sampling', 'strongest_peak']
+           'zero_outside', 'standardize_per_degree', 'fit_sh', 'peak_sampling', 'strongest_peak', 'write_sh', 'sh_json',
+           'write_fit', 'fit_sh_files']
 
 # %% ../../nbs/00_core/08_sh.ipynb #b41e560f
 import warnings
@@ -19,6 +20,7 @@ from dipy.core.geometry import cart2sphere
 from dipy.reconst.shm import real_sh_descoteaux, smooth_pinv, sph_harm_ind_list
 from .errors import DataProblem
 from .files import atomic_file, write_json
+from .space import grid_of, same_grid
 from .sphere import sphere_vertices
 
 # %% ../../nbs/00_core/08_sh.ipynb #eed48122
@@ -236,26 +238,6 @@ def fit_sh(
     raw = fit_attenuation(dwi, bvals, bvecs, mask, order, shell)
     return zero_outside(standardize_per_degree(raw, mask), mask)
 
-# %% ../../nbs/00_core/08_sh.ipynb #35b52394
-def write_sh(
-    sh, # (X, Y, Z, c)
-    affine, # (4, 4)
-    path, # .nii.gz
-    shell:float=None, # b-value of the shell, for the record
-    **more, # Anything else worth recording
-):
-    "Write SH coefficients with a JSON beside them that names basis, order, shell and frame."
-    if not str(path).endswith(('.nii', '.nii.gz')): raise DataProblem("an SH volume is written as NIfTI", expected=".nii or .nii.gz", found=Path(path).name)
-    with atomic_file(path) as tmp: nib.save(nib.Nifti1Image(np.asarray(sh, np.float32), affine), tmp)
-    write_json({'basis': BASIS, 'legacy': False, 'order': int(sh_degrees(np.shape(sh)[-1])[-1]), 'shell': shell, 'frame': 'image',
-                'signal': 'shell / mean b0', 'standardization': 'per_degree', 'outside': 'zero', **more}, sh_json(path))
-
-def sh_json(
-    path, # .nii.gz
-) -> Path:
-    "Where the description of an SH file is."
-    return Path(str(path).removesuffix('.gz').removesuffix('.nii') + '.json')
-
 # %% ../../nbs/00_core/08_sh.ipynb #65fb9018
 @lru_cache
 def peak_sampling(
@@ -281,3 +263,63 @@ def strongest_peak(
     best = [(part @ matrix.T.astype(np.float32)).argmax(1) for part in np.array_split(inside, len(inside)//10_000 + 1)]
     out[mask] = vertices[np.concatenate(best)]
     return out
+
+# %% ../../nbs/00_core/08_sh.ipynb #35b52394
+def write_sh(
+    sh, # (X, Y, Z, c)
+    affine, # (4, 4)
+    path, # .nii.gz
+    shell:float=None, # b-value of the shell, for the record
+    **more, # Anything else worth recording
+):
+    "Write SH coefficients with a JSON beside them that names basis, order, shell and frame."
+    if not str(path).endswith(('.nii', '.nii.gz')): raise DataProblem("an SH volume is written as NIfTI", expected=".nii or .nii.gz", found=Path(path).name)
+    with atomic_file(path) as tmp: nib.save(nib.Nifti1Image(np.asarray(sh, np.float32), affine), tmp)
+    write_json({'basis': BASIS, 'legacy': False, 'order': int(sh_degrees(np.shape(sh)[-1])[-1]), 'shell': shell, 'frame': 'image',
+                'signal': 'shell / mean b0', 'standardization': 'per_degree', 'outside': 'zero', **more}, sh_json(path))
+
+def sh_json(
+    path, # .nii.gz
+) -> Path:
+    "Where the description of an SH file is."
+    return Path(str(path).removesuffix('.gz').removesuffix('.nii') + '.json')
+
+# %% ../../nbs/00_core/08_sh.ipynb #a83766ef
+def write_fit(
+    raw, # (X, Y, Z, c) from `fit_attenuation`
+    mask, # (X, Y, Z) brain
+    affine, # (4, 4)
+    path, # .nii.gz
+    shell:float=None, # b-value, for the record
+    **more, # Anything else worth recording
+):
+    "Standardise raw SH (one scale per degree, zero outside) and write them with their description."
+    mean,scales = degree_scales(raw, mask)
+    write_sh(zero_outside(standardize_per_degree(raw, mask), mask), affine, path, shell, mean=mean, scales=scales, **more)
+
+# %% ../../nbs/00_core/08_sh.ipynb #7904d55f
+def fit_sh_files(
+    dwi, # NIfTI, 4-D
+    bvals, # Text file
+    bvecs, # Text file
+    mask, # NIfTI, brain
+    out, # .nii.gz to write, with a JSON beside it
+    order:int=8, # Highest degree: 6 needs 28 directions, 8 needs 45
+    shell:float=None, # b-value; the highest when not given
+    convention:Convention='fsl', # Whose axes the b-vectors use
+    peaks=None, # .nii.gz for the strongest peaks as well
+    overwrite:bool=False,
+) -> Path: # The SH file
+    "Prepare a subject's model input from its files."
+    for file in (dwi, mask):
+        if not Path(file).is_file(): raise DataProblem("no such image", file=file)
+    for file in (out, peaks):
+        if file is not None and Path(file).exists() and not overwrite: raise DataProblem("the file exists already", file=file, do="choose another name, or ask to overwrite it.")
+    img,mask_img = nib.load(dwi), nib.load(mask)
+    if len(img.shape) == 4 and not same_grid(grid_of(img), grid_of(mask_img), atol=1e-3): raise DataProblem("the brain mask is on another grid than the DWI", expected=grid_of(img), found=grid_of(mask_img), file=mask)
+    brain,gradients = np.asarray(mask_img.dataobj) > 0, read_gradients(bvals, bvecs, img.affine, convention)
+    raw = fit_attenuation(img.dataobj, *gradients, brain, order, shell)
+    write_fit(raw, brain, img.affine, out, choose_shell(gradients[0], shell)[2], convention_of_bvecs=convention)
+    if peaks is not None:
+        with atomic_file(peaks) as tmp: nib.save(nib.Nifti1Image(strongest_peak(raw, brain), img.affine), tmp)
+    return Path(out)

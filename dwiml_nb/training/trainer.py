@@ -428,7 +428,7 @@ def params(self:DWIMLTrainer) -> dict:
     dataset,loader = self.batch_sampler.dataset,self.batch_loader
     return {'trainer': {'class': class_path(self), 'params': self.own_params}, 'model': {'class': class_path(self.model), 'params': self.model.params_for_checkpoint},
             'sampler': {'class': class_path(self.batch_sampler), 'params': self.batch_sampler.params}, 'loader': {'class': class_path(loader), 'params': loader.params},
-            'dataset': {'class': class_path(dataset), 'hdf5_file': str(Path(dataset.hdf5_file).absolute()), 'lazy': bool(getattr(dataset, 'lazy', False))},
+            'dataset': {'class': class_path(dataset), 'hdf5_file': str(Path(dataset.path).absolute()), 'lazy': bool(getattr(dataset, 'lazy', False))},
             'study': self.study_params, 'num_threads': torch.get_num_threads(), 'device': str(self.device)}
 
 # %% ../../nbs/06_training/05_trainer.ipynb #ddd76c0c

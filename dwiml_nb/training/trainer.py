@@ -165,13 +165,14 @@ def batches(self:DWIMLTrainer,
     phase:str, # 'training' or 'validation'
     epoch:int,
     start:int=0, # First batch wanted
-): # -> generator of `Batch`
+): # -> iterator of `Batch`
     "The batches of an epoch, from `start` on, made here or by workers."
     ids = itertools.islice(self.batch_sampler.batches(phase, epoch, start=start), self.nb_batches(phase, epoch) - start)
     collate = self.batch_loader.load_batch_streamlines
     if not self.nb_cpu_processes: return map(collate, ids)
-    return DataLoader(JustTheIds(), sampler=ids, batch_size=None, collate_fn=collate, num_workers=self.nb_cpu_processes, worker_init_fn=calm_worker,
-                      pin_memory=self.device.type == 'cuda', generator=torch.Generator())
+    workers = DataLoader(JustTheIds(), sampler=ids, batch_size=None, collate_fn=collate, num_workers=self.nb_cpu_processes, worker_init_fn=calm_worker,
+                         pin_memory=self.device.type == 'cuda', generator=torch.Generator())
+    return iter(workers)        # an iterator: tqdm would start a second set of workers, on ids that are used up
 
 # %% ../../nbs/06_training/05_trainer.ipynb #1575cbc2
 @patch

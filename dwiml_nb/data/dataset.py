@@ -65,6 +65,9 @@ class MultiSubjectDataset:
         self.all_groups = groups_of(self.file.handle[self.first_subject]) if self.first_subject else ([], [])
         self.choose_groups(*self.all_groups)
 
+    @property
+    def hdf5_file(self): return self.file.path
+
     def choose_groups(self, volume_groups, streamline_groups):
         "Use these groups, in this order."
         self.volume_groups,self.streamline_groups = list(volume_groups), list(streamline_groups)

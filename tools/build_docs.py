@@ -275,7 +275,8 @@ def readme():
     def relink(match):
         url = match[1]
         return match[0] if urlparse(url).scheme or url.startswith("#") else f"]({os.path.normpath(os.path.join('nbs', url))})"
-    return re.sub(r"\]\(([^)\s]+)\)", relink, "\n\n".join(parts)) + "\n"
+    text = "\n\n".join(parts).replace("\n```\n\n```python\n", "\n\n")  # neighbouring cells become one block
+    return re.sub(r"\]\(([^)\s]+)\)", relink, text) + "\n"
 
 
 def main():

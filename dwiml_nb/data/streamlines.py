@@ -7,7 +7,6 @@ __all__ = ['ORIGINS', 'mapped_address', 'read_coalesced', 'StoredRows', 'stored_
 
 # %% ../../nbs/02_data/01_streamlines.ipynb #945b4b9a
 import os
-import h5py
 import numpy as np
 import torch
 from fastcore.basics import patch

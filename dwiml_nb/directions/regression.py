@@ -28,10 +28,11 @@ class CosineRegressionDG(DirectionGetter):
         normalize_outputs:float=False, # Length given to output directions; False leaves them
         axis_head:bool=False, # Six more outputs: the axis of the bundle, for first steps
         axis_weight:float=1., # How much the axis counts beside the direction
+        second_step_weight:float=0., # With an axis head: how much the step after the first counts besides
     ):
         super().__init__(input_size, 3 + bool(add_eos) + 6*bool(axis_head), dropout, add_eos, eos_weight)
         self.normalize_targets,self.normalize_outputs = normalize_targets,normalize_outputs
-        self.axis_head,self.axis_weight = bool(axis_head), float(axis_weight)
+        self.axis_head,self.axis_weight,self.second_step_weight = bool(axis_head), float(axis_weight), float(second_step_weight)
 
     def forward(self, 
         x:Tensor, # (M, D)
@@ -50,7 +51,8 @@ def direction_terms(self:CosineRegressionDG,
     target = dirs.data if self.normalize_targets is None else float(self.normalize_targets)*unit(dirs.data)
     cosine = 1 - F.cosine_similarity(rows[:, :3], target.to(rows.dtype), dim=1)
     if not self.axis_head: return [(cosine, None)]
-    return [(cosine, dirs.point_index > 0), (self.axis_weight*axis_losses(rows[:, -6:], target.to(rows.dtype)), None)]
+    terms = [(cosine, dirs.point_index > 0), (self.axis_weight*axis_losses(rows[:, -6:], target.to(rows.dtype)), None)]
+    return terms + [(self.second_step_weight*cosine, dirs.point_index == 1)]*(self.second_step_weight > 0)
 
 # %% ../../nbs/04_directions/02_regression.ipynb #286d7aca
 @patch

@@ -9,7 +9,6 @@ __all__ = ['SUBJECTS', 'BUNDLES', 'load_human_bundles', 'orient_alike', 'human_b
 # %% ../../nbs/00_core/10_human_bundles.ipynb #796e45ae
 import io
 import zipfile
-import numpy as np
 import nibabel as nib
 import torch
 from functools import lru_cache

@@ -156,14 +156,14 @@ def check_model(
     **kwargs, # Constructor arguments, for a class
 ) -> dict: # promise -> what was measured
     "Check every promise of a model, printing one line each."
-    if isinstance(model, type): model = model(**kwargs)
+    model = model(**kwargs) if isinstance(model, type) else copy.deepcopy(model).to('cpu')
     if nb_columns is None: nb_columns = (getattr(model, 'nb_features', None) or 4)*getattr(model, 'nb_neighbors', 1)
     inputs,lines = batch_for_checks(nb_columns)
     checks = {'learns': check_learns, 'gradients': check_gradients, 'lines are alone': check_lines_are_alone,
               'tracking': check_tracking, 'folder': check_folder}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        found = {name: check(model.to('cpu'), inputs, lines) for name,check in checks.items()}
+        found = {name: check(model, inputs, lines) for name,check in checks.items()}
     for name,what in found.items(): print(f"{name:16} {what}")
     return found
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import cache
 import numpy as np
 from fastcore.basics import patch
-from .painter import VIEWS, View
+from .painter import VIEWS, view_from
 from .scene import LineSet, PointSet, Scene, Slices
 from .theme import INK, PAPER, rgba
 
@@ -155,7 +155,7 @@ class Stage:
         scene:Scene,
         size:tuple=(600, 450), # (W, H) pixels
         window:str='offscreen', # 'offscreen', or 'jupyter' for a canvas
-        fine:bool=False, # Smooth, and slower
+        fine:bool=False, # Smooth edges, and slower
     ):
         from fury.window import Scene as FuryScene
         from fury.lib import OrbitController, PerspectiveCamera
@@ -163,7 +163,7 @@ class Stage:
         self.fury_scene = FuryScene(background=tuple(rgba(PAPER).tolist()))
         with quiet_runtime_folder():
             self.manager = on_demand_manager()(scene=self.fury_scene, camera=self.camera, controller=OrbitController(self.camera), size=size,
-                                               window_type=window, pixel_ratio=2 if fine else 1)
+                                               window_type=window, pixel_ratio=1)
         self.manager.renderer.ppaa = 'ddaa' if fine else 'none'
         self.manager.screens[0].controller.register_events(self.manager.screens[0].viewport)
         self.lines,self.slices,self.points,self.letters = [],[],[],[]
@@ -221,11 +221,11 @@ def refresh(self:Stage):
 # %% ../../nbs/08_viz/03_stage.ipynb #7430107a
 @patch
 def look(self:Stage,
-    view=None, # A `View`, or the name of one; None: obliquely, from behind and above
+    view=None, # A `View`, or the name of one; None: obliquely, from behind, right and above
     zoom:float=1.,
 ):
     "Point the camera at the whole scene."
-    view = VIEWS[view] if isinstance(view, str) else view or View((.87, -.5, 0), (.17, .30, .94))
+    view = VIEWS[view] if isinstance(view, str) else view or view_from(30, 30)
     bounds = self.scene.bounds
     radius = float(np.linalg.norm(bounds[1] - bounds[0]))/2
     towards = np.asarray(view.towards, dtype=np.float64)

@@ -21,7 +21,7 @@ from scipy.interpolate import CubicSpline
 from scipy.ndimage import binary_dilation, binary_erosion
 from scipy.spatial import cKDTree
 from .errors import DataProblem
-from .files import atomic_file, progress, write_json
+from .files import atomic_file, can_be_made_again, progress, write_json
 from .ragged import Ragged
 from .space import Grid, convert, inside
 from .lines import lengths_of, resample_step
@@ -333,13 +333,14 @@ def write_subject(
 ) -> Path: # The folder
     "Write a simulated subject the way a laboratory would keep it, with the truth beside it."
     folder,s = Path(folder), subject
-    for name,data in {'dwi/dwi': s.dwi, 'masks/brain': s.brain, 'masks/wm': s.white, 'masks/seeds': s.seeds,
-                      'anat/t1': s.brain*(400 + 500*s.fractions.sum(0).clip(0, 1)).astype(np.int16)}.items(): save_volume(data, s.grid, folder/f'{name}.nii.gz')
-    write_gradients(s.bvals, s.bvecs, folder/'dwi/dwi.bval', folder/'dwi/dwi.bvec', s.grid.affine)
-    raw = fit_attenuation(s.dwi, s.bvals, s.bvecs, s.brain, s.order)
-    write_fit(raw, s.brain, s.grid.affine, folder/'dwi/sh.nii.gz', choose_shell(s.bvals)[2])
-    save_volume(strongest_peak(raw, s.white), s.grid, folder/'dwi/peaks.nii.gz')
-    write_truth(folder, s)
+    with can_be_made_again():
+        for name,data in {'dwi/dwi': s.dwi, 'masks/brain': s.brain, 'masks/wm': s.white, 'masks/seeds': s.seeds,
+                          'anat/t1': s.brain*(400 + 500*s.fractions.sum(0).clip(0, 1)).astype(np.int16)}.items(): save_volume(data, s.grid, folder/f'{name}.nii.gz')
+        write_gradients(s.bvals, s.bvecs, folder/'dwi/dwi.bval', folder/'dwi/dwi.bvec', s.grid.affine)
+        raw = fit_attenuation(s.dwi, s.bvals, s.bvecs, s.brain, s.order)
+        write_fit(raw, s.brain, s.grid.affine, folder/'dwi/sh.nii.gz', choose_shell(s.bvals)[2])
+        save_volume(strongest_peak(raw, s.white), s.grid, folder/'dwi/peaks.nii.gz')
+        write_truth(folder, s)
     return folder
 
 # %% ../../nbs/00_core/09_phantom.ipynb #facf5683

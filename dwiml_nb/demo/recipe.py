@@ -6,7 +6,6 @@
 __all__ = ['recipe_model', 'recipe_trainer', 'recipe_tracker']
 
 # %% ../../nbs/12_demo/00_recipe.ipynb #3b11d6a5
-from pathlib import Path
 import torch
 from ..batch.loader import DWIMLBatchLoaderOneInput
 from ..batch.sampler import DWIMLBatchIDSampler

@@ -6,8 +6,8 @@
 __all__ = ['DISK_FULL', 'load_volume', 'default_mask', 'union_mask', 'standardize', 'standardized_part', 'volume_of',
            'LinesReport', 'check_finite', 'tidy', 'LineOptions', 'compress_lines', 'place_points', 'leaves_volume',
            'StoredLines', 'lines_of_file', 'lines_of', 'connectivity_of', 'write_volume', 'write_streamlines',
-           'write_root', 'SubjectReport', 'add_group', 'add_subject', 'make_part', 'add_subjects', 'StudySummary',
-           'check_target', 'check_room', 'create_study', 'write_study']
+           'write_root', 'SteadyFile', 'steady_hdf5', 'SubjectReport', 'add_group', 'add_subject', 'make_part',
+           'add_subjects', 'StudySummary', 'check_target', 'check_room', 'create_study', 'write_study']
 
 # %% ../../nbs/01_study/02_create.ipynb #beae8c17
 import errno
@@ -20,7 +20,7 @@ import time
 import warnings as python_warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -318,6 +318,44 @@ def write_root(
         file.attrs[key] = NOT_DEFINED if value is None else value
     file.attrs.update({'groups_config_json': json.dumps(config), 'dwiml_nb_format': FORMAT_VERSION, 'dwiml_nb_version': dwiml_nb.__version__})
 
+# %% ../../nbs/01_study/02_create.ipynb #fb6af9e7
+class SteadyFile:
+    "A file for h5py to write to, which keeps the first error for `check` instead of letting HDF5 see it."
+    def __init__(self,
+        path, # File to make
+    ):
+        self.file,self.error = open(path, 'w+b', buffering=0), None
+    def check(self):
+        "Raise the error, if there was one."
+        if self.error is not None: raise self.error
+    def attempt(self, f, *args):
+        if self.error is not None: return 0
+        try: return f(*args)
+        except OSError as e: self.error = e
+        return 0
+    def write(self, data):
+        data,done = memoryview(data).cast('B'), 0
+        while self.error is None and done < len(data): done += self.attempt(self.file.write, data[done:])
+        return len(data)
+    def truncate(self, size=None): return self.attempt(self.file.truncate, size)
+    def read(self, n=-1): return self.file.read(n)
+    def readinto(self, buffer): return self.file.readinto(buffer)
+    def seek(self, *args): return self.file.seek(*args)
+    def tell(self): return self.file.tell()
+    def flush(self): pass
+    def close(self): self.file.close()
+
+@contextmanager
+def steady_hdf5(
+    path, # File to make
+): # -> the open HDF5 file, and a function that raises if writing has failed so far
+    "An HDF5 file to write; a failed write is raised as `OSError`, never a crash."
+    steady = SteadyFile(path)
+    try:
+        with h5py.File(steady, 'w') as f: yield f, steady.check
+        steady.check()
+    finally: steady.close()
+
 # %% ../../nbs/01_study/02_create.ipynb #b97f54b6
 @dataclass
 class SubjectReport:
@@ -377,7 +415,7 @@ def make_part(
 ) -> SubjectReport:
     "Make one subject in a file of its own."
     torch.set_num_threads(1)
-    with h5py.File(path, 'w') as f: return add_subject(f, src, specs, options, intermediate)
+    with steady_hdf5(path) as (f, _): return add_subject(f, src, specs, options, intermediate)
 
 def add_subjects(
     file, # HDF5 file
@@ -386,18 +424,23 @@ def add_subjects(
     n_procs:int=1, # Processes
     parts=None, # Folder for part files, when there are several processes
     intermediate=None,
+    check=lambda: None, # Raises when writing has failed
 ) -> list: # of `SubjectReport`
     "Make all subjects of a study, in the order of the lists."
-    todo = list(sources.subjects.values())
-    if n_procs <= 1: return [add_subject(file, s, sources.specs, options, intermediate) for s in progress(todo, 'creating study', unit='subject')]
-    reports,paths = [], [Path(parts)/f'{i}.hdf5' for i in range(len(todo))]
+    todo,reports = list(sources.subjects.values()), []
+    if n_procs <= 1:
+        for s in progress(todo, 'creating study', unit='subject'):
+            reports.append(add_subject(file, s, sources.specs, options, intermediate))
+            check()
+        return reports
+    paths = [Path(parts)/f'{i}.hdf5' for i in range(len(todo))]
     with ProcessPoolExecutor(min(n_procs, len(todo)), mp_context=multiprocessing.get_context('spawn')) as pool:
         jobs = [pool.submit(make_part, p, s, sources.specs, options, intermediate) for p,s in zip(paths, todo)]
         try:
             for job,path,s in progress(list(zip(jobs, paths, todo)), 'creating study', unit='subject'):
                 reports.append(job.result())
                 with h5py.File(path, 'r') as part: part.copy(s.subject, file)
-                path.unlink()
+                path.unlink(); check()
         except BrokenProcessPool as e:
             raise RuntimeError("A process that made a subject ended before it was done: out of memory (use fewer, n_procs), or a script that lacks "
                                "`if __name__ == '__main__':` around the call, which processes need.") from e
@@ -498,9 +541,9 @@ def write_study(
     parts = tempfile.mkdtemp(prefix=f'.{path.stem}.parts.', dir=path.parent) if n_procs > 1 else None
     try:
         with atomic_file(path) as tmp:
-            with h5py.File(tmp, 'w') as f:
+            with steady_hdf5(tmp) as (f, check):
                 write_root(f, sources.lists, config, options)
-                reports = add_subjects(f, sources, options, n_procs, parts, intermediate)
+                reports = add_subjects(f, sources, options, n_procs, parts, intermediate, check)
                 raise_problems([p for r in reports for p in r.problems], "the contents of the sources; nothing was written")
             open_study(tmp).close()
         return reports

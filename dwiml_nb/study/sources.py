@@ -31,7 +31,8 @@ def find_files(
     found,bad = [], []
     for pattern in patterns:
         hits = sorted(Path(p) for p in glob.glob(str(Path(glob.escape(str(folder)))/pattern))) if '*' in pattern else [Path(folder)/pattern]
-        if not hits: bad.append(DataProblem(f"nothing matches '{pattern}'", expected="at least one file", found=sorted(p.name for p in Path(folder).iterdir())[:8],
+        nearby = next(p for p in (Path(folder)/pattern).parents if p.is_dir())
+        if not hits: bad.append(DataProblem(f"nothing matches '{pattern}'", expected="at least one file", found=f"in {nearby.name}: {', '.join(sorted(p.name for p in nearby.iterdir())[:8]) or 'nothing'}",
                                             do="check the pattern in the config.", file=Path(folder)/pattern))
         bad += [DataProblem("no such file", file=p, do="check the path in the config.") for p in hits if not p.is_file()]
         bad += [DataProblem("a file is listed twice in one group", file=p) for p in hits if p in found]
@@ -100,6 +101,7 @@ class SubjectSources:
     grid:Grid = None # Of the first volume: all else must fit it
     nb_features:dict = field(default_factory=dict) # volume group -> number of features
     dps:dict = field(default_factory=dict) # streamlines group -> {name: columns}
+    incomplete:set = field(default_factory=set) # Groups with a file that is missing and should not be
 
 # %% ../../nbs/01_study/01_sources.ipynb #ac370306
 def placed(
@@ -136,6 +138,7 @@ def find_sources(
         soft = [p for p in missing if skip_missing and not p.problem.startswith('a file is listed twice')]
         warn.extend(f"{p} It is left out." for p in soft)
         bad.extend(p for p in missing if p not in soft)
+        if len(soft) < len(missing): src.incomplete.add(group)
         return found
     for g,spec in specs.items():
         src.files[g] = find(spec.files, g)
@@ -196,7 +199,7 @@ def check_volume(
         if check_on_grid(src, p, g, bad) not in (1, None): bad.append(DataProblem("a mask has one value a voxel", expected="a 3D image", found="4D", subject=src.subject, group=g, file=p))
     if spec.standardization == 'per_degree':
         for n in counts: n and attempt(bad, sh_degrees, n, subject=src.subject, group=g)
-    if counts and None not in counts: src.nb_features[g] = sum(counts)
+    if counts and None not in counts and g not in src.incomplete: src.nb_features[g] = sum(counts)
     assumed = check_frame(src, spec, bad) and src.nb_features.get(g, 1) > 1             # one number a voxel has no direction
     warn = [f"subject {src.subject}, group {g}: the grid is oblique and the config names no frame; directions are taken to be in image axes."] if assumed else []
     return bad, warn

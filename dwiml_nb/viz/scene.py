@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pen_rows', 'pen_positions', 'LineSet', 'colours_by', 'Slices', 'PointSet', 'Scene', 'Pick', 'pick', 'batch_in_world',
-           'scene_of_batch']
+           'scene_of_batch', 'scene_of_subject']
 
 # %% ../../nbs/08_viz/01_scene.ipynb #000d48f0
 from dataclasses import dataclass
@@ -249,4 +249,23 @@ def scene_of_batch(
     scene.add_lines(batch_in_world(batch, batch_loader)[shown.tolist()], 'lines', labels={'subject': owner[shown]}, legends=legend)
     if batch.targets is not batch.lines:
         scene.add_lines(batch_in_world(batch, batch_loader, targets=True)[shown.tolist()], 'targets', '#b0b0b0')
+    return scene
+
+# %% ../../nbs/08_viz/01_scene.ipynb #2bace5f5
+def scene_of_subject(
+    subset, # A subset of a loaded `MultiSubjectDataset`
+    subject:int, # Its number in the subset
+    streamline_group_name:str=None, # None: no lines
+    input_group_name:str=None, # None: no volume
+    max_lines:int=2000, # The most lines to read
+) -> Scene:
+    "Lines of a subject over its volume, in RAS mm."
+    scene = Scene(subset.subjects[subject])
+    if input_group_name:
+        scene.add_slices(subset.get_volume(subject, input_group_name), subset.grid(subject, input_group_name).affine, name=input_group_name)
+    if streamline_group_name:
+        n = int(subset.nb_streamlines(streamline_group_name)[subject])
+        ids = np.sort(np.random.default_rng(0).permutation(n)[:max_lines])
+        lines = convert(subset.get_lines(subject, streamline_group_name, ids), subset.grid(subject, streamline_group_name), 'vox', 'rasmm')
+        scene.add_lines(lines, streamline_group_name if n == len(ids) else f"{streamline_group_name} ({len(ids):,} of {n:,})")
     return scene

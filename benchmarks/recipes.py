@@ -25,10 +25,10 @@ CHOSEN_ON,CHOSEN_FOLD = 'sub_4', 'sub_3'        # the fold that holds sub_3 out 
 KEPT = ('VB', 'VS', 'IB', 'NC', 'OL', 'OR', 'F1', 'nb_lines')
 WAYS = {                                        # name -> changes to the recipe: model, training, tracking
     'the recipe': {},
-    'nothing off track': dict(training=dict(off_track_mm=0.)),
-    'no neighbours': dict(model=dict(neighborhood_type=None, neighborhood_radius=None, neighborhood_resolution=None)),
-    'no axis head, first step along the peak': dict(model=dict(dg_args={}), tracking=dict(first_direction='peaks:peaks')),
     'lines not widened': dict(training=dict(widen_mm=0.)),
+    'nothing off track': dict(training=dict(off_track_mm=0.)),
+    'no axis head, first step along the peak': dict(model=dict(dg_args={}), tracking=dict(first_direction='peaks:peaks')),
+    'no neighbours': dict(model=dict(neighborhood_type=None, neighborhood_radius=None, neighborhood_resolution=None)),
 }
 
 def commit() -> str:
@@ -96,7 +96,7 @@ def main():
     people = [f'sub_{k}' for k in range(1, 6)]
     if args.what == 'csd': jobs = [(one_csd, (p, args.cache)) for p in people if ('csd', 'dipy CSD', p, 1) not in done]
     elif args.what == 'folds': jobs = [(one_run, ('fold', 'the recipe', {}, p, p, s, args.nb_batches, args.cache)) for s in SEEDS for p in people if ('fold', 'the recipe', p, s) not in done]
-    else: jobs = [(one_run, ('attempt', way, changes, CHOSEN_FOLD, CHOSEN_ON, s, args.nb_batches, args.cache)) for s in SEEDS for way,changes in WAYS.items() if ('attempt', way, CHOSEN_ON, s) not in done]
+    else: jobs = [(one_run, ('attempt', way, changes, CHOSEN_FOLD, CHOSEN_ON, s, args.nb_batches, args.cache)) for way,changes in WAYS.items() for s in SEEDS if ('attempt', way, CHOSEN_ON, s) not in done]
     for fold in dict.fromkeys([a[3] for f,a in jobs if f is one_run] or (['sub_3', 'sub_1'] if jobs else [])): study(fold, args.cache)   # before the processes start
     if args.jobs == 1:
         for f,a in jobs: keep(f(*a))

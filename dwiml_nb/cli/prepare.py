@@ -6,7 +6,7 @@
 __all__ = ['dwiml_fit_sh']
 
 # %% ../../nbs/11_cli/02_prepare.ipynb #72c77d28
-from fastcore.script import Param, call_parse
+from .common import Param, call_parse
 from .common import plain_problems, switch
 from ..core.sh import fit_sh_files, sh_json
 

@@ -7,7 +7,7 @@ __all__ = ['dwiml_create_hdf5_dataset', 'dwiml_hdf5_describe']
 
 # %% ../../nbs/11_cli/01_study.ipynb #37f8542c
 import warnings
-from fastcore.script import Param, call_parse
+from .common import Param, call_parse
 from .common import plain_problems, switch
 from ..study.create import create_study
 from ..study.schema import describe_study

@@ -9,7 +9,7 @@ __all__ = ['dwiml_track_from_model', 'dwiml_score']
 import sys
 import numpy as np
 from typing import Literal
-from fastcore.script import Param, call_parse
+from .common import Param, call_parse
 from ..core.files import write_json
 from ..core.tractograms import load_tractogram
 from ..evaluation.bundles import score_tractogram

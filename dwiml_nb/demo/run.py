@@ -16,7 +16,7 @@ from time import perf_counter
 import numpy as np
 import torch
 import matplotlib.pyplot as plt
-from fastcore.script import call_parse
+from ..cli.common import call_parse
 from ..core.files import atomic_file, write_json
 from ..core.human_bundles import write_human_study
 from ..core.ragged import Ragged

@@ -186,7 +186,7 @@ def label(
     picture = Picture.fromarray(pixels)
     pen,font,(w,h) = ImageDraw.Draw(picture), ImageFont.load_default(14), frame.size
     def write(at, text, anchor, fill=INK): pen.text(at, text, fill=fill, anchor=anchor, font=font, stroke_width=2, stroke_fill='white')
-    for side,at,anchor in (('left', (6, h/2), 'lm'), ('right', (w - 6, h/2), 'rm'), ('top', (w/2, 4), 'ma'), ('bottom', (w/2, h - 4), 'md')):
+    for side,at,anchor in (('left', (6, h/2), 'lm'), ('right', (w - 6, h/2), 'rm'), ('top', (w/2, 4 if font.getlength(title) < w/2 - 20 else 22), 'ma'), ('bottom', (w/2, h - 4), 'md')):
         write(at, frame.view.letters[side], anchor)
     bar = next((mm for mm in (50, 20, 10, 5, 2, 1) if mm*frame.scale < .3*w), 1)
     pen.line([(8, h - 8), (8 + bar*frame.scale, h - 8)], fill=QUIET, width=2)

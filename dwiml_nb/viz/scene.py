@@ -93,7 +93,8 @@ class Slices:
         shown = self.volume[self.volume != 0]
         self.low,self.high = np.percentile(shown, [1, 99]).tolist() if len(shown) else (0., 1.)
         if self.low >= self.high: self.low,self.high = min(0., self.low),max(self.high, self.low + 1.)
-        self.low = min(self.low, 0.) if self.volume.min() >= 0 else self.low
+        if self.volume.min() >= 0: self.low = 0.
+        else: self.volume = np.where(self.volume == 0, self.low, self.volume)
         self.position_mm = np.asarray(self.bounds.mean(0) if position_mm is None else position_mm, dtype=np.float64)
 
     @property
@@ -175,8 +176,9 @@ def colour_by(self:Scene,
     colour, # A name of `colourings`, or a colour
     **scale,
 ) -> Scene:
-    "Colour all line sets that know `colour`; the others stay."
+    "Colour all line sets that know `colour`; the others stay, and so do those that were given one colour."
     for s in self.lines:
+        if isinstance(s.colour, str) and s.colour.startswith('#') and colour in self.colourings: continue
         if colour == 'direction' or colour in s.labels or colour in s.values or colour not in self.colourings: s.colour_by(colour, **scale)
     return self
 

@@ -6,9 +6,7 @@
 __all__ = ['dwiml_track_from_model', 'dwiml_score']
 
 # %% ../../nbs/11_cli/04_tracking.ipynb #f3050286
-import sys
 import numpy as np
-from typing import Literal
 from .common import Param, call_parse
 from ..core.files import write_json
 from ..core.tractograms import load_tractogram

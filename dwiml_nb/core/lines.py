@@ -10,7 +10,7 @@ __all__ = ['all_but_last', 'directions', 'unit', 'previous_directions', 'arc_pos
 # %% ../../nbs/00_core/04_lines.ipynb #8a2e2ee4
 import torch
 from torch import Tensor
-from .ragged import Ragged, as_ragged, rows_of
+from .ragged import Ragged, rows_of
 
 # %% ../../nbs/00_core/04_lines.ipynb #26f4a5b8
 def all_but_last(

@@ -7,11 +7,10 @@ __all__ = ['read_experiment', 'experiment_model', 'track_from_model', 'seeds_of_
 
 # %% ../../nbs/07_tracking/02_track.ipynb #ad878e5d
 from pathlib import Path
-import numpy as np
 import torch
 from ..core.errors import DataProblem
 from ..core.files import read_json
-from ..core.space import Grid, convert
+from ..core.space import convert
 from ..core.tractograms import Tractogram, save_tractogram, tractogram_format
 from ..data.dataset import MultiSubjectDataset
 from ..batch.loader import known_group

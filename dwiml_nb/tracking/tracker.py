@@ -234,7 +234,7 @@ def second_half(self:Tracker,
 ) -> tuple: # Ragged of points from the seeds on, (n,) stop codes
     "The other way from the seeds."
     walk,k = self.walk, max(1, self.model.nb_previous_dirs)
-    lines,codes = [None]*len(forward), torch.zeros(len(forward), dtype=torch.long, device=first.device)
+    codes = torch.zeros(len(forward), dtype=torch.long, device=first.device)
     alone = forward.lengths == 1
     halves = []
     for which in (~alone, alone):
@@ -256,8 +256,7 @@ def looking_back(self:Tracker,
 ) -> tuple: # the model's state, (n, k, 3) displacements in mm, most recent first
     "What the model knows at the seeds after coming back along the first half."
     back = reverse(forward)
-    way = back[torch.arange(len(back))]
-    lengths = (back.lengths - 1)
+    lengths = back.lengths - 1
     behind = Ragged.from_lengths(back.data[back.point_index < lengths.repeat_interleave(back.lengths)], lengths)     # all but the seed
     inputs = behind.with_data(self.walk.inputs(behind.data))
     state = self.model.warm_up(inputs, behind.with_data(behind.data*self.walk.scale))

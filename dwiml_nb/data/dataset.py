@@ -15,7 +15,7 @@ from ..core.files import progress
 from .subjects import MultisubjectSubset, SubjectData
 from .volumes import VolumeCache
 from ..study.schema import SUBSETS, StudyFile, attr_value, attr_words, group_grid, group_kind, html_table, columns, raise_problems, study_config
-from ..study.sources import is_oblique
+from ..study.sources import check_same, is_oblique
 
 # %% ../../nbs/02_data/03_dataset.ipynb #267a059a
 def groups_of(
@@ -37,16 +37,15 @@ def check_agreement(
     for s in subjects:
         there = groups_of(file.handle[s])
         for kind,wanted,found in zip(('volume', 'streamlines'), (volume_groups, streamline_groups), there):
-            bad += [DataProblem(f"the {kind} group is missing.{did_you_mean(g, found)}", expected=', '.join(wanted), found=', '.join(found) or 'none', do="create the study again, or load other groups or subjects.",
-                                subject=s, group=g, file=file.path) for g in wanted if g not in found]
+            bad += [DataProblem(f"the {kind} group is missing.{did_you_mean(g, found)}", expected=', '.join(wanted), found=', '.join(found) or 'none',
+                                do="create the study again, or load other groups or subjects.", subject=s, group=g, file=file.path)
+                    for g in wanted if g not in found]
         for g in set(volume_groups) & set(there[0]):
             n = file.handle[s][g]['data'].shape[3]
-            if n != nb_features[g]: bad.append(DataProblem("another number of features than in the first subject", expected=nb_features[g], found=n, subject=s, group=g, file=file.path))
-        for g in [*volume_groups, *streamline_groups]:
-            if g in there[0] + there[1]: orders.setdefault(group_grid(file.handle[s][g]).voxel_order, {})[s] = None
-    if len(orders) > 1: bad.append(DataProblem("voxel orders differ", expected="the same in all subjects", found='; '.join(f"{o} in {', '.join(ids)}" for o,ids in orders.items()),
-                                               do="reorient the subjects alike and create the study again.", file=file.path))
-    return bad
+            if n != nb_features[g]: bad.append(DataProblem("another number of features than in the first subject", expected=nb_features[g], found=n,
+                                                           subject=s, group=g, file=file.path))
+        orders |= {s: group_grid(file.handle[s][g]).voxel_order for g in [*volume_groups, *streamline_groups] if g in there[0] + there[1]}
+    return bad + check_same("voxel orders differ between subjects", orders, "reorient the subjects alike and create the study again.")
 
 # %% ../../nbs/02_data/03_dataset.ipynb #304dcde8
 class MultiSubjectDataset:
@@ -105,7 +104,8 @@ def chosen_groups(
     "The groups asked for, if they exist."
     if wanted is None: return list(known)
     wanted = [wanted] if isinstance(wanted, str) else list(wanted)
-    raise_problems((DataProblem(f"no {kind} group '{g}' in the study.{did_you_mean(g, known)}", expected=', '.join(known) or 'none', found=g, file=path) for g in wanted if g not in known), f"the groups asked of {path}")
+    raise_problems((DataProblem(f"no {kind} group '{g}' in the study.{did_you_mean(g, known)}", expected=', '.join(known) or 'none', found=g, file=path)
+                    for g in wanted if g not in known), f"the groups asked of {path}")
     return wanted
 
 # %% ../../nbs/02_data/03_dataset.ipynb #cceb7969
@@ -123,13 +123,16 @@ def load_data(self:MultiSubjectDataset,
     lines = chosen_groups(streamline_groups, self.all_groups[1], 'streamlines', self.path)
     only = None if subj_id is None else [subj_id] if isinstance(subj_id, str) else list(subj_id)
     everybody = [s for ids in self.subjects.values() for s in ids]
-    raise_problems((DataProblem(f"no subject '{s}' in the study.{did_you_mean(s, everybody)}", expected=', '.join(everybody), found=s, file=self.path) for s in only or [] if s not in everybody), f"the subjects asked of {self.path}")
-    wanted = {name: [s for s in self.subjects[name] if load and (only is None or s in only)] for name,load in zip(SUBSETS, (load_training, load_validation, load_testing))}
+    raise_problems((DataProblem(f"no subject '{s}' in the study.{did_you_mean(s, everybody)}", expected=', '.join(everybody), found=s, file=self.path)
+                    for s in only or [] if s not in everybody), f"the subjects asked of {self.path}")
+    wanted = {name: [s for s in self.subjects[name] if load and (only is None or s in only)]
+              for name,load in zip(SUBSETS, (load_training, load_validation, load_testing))}
     ids = [s for subset in wanted.values() for s in subset]
     raise_problems(check_agreement(self.file, ids, volumes, lines, self.features_of(volumes)), f"the study {self.path}")
     self.choose_groups(volumes, lines)
     self.cache.clear()
-    made = {s: SubjectData(self.file, s, volumes, lines, self.lazy, self.cache) for s in progress(ids, 'loading study', unit='subject', disable=True if self.lazy else None)}
+    bar = progress(ids, 'loading study', unit='subject', disable=True if self.lazy else None)
+    made = {s: SubjectData(self.file, s, volumes, lines, self.lazy, self.cache) for s in bar}
     self.subsets = {name: MultisubjectSubset(name, [made[s] for s in subset]) for name,subset in wanted.items()}
     self.tell_frame()
     return self
@@ -138,9 +141,10 @@ def load_data(self:MultiSubjectDataset,
 @patch
 def tell_frame(self:MultiSubjectDataset):
     "Say once that image axes are assumed, where that matters."
-    unsaid = {s.subj_id: g for subset in self.subsets.values() for s in subset.data for g,v in s.volumes.items() if v.frame is None and v.nb_features > 1 and is_oblique(v.grid)}
-    if unsaid: warnings.warn(f"{self.path.name}: the grid of {', '.join(unsaid)} is oblique and group '{next(iter(unsaid.values()))}' does not say which axes its directions use. Image axes are assumed; "
-                             "a world-frame volume (MRtrix) must be rotated first.", stacklevel=3)
+    unsaid = {s.subj_id: g for subset in self.subsets.values() for s in subset.data for g,v in s.volumes.items()
+              if v.frame is None and v.nb_features > 1 and is_oblique(v.grid)}
+    if unsaid: warnings.warn(f"{self.path.name}: the grid of {', '.join(unsaid)} is oblique and group '{next(iter(unsaid.values()))}' does not say which axes "
+                             "its directions use. Image axes are assumed; a world-frame volume (MRtrix) must be rotated first.", stacklevel=3)
 
 # %% ../../nbs/02_data/03_dataset.ipynb #37653bc6
 @patch
@@ -151,14 +155,16 @@ def table(self:MultiSubjectDataset) -> list: # of tuples of str, the first one t
     for name,subset in self.subsets.items():
         for i,s in enumerate(subset.data):
             groups = [*s.volumes.values(), *s.streamlines.values()]
-            rows.append((name, str(i), s.subj_id, str(groups[0].grid)[5:-1] if groups else '', *(f"{v.nb_features} features" for v in s.volumes.values()), *(f"{v.nb_streamlines} lines" for v in s.streamlines.values())))
+            holds = [f"{v.nb_features} features" for v in s.volumes.values()] + [f"{v.nb_streamlines} lines" for v in s.streamlines.values()]
+            rows.append((name, str(i), s.subj_id, str(groups[0].grid)[5:-1] if groups else '', *holds))
     return rows
 
 @patch
 def headline(self:MultiSubjectDataset) -> str:
     "One line: name, way of reading, points."
     way = 'lazy' if self.lazy else 'in memory'
-    points = ', '.join(f"{k} {v}" for k,v in (('step_size', self.step_size), ('nb_points', self.nb_points), ('compress', self.compress)) if v is not None) or 'points as in the files'
+    said = dict(step_size=self.step_size, nb_points=self.nb_points, compress=self.compress)
+    points = ', '.join(f"{k} {v}" for k,v in said.items() if v is not None) or 'points as in the files'
     return f"{self.path.name}: {way if self.subsets else 'not loaded yet'}, {points}"
 
 @patch

@@ -79,7 +79,8 @@ def stored_to_vox(
     "The matrix from the space a group is stored in to `vox` with a corner origin."
     words = [str(attr_value(attrs, k) or usual).split('.')[-1].lower() for k,usual in (('space', 'vox'), ('origin', 'trackvis'))]
     for word,known,what in zip(words, (('vox', 'voxmm', 'rasmm', 'lpsmm'), ORIGINS), ('space', 'origin')):
-        if word not in known: raise DataProblem(f"the {what} of the streamlines is unknown.{did_you_mean(word, known)}", expected=' or '.join(known), found=attr_value(attrs, what))
+        if word not in known: raise DataProblem(f"the {what} of the streamlines is unknown.{did_you_mean(word, known)}", expected=' or '.join(known),
+                                                found=attr_value(attrs, what))
     space,origin = words[0], ORIGINS[words[1]]
     flip = np.diag([-1., -1, 1, 1]) if space == 'lpsmm' else np.eye(4)
     if space == 'lpsmm': space = 'rasmm'
@@ -98,7 +99,7 @@ def as_vox(
     if matrix is not None:
         x,y,z = (points[:, i].astype(np.float64) for i in range(3))
         points = np.stack([m[0]*x + m[1]*y + m[2]*z + m[3] for m in matrix[:3]], 1)
-    return torch.from_numpy(np.ascontiguousarray(points, dtype=np.float32).copy() if not points.flags.writeable else np.ascontiguousarray(points, dtype=np.float32))
+    return torch.from_numpy(np.ascontiguousarray(points, dtype=np.float32))
 
 # %% ../../nbs/02_data/01_streamlines.ipynb #cb4762ca
 def line_numbers(
@@ -144,7 +145,9 @@ class SFTData:
     @property
     def dps_keys(self) -> list: return list(self.dps_rows)
     def __len__(self): return self.nb_streamlines
-    def __repr__(self): return f"SFTData({self.name}: {self.nb_streamlines} streamlines, {self.nb_stored_points} points, dps {self.dps_keys}, {'lazy' if self.is_lazy else 'in memory'})"
+    def __repr__(self):
+        where = 'lazy' if self.is_lazy else 'in memory'
+        return f"SFTData({self.name}: {self.nb_streamlines} streamlines, {self.nb_stored_points} points, dps {self.dps_keys}, {where})"
 
     @property
     def starts(self) -> np.ndarray: # (S,) int64

@@ -62,7 +62,8 @@ class MultisubjectSubset(torch.utils.data.Dataset):
         "One subject."
         if not isinstance(which, str): return self.data[which]
         if which in self.subjects: return self.data[self.subjects.index(which)]
-        raise DataProblem(f"no subject '{which}' in the {self.name} subset.{did_you_mean(which, self.subjects)}", expected=', '.join(self.subjects) or 'none is loaded', found=which)
+        raise DataProblem(f"no subject '{which}' in the {self.name} subset.{did_you_mean(which, self.subjects)}",
+                          expected=', '.join(self.subjects) or 'none is loaded', found=which)
 
 # %% ../../nbs/02_data/02_subjects.ipynb #3e4676be
 @patch

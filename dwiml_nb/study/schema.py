@@ -123,7 +123,8 @@ def streamlines_spec(
     if matrix is None and ways: bad.append(DataProblem(f"'{ways[0]}' describes a matrix, but there is none", expected="a key connectivity_matrix", group=name))
     if 'connectivity_nb_blocs' in group:
         try: blocs = three_blocs(group['connectivity_nb_blocs'])
-        except (ValueError, TypeError) as e: bad.append(DataProblem("connectivity_nb_blocs cannot be read", expected="an int or a list of three", found=e, group=name))
+        except (ValueError, TypeError) as e:
+            bad.append(DataProblem("connectivity_nb_blocs cannot be read", expected="an int or a list of three", found=e, group=name))
     return StreamlinesSpec(name, as_list(group.get('files')), as_list(group.get('dps_keys')), matrix, blocs, labels), bad
 
 # %% ../../nbs/01_study/00_schema.ipynb #6ebcf260
@@ -179,8 +180,9 @@ def read_subject_lists(
         try: lists[subset] = read_subject_list(given)
         except DataProblem as e: lists[subset] = []; bad.append(e)
         for s in lists[subset]:
-            if s in seen: bad.append(DataProblem("a subject is listed twice" if seen[s] == subset else "a subject is in two lists", expected="each subject in one list, once",
-                                                 found=f"in {seen[s]} and in {subset}", do="take it out of one of them.", subject=s))
+            if s in seen: bad.append(DataProblem("a subject is listed twice" if seen[s] == subset else "a subject is in two lists",
+                                                 expected="each subject in one list, once", found=f"in {seen[s]} and in {subset}",
+                                                 do="take it out of one of them.", subject=s))
             if '/' in s or s in ('.', '..'): bad.append(DataProblem("a subject id must be the name of a folder", found=s, subject=s))
             seen.setdefault(s, subset)
     if not seen and not bad: bad.append(DataProblem("the three lists hold no subject at all", expected="at least one id"))
@@ -216,8 +218,10 @@ def open_study(
     except OSError as e:
         with open(path, 'rb') as f: signed = f.read(8) == b'\x89HDF\r\n\x1a\n'
         if 'unable to lock' in str(e): raise DataProblem("the study is being written by another program", found=e, file=path, do="wait for it to end.") from e
-        if signed: raise DataProblem("the study is damaged or was cut short", expected="a whole HDF5 file", found=e, file=path, do="copy it again, or create it again.") from e
-        raise DataProblem("this is not an HDF5 file", expected="a study made by create_study or by dwi_ml", found=f"{path.stat().st_size} bytes of something else", file=path) from e
+        if signed: raise DataProblem("the study is damaged or was cut short", expected="a whole HDF5 file", found=e, file=path,
+                                     do="copy it again, or create it again.") from e
+        raise DataProblem("this is not an HDF5 file", expected="a study made by create_study or by dwi_ml",
+                          found=f"{path.stat().st_size} bytes of something else", file=path) from e
     missing = [f'{s}_subjs' for s in SUBSETS if f'{s}_subjs' not in file.attrs]
     gone = [] if missing else [s for subset in SUBSETS for s in attr_words(file.attrs[f'{subset}_subjs']) if s not in file]
     if not missing and not gone: return file

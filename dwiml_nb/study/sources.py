@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['find_files', 'image_header', 'trk_header', 'tck_header', 'trx_header', 'tractogram_header', 'SubjectSources',
            'placed', 'attempt', 'find_sources', 'check_on_grid', 'is_oblique', 'check_frame', 'check_volume',
-           'check_tractograms', 'check_connectivity', 'check_subject', 'check_between', 'Sources', 'check_sources']
+           'check_tractograms', 'check_connectivity', 'check_subject', 'check_same', 'check_between', 'Sources',
+           'check_sources']
 
 # %% ../../nbs/01_study/01_sources.ipynb #7d6e9ccd
 import glob
@@ -31,9 +32,11 @@ def find_files(
     found,bad = [], []
     for pattern in patterns:
         hits = sorted(Path(p) for p in glob.glob(str(Path(glob.escape(str(folder)))/pattern))) if '*' in pattern else [Path(folder)/pattern]
-        nearby = next(p for p in (Path(folder)/pattern).parents if p.is_dir())
-        if not hits: bad.append(DataProblem(f"nothing matches '{pattern}'", expected="at least one file", found=f"in {nearby.name}: {', '.join(sorted(p.name for p in nearby.iterdir())[:8]) or 'nothing'}",
-                                            do="check the pattern in the config.", file=Path(folder)/pattern))
+        if not hits:
+            nearby = next(p for p in (Path(folder)/pattern).parents if p.is_dir())
+            there = ', '.join(sorted(p.name for p in nearby.iterdir())[:8]) or 'nothing'
+            bad.append(DataProblem(f"nothing matches '{pattern}'", expected="at least one file", found=f"in {nearby.name}: {there}",
+                                   do="check the pattern in the config.", file=Path(folder)/pattern))
         bad += [DataProblem("no such file", file=p, do="check the path in the config.") for p in hits if not p.is_file()]
         bad += [DataProblem("a file is listed twice in one group", file=p) for p in hits if p in found]
         found += [p for p in hits if p.is_file() and p not in found]
@@ -47,8 +50,10 @@ def image_header(
     if not str(path).endswith(('.nii', '.nii.gz')): raise DataProblem("this is not a NIfTI file", expected=".nii or .nii.gz", found=Path(path).name, file=path)
     try: shape,grid = nib.load(path).shape, grid_of(path)
     except DataProblem as e: raise DataProblem(e.problem, e.expected, e.found, e.do, file=path) from e
-    except Exception as e: raise DataProblem("the image cannot be read", expected="a whole NIfTI file", found=e, file=path, do="copy it again from its source.") from e
-    if len(shape) not in (3, 4): raise DataProblem("the image has the wrong number of axes", expected="3 (X, Y, Z) or 4 (X, Y, Z, features)", found=f"{len(shape)}: {shape}", file=path)
+    except Exception as e:
+        raise DataProblem("the image cannot be read", expected="a whole NIfTI file", found=e, file=path, do="copy it again from its source.") from e
+    if len(shape) not in (3, 4):
+        raise DataProblem("the image has the wrong number of axes", expected="3 (X, Y, Z) or 4 (X, Y, Z, features)", found=f"{len(shape)}: {shape}", file=path)
     return grid, 1 if len(shape) == 3 else shape[3]
 
 # %% ../../nbs/01_study/01_sources.ipynb #a3c7a607
@@ -85,7 +90,8 @@ def tractogram_header(
     try: return {'.trk': trk_header, '.tck': tck_header, '.trx': trx_header}[kind](path)
     except DataProblem as e: raise DataProblem(e.problem, e.expected, e.found, e.do, file=path) from e
     except Exception as e:
-        raise DataProblem("the tractogram cannot be read", expected=f"a whole {kind} file", found=f"{type(e).__name__}: {e}", file=path, do="copy it again from its source.") from e
+        raise DataProblem("the tractogram cannot be read", expected=f"a whole {kind} file", found=f"{type(e).__name__}: {e}", file=path,
+                          do="copy it again from its source.") from e
 
 # %% ../../nbs/01_study/01_sources.ipynb #2bd5f36a
 @dataclass
@@ -160,8 +166,8 @@ def check_on_grid(
     if header is None: return None
     if src.grid is None: src.grid = header[0]
     if not same_grid(header[0], src.grid):
-        affine = header[0].dimensions == src.grid.dimensions
-        bad.append(DataProblem("images of one subject lie on different grids", expected=src.grid.affine.tolist() if affine else src.grid, found=header[0].affine.tolist() if affine else header[0],
+        say = (lambda g: g.affine.tolist()) if header[0].dimensions == src.grid.dimensions else (lambda g: g)
+        bad.append(DataProblem("images of one subject lie on different grids", expected=say(src.grid), found=say(header[0]),
                                do="resample it to the subject's first volume, or check which space it is in.", subject=src.subject, group=group, file=path))
     return header[1]
 
@@ -182,8 +188,9 @@ def check_frame(
     "World-frame directions on an oblique grid are refused."
     if src.grid is None or not is_oblique(src.grid): return False
     if spec.frame == 'world':
-        bad.append(DataProblem("directions in world axes on an oblique grid", expected="frame: \"image\", or voxel axes along the world's axes", found=src.grid.affine[:3, :3].round(3).tolist(),
-                               do="compute the coefficients from b-vectors in image axes (dwiml_fit_sh does), or resample the image to an axis-aligned grid first.",
+        bad.append(DataProblem("directions in world axes on an oblique grid", expected="frame: \"image\", or voxel axes along the world's axes",
+                               found=src.grid.affine[:3, :3].round(3).tolist(),
+                               do="compute the coefficients from b-vectors in image axes (dwiml_fit_sh does), or resample the image to an axis-aligned grid.",
                                subject=src.subject, group=spec.name))
     return spec.frame is None
 
@@ -193,16 +200,17 @@ def check_volume(
     spec:VolumeSpec,
 ) -> tuple: # problems, warnings
     "Check the images of a volume group."
-    bad,g = [], spec.name
+    bad,g,here = [], spec.name, dict(subject=src.subject, group=spec.name)
     counts = [check_on_grid(src, p, g, bad) for p in src.files[g]]
     for p in src.masks[g]:
-        if check_on_grid(src, p, g, bad) not in (1, None): bad.append(DataProblem("a mask has one value a voxel", expected="a 3D image", found="4D", subject=src.subject, group=g, file=p))
+        if check_on_grid(src, p, g, bad) not in (1, None):
+            bad.append(DataProblem("a mask has one value a voxel", expected="a 3D image", found="4D", file=p, **here))
     if spec.standardization == 'per_degree':
-        for n in counts: n and attempt(bad, sh_degrees, n, subject=src.subject, group=g)
+        for n in counts: n and attempt(bad, sh_degrees, n, **here)
     if counts and None not in counts and g not in src.incomplete: src.nb_features[g] = sum(counts)
     assumed = check_frame(src, spec, bad) and src.nb_features.get(g, 1) > 1             # one number a voxel has no direction
-    warn = [f"subject {src.subject}, group {g}: the grid is oblique and the config names no frame; directions are taken to be in image axes."] if assumed else []
-    return bad, warn
+    said = f"subject {src.subject}, group {g}: the grid is oblique and the config names no frame; directions are taken to be in image axes."
+    return bad, [said] if assumed else []
 
 # %% ../../nbs/01_study/01_sources.ipynb #2f85001c
 def check_tractograms(
@@ -212,15 +220,19 @@ def check_tractograms(
     "Check the tractograms of a streamlines group."
     bad,g,kept = [], spec.name, src.dps.setdefault(spec.name, {})
     for p in src.files[g]:
+        here = dict(subject=src.subject, group=g, file=p)
         header = attempt(bad, tractogram_header, p, subject=src.subject, group=g)
         if header is None: continue
         grid,dps = header
-        if src.grid is None and grid is None: bad.append(DataProblem("a .tck does not say which image it belongs to", expected="a volume group in the config", found="streamlines only", subject=src.subject, group=g, file=p))
+        if src.grid is None and grid is None:
+            bad.append(DataProblem("a .tck does not say which image it belongs to", expected="a volume group in the config", found="streamlines only", **here))
         elif src.grid is None: src.grid = grid
         else: attempt(bad, matching_grid, grid, src.grid, p, subject=src.subject, group=g)
         for k in spec.dps_keys:
-            if k not in dps: bad.append(DataProblem(f"no data per streamline '{k}'.{did_you_mean(k, dps)}", expected=k, found=sorted(dps) or 'none', do="correct dps_keys, or the file.", subject=src.subject, group=g, file=p))
-            elif kept.setdefault(k, dps[k]) != dps[k]: bad.append(DataProblem(f"data per streamline '{k}' has another width", expected=kept[k], found=dps[k], subject=src.subject, group=g, file=p))
+            if k not in dps: bad.append(DataProblem(f"no data per streamline '{k}'.{did_you_mean(k, dps)}", expected=k, found=sorted(dps) or 'none',
+                                                    do="correct dps_keys, or the file.", **here))
+            elif kept.setdefault(k, dps[k]) != dps[k]:
+                bad.append(DataProblem(f"data per streamline '{k}' has another width", expected=kept[k], found=dps[k], **here))
     return bad
 
 # %% ../../nbs/01_study/01_sources.ipynb #f4d91de1
@@ -230,12 +242,14 @@ def check_connectivity(
 ) -> list: # problems
     "Check the connectivity matrix and labels of a streamlines group."
     bad,path,labels,here = [], src.matrix[spec.name], src.labels[spec.name], dict(subject=src.subject, group=spec.name)
-    if labels is not None and check_on_grid(src, labels, spec.name, bad) not in (1, None): bad.append(DataProblem("a label image has one label a voxel", expected="3D", found="4D", file=labels, **here))
+    if labels is not None and check_on_grid(src, labels, spec.name, bad) not in (1, None):
+        bad.append(DataProblem("a label image has one label a voxel", expected="3D", found="4D", file=labels, **here))
     if path is None: return bad
     try: shape = np.load(path, mmap_mode='r').shape
     except Exception as e: return bad + [DataProblem("the connectivity matrix cannot be read", expected="a .npy file", found=e, file=path, **here)]
     wanted = int(np.prod(spec.connectivity_nb_blocs)) if spec.connectivity_nb_blocs else shape[0] if shape else 1
-    if shape != (wanted, wanted): bad.append(DataProblem("the connectivity matrix has the wrong shape", expected=(wanted, wanted), found=shape, do="check connectivity_nb_blocs.", file=path, **here))
+    if shape != (wanted, wanted):
+        bad.append(DataProblem("the connectivity matrix has the wrong shape", expected=(wanted, wanted), found=shape, do="check connectivity_nb_blocs.", file=path, **here))
     return bad
 
 # %% ../../nbs/01_study/01_sources.ipynb #9a4306a5
@@ -254,19 +268,28 @@ def check_subject(
     return bad, warn
 
 # %% ../../nbs/01_study/01_sources.ipynb #45d05c44
+def check_same(
+    problem:str, # What to say when it differs
+    values:dict, # subject -> value, None where unknown
+    do:str, # What the reader can do
+    group:str=None, # Name, for the message
+) -> list: # problems
+    "A problem if a value is not the same for all subjects; it says who has which."
+    found = {}
+    for s,v in values.items():
+        if v is not None: found.setdefault(v, []).append(s)
+    who = '; '.join(f"{v} in {', '.join(ids)}" for v,ids in found.items())
+    return [DataProblem(problem, expected="the same in all", found=who, do=do, group=group)] if len(found) > 1 else []
+
 def check_between(
     subjects, # `SubjectSources` of all subjects
 ) -> list: # problems
     "What differs between subjects and must not."
-    bad,subjects = [], [s for s in subjects if s.grid is not None]
-    for name,value in [('voxel orders differ between subjects', lambda s: s.grid.voxel_order), *(("the number of features differs between subjects", lambda s,g=g: s.nb_features.get(g))
-                       for g in dict.fromkeys(g for s in subjects for g in s.nb_features))]:
-        found = {}
-        for s in subjects:
-            if value(s) is not None: found.setdefault(value(s), []).append(s.subject)
-        group = value.__defaults__[0] if value.__defaults__ else None
-        if len(found) > 1: bad.append(DataProblem(name, expected="the same in all", found='; '.join(f"{v} in {', '.join(ids)}" for v,ids in found.items()), group=group,
-                                                  do="reorient them alike (for instance with nibabel's as_closest_canonical, tractograms included)." if group is None else "compute the same features for all."))
+    subjects = list(subjects)
+    bad = check_same("voxel orders differ between subjects", {s.subject: s.grid.voxel_order for s in subjects if s.grid is not None},
+                     "reorient them alike (for instance with nibabel's as_closest_canonical, tractograms included).")
+    for g in dict.fromkeys(g for s in subjects for g in s.nb_features):
+        bad += check_same("the number of features differs between subjects", {s.subject: s.nb_features.get(g) for s in subjects}, "compute the same features for all.", g)
     return bad
 
 # %% ../../nbs/01_study/01_sources.ipynb #dbe68841
@@ -311,11 +334,13 @@ def check_sources(
     folders = sorted(p.name for p in root.iterdir() if p.is_dir())
     subjects = {s: SubjectSources(s, subset, root/s) for subset in SUBSETS for s in lists[subset]}
     for s,src in subjects.items():
-        if s not in folders: bad.append(DataProblem(f"no folder for a listed subject.{did_you_mean(s, folders)}", expected=root/s, found=folders[:8], do="correct the list, or add the folder.", subject=s))
+        if s not in folders: bad.append(DataProblem(f"no folder for a listed subject.{did_you_mean(s, folders)}", expected=root/s, found=folders[:8],
+                                                    do="correct the list, or add the folder.", subject=s))
         else:
             b,w = check_subject(src, specs, skip_missing)
             bad += b; warn += w
     if ignored := [f for f in folders if f not in subjects]: warn.append(f"folders that no list names are ignored: {', '.join(ignored)}.")
-    warn += [f"group {g}: std_mask has no effect without standardisation." for g,s in specs.items() if isinstance(s, VolumeSpec) and s.std_mask and s.standardization == 'none' and s.outside is None]
+    warn += [f"group {g}: std_mask has no effect without standardisation." for g,s in specs.items()
+             if isinstance(s, VolumeSpec) and s.std_mask and s.standardization == 'none' and s.outside is None]
     raise_problems(bad + check_between(subjects.values()), f"the sources in {root}; nothing was written")
     return Sources(root, specs, lists, subjects, warn)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from ..core.errors import DataProblem, did_you_mean
 from ..core.ragged import Ragged
-from ..core.space import Grid
+from ..core.space import Grid, to_vox_matrix
 from ..core.lines import resample_nb_points, resample_step, white_noise
 from ..core.volume import sample_neighborhood
 from .spec import spec_of
@@ -47,7 +47,7 @@ class Batch:
         lines:Ragged, # (P, 3) in the model's space: what the model walks along
         ids_per_subj:IdsPerSubject, # subject index -> slice of the lines
         targets:Ragged, # (P, 3) what the loss is computed against; the same lines unless they were pushed off track
-        history:dict, # Everything chance decided: enough to make the batch again
+        history:dict, # Everything chance decided: enough to make the batch again; and `to_rasmm`, each subject's way back to the world
     ):
         self.lines,self.ids_per_subj,self.targets,self.history = lines,ids_per_subj,targets,history
     def __iter__(self): return iter((self.lines, self.ids_per_subj))
@@ -158,7 +158,9 @@ def load_batch_streamlines(self:DWIMLBatchLoader,
         draws = draw(lines.lengths, options, self.spec.step_size, keyed_rng(self.seed, 'augment', ids_per_subj.epoch, ids_per_subj.index))
     walked,targets = augment(lines, draws, self.augmentation, self.spec.step_size)
     same,walked = targets is walked, self.to_model_space(walked, ids_per_subj)
-    history = dict(ids=batch_ids, draws=draws)
+    grids = {s: subset.grid(s, self.streamline_group_name) for s in ids_per_subj}
+    to_rasmm = {s: np.linalg.inv(to_vox_matrix(g, 'rasmm')) @ to_vox_matrix(g, self.spec.streamline_space) for s,g in grids.items()}
+    history = dict(ids=batch_ids, draws=draws, to_rasmm=to_rasmm)
     return Batch(walked, ids_per_subj, walked if same else self.to_model_space(targets, ids_per_subj), history)
 
 @patch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log_values', 'default_graphs', 'split_outliers', 'draw_graph', 'plot_logs', 'loss_figure', 'histogram',
-           'histogram_figure', 'histogram_picture']
+           'histogram_figure', 'histogram_picture', 'figure_png']
 
 # %% ../../nbs/08_viz/05_plots.ipynb #c39a3f01
 import re
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from ..core.errors import did_you_mean
 from ..training.loggers import read_logs
+from .painter import to_png
 from .theme import PALETTE, matplotlib_style, plotly_style
 
 # %% ../../nbs/08_viz/05_plots.ipynb #ba6eeaf4
@@ -148,3 +149,19 @@ def histogram_picture(
         ax.set(xlabel=xlabel, ylabel='count')
         if len(counts) > 1: ax.legend(fontsize='small')
     return figure
+
+# %% ../../nbs/08_viz/05_plots.ipynb #687b43aa
+def figure_png(
+    *figures, # matplotlib figures of the same width, from top to bottom
+    dpi:int=100, # Pixels an inch
+) -> bytes:
+    "Figures as one PNG."
+    from io import BytesIO
+    from PIL import Image as Picture
+    pictures = []
+    for figure in figures:
+        file = BytesIO()
+        figure.savefig(file, dpi=dpi, format='png')
+        pictures.append(np.asarray(Picture.open(file).convert('RGB')))
+    width = max(p.shape[1] for p in pictures)
+    return to_png(np.concatenate([np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in pictures]))

@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from ..core.errors import did_you_mean
 from ..core.ragged import Ragged, as_ragged
-from ..core.space import convert
+from ..core.space import apply_affine, convert
 from ..core.tractograms import Tractogram
 from .theme import PALETTE, category_colours, direction_colours, rgba, value_colours
 
@@ -224,33 +224,31 @@ def pick(
 # %% ../../nbs/08_viz/01_scene.ipynb #b5b2cf63
 def batch_in_world(
     batch, # `Batch`
-    batch_loader, # The loader that made it
     targets:bool=False, # The lines that the loss is computed against, instead of those the model walks along
 ) -> Ragged: # (P, 3) RAS mm
     "The lines of a batch in RAS mm."
     lines = (batch.targets if targets else batch.lines).to('cpu')
-    subset = batch_loader.dataset.subset(batch.ids_per_subj.subset)
-    grids = ((which, subset.grid(s, batch_loader.streamline_group_name)) for s,which in batch.ids_per_subj.items())
-    return Ragged.cat([convert(lines[which], grid, batch_loader.spec.streamline_space, 'rasmm') for which,grid in grids])
+    return Ragged.cat([apply_affine(lines[which], batch.history['to_rasmm'][s]) for s,which in batch.ids_per_subj.items()])
 
 def scene_of_batch(
     batch, # `Batch`
-    batch_loader, # The loader that made it
+    batch_loader=None, # The loader that made it: adds the volume and the subjects' names
     subject:int=None, # Whose volume lies under the lines; None: the first one of the batch
     only:bool=False, # Show that subject's lines alone
 ) -> Scene:
-    "A batch over a slice of the input volume, in RAS mm."
-    who,subset = batch.ids_per_subj, batch_loader.dataset.subset(batch.ids_per_subj.subset)
+    "A batch in RAS mm, over a slice of the input volume."
+    who = batch.ids_per_subj
     subject = next(iter(who)) if subject is None else subject
     owner = np.concatenate([np.full(which.stop - which.start, s) for s,which in who.items()])
-    scene = Scene(f"{who.subset} batch {who.index} of epoch {who.epoch}")
-    if group := getattr(batch_loader, 'input_group_name', None):
-        scene.add_slices(subset.get_volume(subject, group), subset.grid(subject, group).affine, name=f"{group} of {subset.subjects[subject]}", planes='z')
+    scene,legends = Scene(f"{who.subset} batch {who.index} of epoch {who.epoch}"), {}
+    if batch_loader is not None:
+        subset = batch_loader.dataset.subset(who.subset)
+        legends = {'subject': subset.subjects}
+        if group := getattr(batch_loader, 'input_group_name', None):
+            scene.add_slices(subset.get_volume(subject, group), subset.grid(subject, group).affine, name=f"{group} of {subset.subjects[subject]}", planes='z')
     shown = np.flatnonzero(owner == subject) if only else np.arange(len(owner))
-    legend = {'subject': subset.subjects}
-    scene.add_lines(batch_in_world(batch, batch_loader)[shown.tolist()], 'lines', labels={'subject': owner[shown]}, legends=legend)
-    if batch.targets is not batch.lines:
-        scene.add_lines(batch_in_world(batch, batch_loader, targets=True)[shown.tolist()], 'targets', '#b0b0b0')
+    scene.add_lines(batch_in_world(batch)[shown.tolist()], 'lines', labels={'subject': owner[shown]}, legends=legends)
+    if batch.targets is not batch.lines: scene.add_lines(batch_in_world(batch, targets=True)[shown.tolist()], 'targets', '#b0b0b0')
     return scene
 
 # %% ../../nbs/08_viz/01_scene.ipynb #2bace5f5

@@ -9,10 +9,11 @@ __all__ = ['subject_rows', 'StudyBrowser']
 import html
 import ipywidgets as W
 import traitlets as T
+from IPython.display import Image
 from fastcore.basics import patch
 from ..data.dataset import MultiSubjectDataset
 from ..study.schema import SUBSETS, html_table
-from ..viz.plots import histogram_picture
+from ..viz.plots import figure_png, histogram_picture
 from ..viz.scene import scene_of_subject
 from ..viz.viewers import Panel, show
 from .state import Choice, chooser
@@ -100,11 +101,12 @@ def look(self:StudyBrowser): # -> the viewer
     return self.viewer
 
 @patch
-def plot_lengths(self:StudyBrowser): # -> a matplotlib figure
+def plot_lengths(self:StudyBrowser) -> Image:
     "A histogram of the lengths of each subject's lines."
     subset = self.dataset.subset(self.subset)
     figure = histogram_picture(dict(zip(subset.subjects, subset.streamline_lengths_mm(self.streamline_group_name))), 'length (mm)')
     self.below = W.Output()
-    self.below.append_display_data(figure)
+    picture = Image(figure_png(figure))
+    self.below.append_display_data(picture)
     self.children = [*self.children[:3], self.below, self.message]
-    return figure
+    return picture

@@ -30,7 +30,7 @@ system:  # a browser and software Vulkan for the tests that draw
 check:  # pages, modules and README in step; who imports whom; names that do not exist
 	$(PY) tools/check_house.py
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/ruff check --quiet --no-cache .
+	$(BIN)/ruff check --quiet --no-cache --output-format concise .
 
 pages:  # execute every page once; the outputs are kept for the site
 	$(PY) tools/run_pages.py

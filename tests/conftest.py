@@ -101,13 +101,12 @@ class Lab:
         page = browser.new_page(viewport={"width": width, "height": height})
         page.goto(f"{self.url}/lab/tree/{notebook}", wait_until="domcontentloaded")
         page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-        page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', state="attached", timeout=60_000)
+        page.wait_for_selector("#jp-main-statusbar >> text=/\\| Idle/", timeout=60_000)  # before that, running asks for a kernel
         return page
 
     def run_all(self, page, timeout=120):
-        "Run all cells from the menu and wait until the kernel is done."
+        "Run all cells from the menu and wait until each has run, or one has failed."
         page.click('text="Run"')
         page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
-        page.wait_for_timeout(500)
-        page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', state="attached", timeout=1000 * timeout)
-        page.wait_for_function("() => ![...document.querySelectorAll('.jp-InputPrompt')].some(p => p.textContent.includes('[*]'))", timeout=1000 * timeout)
+        page.wait_for_function("""() => document.querySelector('[data-mime-type="application/vnd.jupyter.error"]') ||
+            [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')].every(prompt => /\\[\\d+\\]/.test(prompt.textContent))""", timeout=1000 * timeout)

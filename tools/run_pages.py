@@ -46,6 +46,7 @@ def execute(page, shipped):
     from nbdev.config import get_config
     from nbdev.process import NBProcessor
 
+    multiprocessing.set_start_method(None, force=True)  # the page's own workers start as they would in a notebook
     notebook = NBProcessor(NBS / page, rm_directives=False).nb
     module, skip = module_of(notebook), set(get_config().tst_flags.split())
     if shipped:

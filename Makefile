@@ -1,3 +1,4 @@
+# make demo    install, simulate, train, track, score, report: everything in demo/
 # make test    everything CI runs, in a fresh environment      make docs     the site, in _docs/
 # make lab     open the pages in JupyterLab                    make readme   README.md from nbs/index.ipynb
 # make clean   remove what these commands made (not .venv)
@@ -11,9 +12,13 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: test install system check pages shipped docs tests fastcore2 wheel readme lab clean
+.PHONY: demo test install system check pages shipped docs tests fastcore2 wheel quick-demo readme lab clean
 
-test: install system check wheel fastcore2 pages docs shipped tests
+demo: export OMP_NUM_THREADS = $(shell nproc 2>/dev/null || echo 2)
+demo: $(VENV)/.ready
+	$(BIN)/dwiml_demo --out demo
+
+test: install system check wheel fastcore2 pages docs shipped quick-demo tests
 
 install: $(VENV)/.ready
 	$(PY) -m pip check
@@ -56,6 +61,9 @@ wheel:  # build it, install it in an empty folder, import everything there
 fastcore2:  # developers are held to fastcore 1 by nbdev; users may have 2
 	$(PY) -m pip install --quiet --no-compile --upgrade --no-deps --target build/fastcore2 "fastcore>=2"
 	PYTHONPATH=$(CURDIR)/build/fastcore2 $(PY) tools/import_all.py
+
+quick-demo:  # the demo's whole path in a minute: that it works, not how well
+	$(BIN)/dwiml_demo --out build/demo --quick
 
 readme:
 	$(PY) tools/build_docs.py --readme

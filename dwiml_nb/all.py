@@ -69,15 +69,25 @@ from .viz.theme import *     # The same colours in every picture: 3-D, matplotli
 from .viz.scene import *     # What is to be seen, as plain arrays that every viewer understands.
 from .viz.painter import *   # A scene as a picture, with numpy alone: no graphics driver, no window, works everywhere.
 from .viz.stage import *     # A scene on the graphics card, through FURY.
+from .viz.viewers import *   # `show(scene)` and look around, with the best viewer this machine can offer.
+from .viz.plots import *     # Curves and histograms: plotly to look closer in a notebook, matplotlib for a file.
 
 # %% ../nbs/all.ipynb #a7f7078b
 from .evaluation.bundles import *   # How much of a tractogram is true, how much of the truth it found, and why each line counts as it does.
 from .evaluation.csd import *       # What a tracker without any learning makes of the same data.
 
+# %% ../nbs/all.ipynb #025e4df1
+from .widgets.state import *                # Small things that all widgets need: choices that refuse wrong words, times people can read, updates that do not flood the browser.
+from .widgets.study_browser import *        # What is in a study, and which of it to learn from.
+from .widgets.batch_preview import *        # The batch the model would get, seen in the brain.
+from .widgets.training_dashboard import *   # Start, watch and stop a training from the notebook, which stays free for other work.
+from .widgets.viz import *                  # `viz(x)`: look at whatever you have.
+
 # %% ../nbs/all.ipynb #07ad66c8
-from .cli.common import *    # What all commands share: short flags, and problems told without a traceback.
-from .cli.study import *     # `dwiml_create_hdf5_dataset` and `dwiml_hdf5_describe`.
-from .cli.prepare import *   # `dwiml_fit_sh`: from a DWI to a model's input.
+from .cli.common import *     # What all commands share: a function becomes a command, short flags, and problems told without a traceback.
+from .cli.study import *      # `dwiml_create_hdf5_dataset` and `dwiml_hdf5_describe`.
+from .cli.prepare import *    # `dwiml_fit_sh`: from a DWI to a model's input.
+from .cli.tracking import *   # `dwiml_track_from_model` and `dwiml_score`.
 
 # %% ../nbs/all.ipynb #e52cad25
 from .demo.recipe import *   # A small tracker that finds whole bundles: what it is made of, and what was tried.

@@ -22,7 +22,7 @@ def test_trilinear_is_the_reference_half_a_voxel_further(ref):
 
 def test_nearest(ref):
     close(sample_nearest(ref['volume'], ref['coords_vox_corner'][ref['in_bounds']]), ref['nearest_in_bounds_only'])
-    inside = sample_nearest(ref['mask'] > 0, ref['coords_vox_corner'], outside=False)
+    inside = sample_nearest(ref['mask'] > 0, ref['coords_vox_corner'])                # beyond the edge, the edge
     assert torch.equal(inside, ref['in_mask_nearest'].bool())
 
 @pytest.mark.parametrize('name,args', [('axes_r1', ('axes', 1, 1)), ('axes_r2', ('axes', 2, 1)), ('axes_r2_res0p5', ('axes', 2, .5)),

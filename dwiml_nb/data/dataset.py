@@ -15,7 +15,7 @@ from ..core.files import progress
 from .subjects import MultisubjectSubset, SubjectData
 from .volumes import VolumeCache
 from ..study.schema import SUBSETS, StudyFile, attr_value, attr_words, group_grid, group_kind, html_table, columns, raise_problems, study_config
-from ..study.sources import check_same, is_oblique
+from ..study.sources import check_alike, is_oblique
 
 # %% ../../nbs/02_data/03_dataset.ipynb #267a059a
 def groups_of(
@@ -45,7 +45,7 @@ def check_agreement(
             if n != nb_features[g]: bad.append(DataProblem("another number of features than in the first subject", expected=nb_features[g], found=n,
                                                            subject=s, group=g, file=file.path))
         orders |= {s: group_grid(file.handle[s][g]).voxel_order for g in [*volume_groups, *streamline_groups] if g in there[0] + there[1]}
-    return bad + check_same("voxel orders differ between subjects", orders, "reorient the subjects alike and create the study again.")
+    return bad + check_alike("voxel orders differ between subjects", orders, "reorient the subjects alike and create the study again.")
 
 # %% ../../nbs/02_data/03_dataset.ipynb #304dcde8
 class MultiSubjectDataset:

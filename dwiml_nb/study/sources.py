@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_files', 'image_header', 'trk_header', 'tck_header', 'trx_header', 'tractogram_header', 'SubjectSources',
            'placed', 'attempt', 'find_sources', 'check_on_grid', 'is_oblique', 'check_frame', 'check_volume',
-           'check_tractograms', 'check_connectivity', 'check_subject', 'check_same', 'check_between', 'Sources',
+           'check_tractograms', 'check_connectivity', 'check_subject', 'check_alike', 'check_between', 'Sources',
            'check_sources']
 
 # %% ../../nbs/01_study/01_sources.ipynb #7d6e9ccd
@@ -268,7 +268,7 @@ def check_subject(
     return bad, warn
 
 # %% ../../nbs/01_study/01_sources.ipynb #45d05c44
-def check_same(
+def check_alike(
     problem:str, # What to say when it differs
     values:dict, # subject -> value, None where unknown
     do:str, # What the reader can do
@@ -286,10 +286,10 @@ def check_between(
 ) -> list: # problems
     "What differs between subjects and must not."
     subjects = list(subjects)
-    bad = check_same("voxel orders differ between subjects", {s.subject: s.grid.voxel_order for s in subjects if s.grid is not None},
+    bad = check_alike("voxel orders differ between subjects", {s.subject: s.grid.voxel_order for s in subjects if s.grid is not None},
                      "reorient them alike (for instance with nibabel's as_closest_canonical, tractograms included).")
     for g in dict.fromkeys(g for s in subjects for g in s.nb_features):
-        bad += check_same("the number of features differs between subjects", {s.subject: s.nb_features.get(g) for s in subjects}, "compute the same features for all.", g)
+        bad += check_alike("the number of features differs between subjects", {s.subject: s.nb_features.get(g) for s in subjects}, "compute the same features for all.", g)
     return bad
 
 # %% ../../nbs/01_study/01_sources.ipynb #dbe68841

@@ -64,8 +64,9 @@ class DWIMLBatchIDSampler:
             raise DataProblem(f"the study has no streamlines group '{streamline_group_name}'", expected=f"one of {known}",
                               do=f"choose one of these groups.{did_you_mean(streamline_group_name, known)}")
         self.dataset,self.streamline_group_name,self.seed = dataset,streamline_group_name,int(seed)
-        self.batch_size_training,self.batch_size_validation,self.batch_size_units = batch_size_training,batch_size_validation,batch_size_units
-        self.nb_subjects_per_batch,self.cycles,self.nb_passes,self.context = nb_subjects_per_batch,cycles,nb_passes,'training'
+        self.batch_size_training,self.batch_size_validation,self.batch_size_units = int(batch_size_training),int(batch_size_validation),batch_size_units
+        self.nb_subjects_per_batch,self.cycles = (None if n is None else int(n) for n in (nb_subjects_per_batch, cycles))
+        self.nb_passes,self.context = int(nb_passes),'training'
 
     @property
     def params(self) -> dict:

@@ -57,10 +57,10 @@ def previous_directions(
 def arc_positions(
     lines:Ragged, # (P, 3)
 ) -> Tensor: # (P,) float64, 0 at each line's first point
-    "How far along its line each point is."
+    "How far along its line each point is; a step that is not a number counts as none, so that it spoils no other line."
     step = torch.zeros(len(lines.data), dtype=torch.float64, device=lines.device)
     dirs = directions(lines)
-    step[rows_of(lines.offsets[:-1] + 1, dirs.lengths)] = dirs.data.double().norm(dim=1)
+    step[rows_of(lines.offsets[:-1] + 1, dirs.lengths)] = dirs.data.double().norm(dim=1).nan_to_num(0., posinf=0.)
     along = step.cumsum(0)
     return along - along[lines.offsets[:-1][lines.lengths > 0]].repeat_interleave(lines.lengths[lines.lengths > 0])
 
@@ -74,11 +74,11 @@ def lengths_of(
 
 # %% ../../nbs/00_core/04_lines.ipynb #004017f7
 def points_along(
-    lines:Ragged, # (P, 3), every line with at least one point
-    nb_points:Tensor, # (S,) points wanted on each line, all >= 1
+    lines:Ragged, # (P, 3)
+    nb_points:Tensor, # (S,) points wanted on each line; none on a line without points
 ) -> Ragged:
     "Each line with this many points, equally far apart along the arc; ends stay where they are."
-    if len(lines) == 0: return lines
+    if len(lines.data) == 0: return lines
     along,dirs = arc_positions(lines), (lines.lengths - 1)
     total = along[lines.offsets[1:] - 1]
     new = Ragged.from_lengths(torch.zeros(int(nb_points.sum()), 0, device=lines.device), nb_points)
@@ -99,7 +99,7 @@ def resample_nb_points(
     nb_points:int, # Points a line, >= 2
 ) -> Ragged:
     "The same number of equidistant points on every line."
-    return points_along(lines, torch.full_like(lines.lengths, nb_points))
+    return points_along(lines, torch.where(lines.lengths > 0, nb_points, 0))
 
 def resample_step(
     lines:Ragged, # (P, 3), mm

@@ -79,13 +79,15 @@ def rows_of(
 @patch
 def __getitem__(self:Ragged, which):
     "One line as a view for an int; a new `Ragged` for a slice, mask, permutation or list of ints."
-    if isinstance(which, (int, np.integer)):
+    if isinstance(which, (int, np.integer)) or isinstance(which, Tensor) and which.ndim == 0 and which.dtype != torch.bool:
+        which = int(which)
         if not -len(self) <= which < len(self): raise IndexError(f"line {which} of {len(self)}")
         start,stop = self.offsets[which % len(self)], self.offsets[which % len(self) + 1]
         return self.data[start:stop]
     if isinstance(which, slice): which = torch.arange(len(self), device=self.device)[which] if (which.step or 1) > 0 else \
         torch.as_tensor(range(len(self))[which], dtype=torch.long, device=self.device)
     which = torch.as_tensor(np.asarray(which) if isinstance(which, (list, tuple)) else which, device=self.device)
+    if which.ndim != 1 or which.is_floating_point() and len(which): raise IndexError(f"lines are chosen by whole numbers or a mask, found {tuple(which.shape)} of {which.dtype}")
     if which.dtype == torch.bool:
         if len(which) != len(self): raise IndexError(f"a mask of {len(which)} for {len(self)} lines")
         which = which.nonzero().flatten()
@@ -130,8 +132,9 @@ def numpy(self:Ragged) -> tuple: return self.data.detach().cpu().numpy(), self.o
 def cat(cls:Ragged,
     batches, # Several `Ragged` with the same columns
 ) -> Ragged:
-    "All lines of several batches, in order."
+    "All lines of several batches, in order; no batch at all gives no line."
     batches = list(batches)
+    if not batches: return cls.from_list([])
     return cls.from_lengths(torch.cat([b.data for b in batches]), torch.cat([b.lengths for b in batches]))
 
 # %% ../../nbs/00_core/02_ragged.ipynb #2724f76d
@@ -183,6 +186,7 @@ def from_packed(cls:Ragged,
 ) -> Ragged:
     "The lines of a packed sequence, in their original order."
     sizes = packed.batch_sizes.to(packed.data.device)
+    if len(sizes) == 0: return cls.from_lengths(packed.data, torch.zeros_like(sizes))
     sorted_lengths = (torch.arange(int(sizes[0]), device=sizes.device) < sizes[:, None]).sum(0)
     lengths = sorted_lengths if packed.unsorted_indices is None else sorted_lengths[packed.unsorted_indices]
     rows,_,by_length = packing_order(lengths)

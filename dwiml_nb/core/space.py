@@ -82,7 +82,7 @@ def to_vox_matrix(
 def apply_affine(
     points, # (P, 3) Tensor, array or `Ragged`
     matrix, # (4, 4)
-): # -> points of the same kind, dtype and device
+): # -> points of the same kind, dtype and device; whole numbers become float64
     "Move points by an affine matrix."
     if isinstance(points, Ragged): return points.with_data(apply_affine(points.data, matrix))
     if not isinstance(points, torch.Tensor):
@@ -92,7 +92,7 @@ def apply_affine(
     matrix = torch.as_tensor(np.array(matrix), dtype=torch.float64)
     if points.device.type == 'mps': matrix = matrix.float()
     matrix = matrix.to(points.device)
-    return (points.to(matrix.dtype) @ matrix[:3, :3].T + matrix[:3, 3]).to(points.dtype)
+    return (points.to(matrix.dtype) @ matrix[:3, :3].T + matrix[:3, 3]).to(points.dtype if points.is_floating_point() else matrix.dtype)
 
 # %% ../../nbs/00_core/03_space.ipynb #3bae3090
 def convert(

@@ -37,9 +37,10 @@ def sample_trilinear(
     points_vox:Tensor, # (M, 3) vox space, corner origin
     legacy_half_voxel:bool=False, # As dwi_ml: half a voxel off; only for models it trained
 ) -> Tensor: # (M, F)
-    "The volume's values at the points, linear between voxel centres, the edge repeated outside."
+    "The volume's values at the points, linear between voxel centres, the edge repeated outside. Keep a volume contiguous: any other is copied at each call."
     index,weight = trilinear_corners(points_vox, volume.shape[:3], legacy_half_voxel)
     table = volume.reshape(-1, volume.shape[-1])
+    if not table.is_floating_point(): table = table.float()
     if len(points_vox) == 0: return table.new_zeros(0, volume.shape[-1])
     return F.embedding_bag(index, table, per_sample_weights=weight.to(table.dtype), mode='sum')
 

@@ -75,7 +75,7 @@ class DWIMLTrainer:
         self.optimizer = OPTIMIZERS[optimizer](self.trainable(), lr=self.learning_rates[0], weight_decay=weight_decay)
         self.control,self.logs = TrainingControl(),ExperimentLogs(self.experiment_folder/'logs')
         self.monitor = BestEpochMonitor(patience, patience_delta)
-        self.epoch,self.last_phase_seconds = 0,{}
+        self.counted = {}
         self.begin_epoch(0)
         if checkpoint is not None: self.load_state(checkpoint)
 
@@ -180,10 +180,10 @@ def nb_batches(self:DWIMLTrainer,
     phase:str, # 'training' or 'validation'
     epoch:int=0,
 ) -> int:
-    "How many batches of an epoch are used."
+    "How many batches of an epoch are used; counted once."
     most = self.max_batches[phase]
-    there = self.batch_sampler.nb_batches(phase, epoch)
-    return there if most is None else min(there, most)
+    if (phase, epoch) not in self.counted: self.counted[phase, epoch] = self.batch_sampler.nb_batches(phase, epoch)
+    return self.counted[phase, epoch] if most is None else min(self.counted[phase, epoch], most)
 
 # %% ../../nbs/06_training/05_trainer.ipynb #4b192c2a
 @patch
@@ -484,6 +484,7 @@ def has_ended(self:DWIMLTrainer) -> bool:
 def running(self:DWIMLTrainer):
     "Around a run: the folder, its lock, signals, the logs rewound to where training goes on, and the state the run ends in."
     if self.control.is_running: raise RuntimeError("this trainer is training already; ask it to stop first.")
+    if self.control.state == 'failed' and self.experiment_folder.exists(): self.load_state(read_checkpoint(self.experiment_folder))
     per_epoch = self.nb_batches('training')
     if not per_epoch: raise DataProblem("there is nothing to train on", expected="training subjects with streamlines", found=self.study_params['training'], group=self.batch_sampler.streamline_group_name, do="check the subject lists of the study.")
     if not self.experiment_folder.exists(): self.create_experiment()

@@ -44,7 +44,7 @@ def checked_seeds(
     subject:str=None, # For the message
 ) -> Tensor: # (n, 3) float32, rasmm
     "The seeds, if every one of them lies in the volume."
-    seeds = torch.as_tensor(np.asarray(seeds), dtype=torch.float32)
+    seeds = torch.as_tensor(seeds if isinstance(seeds, Tensor) else np.asarray(seeds), dtype=torch.float32).cpu()
     if seeds.ndim != 2 or seeds.shape[1] != 3: raise DataProblem("seeds are points", expected="(n, 3) RAS mm", found=tuple(seeds.shape), subject=subject)
     outside = ~inside(convert(seeds, grid, 'rasmm', 'vox'), grid)
     if outside.any():

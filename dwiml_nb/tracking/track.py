@@ -58,7 +58,8 @@ def track_from_model(
     **options, # Of `Tracker`: tracking_mask_group, step_mm, theta_deg, algo, …
 ) -> Tractogram:
     "Track a subject with a trained experiment and save the lines."
-    tractogram_format(out_tractogram)
+    if tractogram_format(out_tractogram) == '.tck' and save_seeds: raise DataProblem("a .tck file cannot keep seeds", file=out_tractogram, do="save a .trk or .trx, or leave out save_seeds.")
+    if not Path(out_tractogram).absolute().parent.is_dir(): raise DataProblem("no such folder to write to", file=out_tractogram, do="create it first.")
     if Path(out_tractogram).exists() and not overwrite: raise FileExistsError(f"{out_tractogram} exists already. Choose another name, or ask to overwrite it.")
     record,model = read_experiment(experiment_path), experiment_model(experiment_path, use_latest_epoch, device)
     dataset = MultiSubjectDataset(hdf5_file or record['dataset']['hdf5_file'], lazy=True)

@@ -90,7 +90,7 @@ class Walk:
         code = torch.zeros(len(positions), dtype=torch.long, device=positions.device)
         if self.mask is not None:
             values = sample_nearest(self.mask, vox, outside=0)
-            code[values.reshape(len(positions), -1)[:, 0] < .5] = STOP_REASONS.index('mask')
+            code[~(values.reshape(len(positions), -1)[:, 0] >= .5)] = STOP_REASONS.index('mask')     # NaN is outside
         code[out] = STOP_REASONS.index('volume')
         return code
 
@@ -186,23 +186,31 @@ class Tracker:
         step_mm = step_mm or getattr(model, 'step_size', None)
         if not step_mm or step_mm < 0: raise ValueError("the model has no step_size: give step_mm, in mm.")
         if not 0 <= min_length_mm <= max_length_mm: raise ValueError(f"0 <= min_length_mm <= max_length_mm, found {min_length_mm} and {max_length_mm}")
+        if not 0 < theta_deg <= 180: raise ValueError(f"theta_deg is an angle above 0 and up to 180 degrees, found {theta_deg}")
+        if batch_size is not None and batch_size < 1: raise ValueError(f"batch_size is a number of lines, at least 1, found {batch_size}")
         self.model,self.subset,self.subject,self.subj_id = model, *find_subject(dataset, subj_id), subj_id
         self.input_group_name = known_group(input_group_name, dataset.volume_groups, 'volume')
         self.grid,self.batch_size,self.first_direction = self.subset.grid(self.subject, input_group_name), batch_size or 20_000, first_direction
         self.min_length_mm,self.max_length_mm,self.step_mm = min_length_mm,max_length_mm,step_mm
-        mask = None if tracking_mask_group is None else self.volume_on_grid(dataset, tracking_mask_group)
-        self.peaks = None if first_direction == 'model' else self.volume_on_grid(dataset, peaks_group(first_direction))[..., :3]
-        volume = self.subset.get_volume(self.subject, input_group_name, model.device)
+        mask = None if tracking_mask_group is None else self.volume_on_grid(dataset, tracking_mask_group, 1, "a tracking mask")
+        self.peaks = None if first_direction == 'model' else self.volume_on_grid(dataset, peaks_group(first_direction), 3, "peaks")[..., :3]
+        volume = self.volume_on_grid(dataset, input_group_name, getattr(model, 'nb_features', None), "the model's input")
         self.walk = Walk(model, volume, self.grid, mask, step_mm, theta_deg, algo, eos_threshold, keep_last_point, seed)
 
     def volume_on_grid(self, dataset,
         group:str,
+        nb_features:int=None, # How many it must have (peaks: at least); None: any number
+        what:str="it", # For the message
     ) -> Tensor: # (X, Y, Z, F)
-        "A volume of the subject that lies on the input's grid."
+        "A volume of the subject that lies on the input's grid and has as many features as it should."
         grid = self.subset.grid(self.subject, known_group(group, dataset.volume_groups, 'volume'))
         if not same_grid(grid, self.grid):
             raise DataProblem("the volume lies on another grid than the input", expected=self.grid, found=grid, subject=self.subj_id, group=group, do="resample it to the input's grid.")
-        return self.subset.get_volume(self.subject, group, self.model.device)
+        volume = self.subset.get_volume(self.subject, group, self.model.device)
+        if nb_features is not None and volume.shape[3] != nb_features and not (what == "peaks" and volume.shape[3] > nb_features):
+            raise DataProblem(f"{what} cannot be this volume", expected=f"{nb_features} features", found=f"{volume.shape[3]} features", subject=self.subj_id, group=group,
+                              do=f"choose another group: there are {', '.join(dataset.volume_groups)}.")
+        return volume
 
 # %% ../../nbs/07_tracking/01_tracker.ipynb #0cd32897
 def find_subject(
@@ -240,9 +248,9 @@ def second_half(self:Tracker,
     for which in (~alone, alone):
         if not which.any(): continue
         some,seeds = forward[which], forward.data[forward.offsets[:-1][which]]
-        if bool(alone[which][0]): state,memory = None, torch.cat([-self.step_mm*first[which][:, None], torch.zeros(len(some), k-1, 3, device=first.device)], 1)
-        else: state,memory = self.looking_back(some, k)
-        points,code,_ = propagate(walk, seeds, memory, max_points[which], state, None, numbers[which], True, on_step)
+        if bool(alone[which][0]): state,memory,opposite = None, torch.zeros(len(some), k, 3, device=first.device), -first[which]
+        else: (state,memory),opposite = self.looking_back(some, k), None
+        points,code,_ = propagate(walk, seeds, memory, max_points[which], state, opposite, numbers[which], True, on_step)
         halves.append((which.nonzero().flatten(), points)); codes[which] = code
     order = torch.argsort(torch.cat([w for w,_ in halves]))
     return Ragged.cat([p for _,p in halves])[order], codes
@@ -307,14 +315,15 @@ def track(self:Tracker,
     in_mm = convert(seeds, self.grid, 'rasmm', 'voxmm').to(self.walk.volume.device)
     was_training = self.model.training
     self.model.train(False)
-    bar = progress(None, 'tracking', total=len(seeds), unit='line', disable=quiet)
+    bar,parts = progress(None, 'tracking', total=len(seeds), unit='line', disable=quiet), []
     try:
-        parts = [self.track_batch(in_mm[i:i+self.batch_size], torch.arange(i, min(i+self.batch_size, len(seeds)), device=in_mm.device), bar.update)
-                 for i in range(0, len(seeds), self.batch_size)]
+        for i in range(0, len(seeds), self.batch_size):
+            some,code = self.track_batch(in_mm[i:i+self.batch_size], torch.arange(i, min(i+self.batch_size, len(seeds)), device=in_mm.device), bar.update)
+            parts.append((some.to('cpu'), code.cpu()))                   # the device holds one batch of lines at a time
     finally:
         bar.close(); self.model.train(was_training)
     if not parts: return Tractogram(Ragged.from_list([]), self.grid, info=dict(seeds=seeds, stop_reasons=torch.zeros(0, 2, dtype=torch.long), dropped={}))
-    lines,codes = Ragged.cat([p for p,_ in parts]).to('cpu'), torch.cat([c for _,c in parts]).cpu()
+    lines,codes = Ragged.cat([p for p,_ in parts]), torch.cat([c for _,c in parts])
     lost = self.walk.leaving(in_mm).cpu() != 0
     short = (lengths_of(lines) < self.min_length_mm - 1e-3) | (lines.lengths < 2)
     dropped = {'seed outside the mask': int(lost.sum()), 'shorter than min_length_mm': int((short & ~lost).sum())}

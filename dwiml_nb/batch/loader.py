@@ -13,7 +13,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from ..core.errors import DataProblem, did_you_mean
 from ..core.ragged import Ragged
-from ..core.space import Grid, to_vox_matrix
+from ..core.space import Grid, same_grid, to_vox_matrix
 from ..core.lines import resample_nb_points, resample_step, white_noise
 from ..core.volume import sample_neighborhood
 from .spec import spec_of
@@ -36,8 +36,9 @@ def slices_of(
     batch:BatchIds, # Or a plain list of (subject index, ids), which counts as training, epoch 0, batch 0
 ) -> IdsPerSubject:
     "Which lines of the batch are whose."
+    if len({s for s,_ in batch}) < len(batch): raise ValueError(f"a batch names each subject once, found {[s for s,_ in batch]}: put a subject's ids together")
     ends = np.cumsum([0] + [len(ids) for _,ids in batch]).tolist()
-    place = {k: getattr(batch, k) for k in ('subset', 'epoch', 'index') if hasattr(batch, k)}
+    place = dict(subset=batch.subset, epoch=batch.epoch, index=batch.index) if isinstance(batch, BatchIds) else {}     # a list has an `index` of its own
     return IdsPerSubject(((s, slice(a, b)) for (s,_),a,b in zip(batch, ends, ends[1:])), **place)
 
 # %% ../../nbs/03_batch/03_loader.ipynb #2156d8ae
@@ -127,6 +128,11 @@ def load_lines_voxmm(self:DWIMLBatchLoader,
         short = np.asarray(ids)[(lines.lengths < 2).numpy()]
         raise DataProblem(f"{len(short)} lines have fewer than 2 points (ids {short[:5].tolist()})", expected="lines with a direction", found=f"{int(lines.lengths.min())} points",
                           do="build the study again with remove_invalid.", subject=subset.subjects[subject], group=self.streamline_group_name)
+    wrong = ~lines.data.isfinite().all(1)
+    if wrong.any():
+        bad = np.asarray(ids)[lines.line_index[wrong].unique().numpy()]
+        raise DataProblem(f"{len(bad)} lines have NaN or infinite coordinates (ids {bad[:5].tolist()})", expected="finite coordinates", found=f"{int(wrong.sum())} points that are not",
+                          do="remove these lines from the source and build the study again.", subject=subset.subjects[subject], group=self.streamline_group_name)
     sizes = torch.tensor(subset.grid(subject, self.streamline_group_name).voxel_sizes)
     lines = lines.with_data((lines.data*sizes).to(torch.float32))
     if self.spec.step_size: return resample_step(lines, self.spec.step_size)
@@ -227,6 +233,10 @@ class DWIMLBatchLoaderOneInput(DWIMLBatchLoader):
     ):
         super().__init__(dataset, model, streamline_group_name, **kwargs)
         self.input_group_name = known_group(input_group_name, dataset.volume_groups, 'volume')
+        wanted = getattr(model, 'nb_features', None) if hasattr(model, 'computed_input_embedded_size') else None      # a `ModelWithOneInput`
+        if wanted is not None and wanted != dataset.nb_features[input_group_name]:
+            raise DataProblem("the model was made for another volume", expected=f"{wanted} features", found=f"{dataset.nb_features[input_group_name]} features", group=input_group_name,
+                              do=f"choose the right group among {', '.join(dataset.volume_groups)}, or make the model with nb_features=dataset.nb_features['{input_group_name}'].")
 
     @property
     def params(self) -> dict: return dict(input_group_name=self.input_group_name, **super().params)
@@ -238,11 +248,17 @@ def load_batch_inputs(self:DWIMLBatchLoaderOneInput,
     ids_per_subj:IdsPerSubject,
 ) -> Ragged: # (P, K*F) neighbour by neighbour, on the lines' device
     "The input volume at each point and its neighbours."
-    subset,vectors,parts = self.dataset.subset(ids_per_subj.subset), self.spec.vectors.to(lines.device), []
+    subset,vectors = self.dataset.subset(ids_per_subj.subset), self.spec.vectors.to(lines.device)
+    if len(lines) == 0: return lines.with_data(lines.data.new_zeros(0, len(vectors)*self.dataset.nb_features[self.input_group_name]))
+    parts = []
     for subject,which in ids_per_subj.items():
+        own,grid = subset.grid(subject, self.streamline_group_name), subset.grid(subject, self.input_group_name)
+        if not same_grid(own, grid, atol=1e-3):
+            raise DataProblem("the streamlines and the input volume lie on different grids", expected=own, found=grid, subject=subset.subjects[subject],
+                              group=self.input_group_name, do="resample the volume to the grid of the streamlines and create the study again.")
         points = lines.data[lines.offsets[which.start]:lines.offsets[which.stop]]
         if self.spec.streamline_space == 'voxmm':
-            points = points / torch.tensor(subset.grid(subject, self.input_group_name).voxel_sizes).to(points)
+            points = points / torch.tensor(grid.voxel_sizes).to(points)
         volume = subset.get_volume(subject, self.input_group_name, lines.device)
         parts.append(sample_neighborhood(volume, points, vectors, self.spec.legacy_half_voxel))
     return lines.with_data(torch.cat(parts))

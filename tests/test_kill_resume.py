@@ -15,7 +15,7 @@ import torch
 
 import kill_script
 from dwiml_nb.study.toy import toy_study
-from dwiml_nb.training.checkpoints import find_checkpoint, read_checkpoint
+from dwiml_nb.training.checkpoints import read_checkpoint
 from dwiml_nb.training.loggers import read_logs
 
 CTX = multiprocessing.get_context("forkserver")

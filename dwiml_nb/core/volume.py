@@ -86,4 +86,4 @@ def sample_neighborhood(
 ) -> Tensor: # (M, K*F)
     "The values at each point and around it."
     around = (points_vox[:, None] + vectors.to(points_vox)).reshape(-1, 3)
-    return sample_trilinear(volume, around, legacy_half_voxel).reshape(len(points_vox), -1)
+    return sample_trilinear(volume, around, legacy_half_voxel).reshape(len(points_vox), len(vectors)*volume.shape[-1])

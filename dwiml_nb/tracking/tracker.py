@@ -194,7 +194,8 @@ class Tracker:
         self.min_length_mm,self.max_length_mm,self.step_mm = min_length_mm,max_length_mm,step_mm
         mask = None if tracking_mask_group is None else self.volume_on_grid(dataset, tracking_mask_group, 1, "a tracking mask")
         self.peaks = None if first_direction == 'model' else self.volume_on_grid(dataset, peaks_group(first_direction), 3, "peaks")[..., :3]
-        volume = self.volume_on_grid(dataset, input_group_name, getattr(model, 'nb_features', None), "the model's input")
+        nb_features = getattr(model, 'nb_features', None) if hasattr(model, 'computed_input_embedded_size') else None     # a `ModelWithOneInput`
+        volume = self.volume_on_grid(dataset, input_group_name, nb_features, "the model's input")
         self.walk = Walk(model, volume, self.grid, mask, step_mm, theta_deg, algo, eos_threshold, keep_last_point, seed)
 
     def volume_on_grid(self, dataset,

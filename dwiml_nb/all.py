@@ -87,6 +87,7 @@ from .widgets.viz import *                  # `viz(x)`: look at whatever you hav
 from .cli.common import *     # What all commands share: a function becomes a command, short flags, and problems told without a traceback.
 from .cli.study import *      # `dwiml_create_hdf5_dataset` and `dwiml_hdf5_describe`.
 from .cli.prepare import *    # `dwiml_fit_sh`: from a DWI to a model's input.
+from .cli.training import *   # `dwiml_resume_training_from_checkpoint` and `dwiml_visualize_logs`.
 from .cli.tracking import *   # `dwiml_track_from_model` and `dwiml_score`.
 
 # %% ../nbs/all.ipynb #e52cad25

@@ -1,4 +1,5 @@
-"""Cheap checks of the house: modules and README in step with the pages, no module without a page, imports only from pages before.
+"""Cheap checks of the house: modules and README in step with the pages, no module without a page,
+imports only from pages before and in cells of their own.
 
 The last lines tell how the pages are written (docs/contributing.md says what is aimed at); they are figures, not conditions.
 """
@@ -62,6 +63,18 @@ def backward_imports(pages):
     return problems
 
 
+def mixed_cells(pages):
+    "Lesson cells that import and do something else: the site would execute them without the cells before."
+    problems = []
+    for path, cells in pages.values():
+        for i, cell in enumerate(cells, 1):
+            if cell.cell_type != "code" or cell.directives_.keys() & EXPORTS: continue
+            nodes = [node for top in cell.parsed_() or [] for node in ast.walk(top)]
+            if any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in nodes) and any(isinstance(node, (ast.Expr, ast.Assign)) for node in nodes):
+                problems.append(f"{path.relative_to(ROOT)}, cell {i}: give the import a cell of its own ({cell.source.splitlines()[0]} …)")
+    return problems
+
+
 def writing(pages):
     "How the pages are written: length of exported cells, how many definitions an example follows, how many tests hide."
     lengths, followed, hidden, shown = [], [], 0, 0
@@ -86,7 +99,7 @@ def writing(pages):
 
 def main():
     problems, pages = out_of_step(), read_pages()
-    problems += orphans(pages) + backward_imports(pages)
+    problems += orphans(pages) + backward_imports(pages) + mixed_cells(pages)
     if (ROOT / "README.md").read_text(encoding="utf-8") != readme(): problems.append("README.md is not what nbs/index.ipynb says: run `make readme`")
     print(*problems, sep="\n", file=sys.stderr)
     writing(pages)

@@ -10,7 +10,6 @@ __all__ = ['VIEWS', 'View', 'view_from', 'Frame', 'frame_of', 'paint_slices', 'd
 import io
 from dataclasses import dataclass
 import numpy as np
-from fastcore.basics import patch
 from .scene import LineSet, Scene, Slices
 from .theme import INK, QUIET, rgba
 

@@ -10,7 +10,6 @@ import time
 import ipywidgets as W
 import traitlets as T
 from ..core.errors import did_you_mean
-from ..viz.viewers import Panel
 
 # %% ../../nbs/10_widgets/00_state.ipynb #7f32e71c
 class Choice(T.Unicode):

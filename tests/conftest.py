@@ -25,8 +25,8 @@ def chromium_path():
 
 def has_adapter():
     "Is there a graphics adapter that FURY can draw with? (asked, never tried: a failed try breaks the process)"
-    import wgpu
-    return any("float32-filterable" in adapter.features for adapter in wgpu.gpu.enumerate_adapters_sync())
+    from dwiml_nb.viz.stage import has_gpu_adapter
+    return has_gpu_adapter()
 
 
 def has_cuda():
@@ -59,7 +59,7 @@ def browser():
     "A headless Chromium (playwright)."
     from playwright.sync_api import sync_playwright
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=chromium_path(), args=["--no-sandbox"])
+        chromium = playwright.chromium.launch(executable_path=chromium_path(), args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"])
         yield chromium
         chromium.close()
 
@@ -99,7 +99,8 @@ class Lab:
     def open(self, browser, notebook, width=1400, height=1000):
         "A browser page with `notebook` (relative to nbs/) open and its kernel idle."
         page = browser.new_page(viewport={"width": width, "height": height})
-        page.goto(f"{self.url}/lab/tree/{notebook}", wait_until="domcontentloaded")
+        workspace = f"test-{time.monotonic_ns()}"  # a new one, or JupyterLab would open the last test's notebooks too
+        page.goto(f"{self.url}/lab/workspaces/{workspace}/tree/{notebook}", wait_until="domcontentloaded")
         page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
         page.wait_for_selector("#jp-main-statusbar >> text=/\\| Idle/", timeout=60_000)  # before that, running asks for a kernel
         return page

@@ -31,10 +31,10 @@ def log_values(
 def default_graphs(
     columns:dict, # As `read_logs` gives them
 ) -> dict: # title -> names of logs
-    "Both losses together, and every other number on its own."
+    "Both losses together, and every other number on its own; what merely counts is left out."
     def is_number(name): return any(isinstance(v, (int, float)) and not isinstance(v, bool) for v in columns[name])
     losses = [name for name in ('train_loss', 'valid_loss') if name in columns]
-    others = [name for name in columns if is_number(name) and name not in (*losses, 'epoch', 'batch', 'best_epoch')]
+    others = [name for name in columns if is_number(name) and name not in (*losses, 'epoch', 'batch', 'best_epoch', 'best_loss', 'nb_batches', 'n', 'seconds')]
     return ({'loss': losses} if losses else {}) | {name.replace('_', ' '): [name] for name in others}
 
 # %% ../../nbs/08_viz/05_plots.ipynb #9fbb7843

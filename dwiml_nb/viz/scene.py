@@ -262,7 +262,7 @@ def scene_of_subject(
     "Lines of a subject over its volume, in RAS mm."
     scene = Scene(subset.subjects[subject])
     if input_group_name:
-        scene.add_slices(subset.get_volume(subject, input_group_name), subset.grid(subject, input_group_name).affine, name=input_group_name)
+        scene.add_slices(subset.get_volume(subject, input_group_name), subset.grid(subject, input_group_name).affine, name=input_group_name, planes='z')
     if streamline_group_name:
         n = int(subset.nb_streamlines(streamline_group_name)[subject])
         ids = np.sort(np.random.default_rng(0).permutation(n)[:max_lines])

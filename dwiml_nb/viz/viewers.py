@@ -111,16 +111,27 @@ class Viewer(Panel):
 @patch
 def make_controls(self:Viewer): # -> a widget
     "Buttons and sliders that set the traits."
-    views = W.ToggleButtons(options=['oblique', *VIEWS], style={'button_width': '5.2em'})
-    W.link((self, 'view'), (views, 'value'))
+    views = W.HBox([self.view_button(name) for name in ('oblique', *VIEWS)])
     self.colours = W.Dropdown(options=self.scene.colourings, description='colour by', layout=W.Layout(width='14em'), style={'description_width': '5em'})
     W.link((self, 'colour'), (self.colours, 'value'))
-    self.saver = W.Button(description='Save picture', icon='camera', layout=W.Layout(width='9em'))
+    self.saver = W.Button(description='Save picture', icon='camera', layout=W.Layout(width='10em'))
     self.saved = W.Output()
     self.saver.on_click(self.guard(lambda _: self.show_picture()))
     rows = [W.HBox([views, self.colours, self.saver], layout=W.Layout(flex_flow='row wrap')), *self.extra_controls()]
     if self.scene.slices: rows.append(W.HBox([self.cut_control(axis, name) for axis,name in enumerate('xyz')], layout=W.Layout(flex_flow='row wrap')))
     return W.VBox([*rows, self.saved])
+
+@patch
+def view_button(self:Viewer,
+    name:str, # A view
+): # -> a widget
+    "A button that goes back to a view, even if it is the one the mouse started from."
+    button = W.Button(description=name, layout=W.Layout(width='6em'))
+    def go(_):
+        if self.view == name: self.look(); self.refresh()
+        else: self.view = name
+    button.on_click(self.guard(go))
+    return button
 
 @patch
 def extra_controls(self:Viewer) -> list:
@@ -135,7 +146,7 @@ def cut_control(self:Viewer,
     "A box to show the cut across an axis and a slider to move it."
     low,high = self.scene.slices[0].bounds[:, axis].tolist()
     shown = W.Checkbox(value=name in self.planes, indent=False, description=name, layout=W.Layout(width='2.6em'))
-    slider = W.FloatSlider(value=self.cut_mm[axis], min=low, max=high, step=.5, readout_format='.0f', layout=W.Layout(width='11em'), continuous_update=self.rung == 'live')
+    slider = W.FloatSlider(value=self.cut_mm[axis], min=low, max=high, step=.5, readout_format='.0f', layout=W.Layout(width='14em'), continuous_update=self.rung == 'live')
     def put(change): self.cut_mm = tuple(change['new'] if i == axis else v for i,v in enumerate(self.cut_mm))
     def choose(change): self.planes = ''.join(p for p in 'xyz' if (change['new'] if p == name else p in self.planes))
     slider.observe(put, 'value'); shown.observe(choose, 'value')

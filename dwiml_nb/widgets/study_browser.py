@@ -85,7 +85,7 @@ def fill(self:StudyBrowser):
     subset = self.dataset.subset(self.subset)
     counts = ', '.join(f"{len(self.dataset.subset(s))} {s}" for s in SUBSETS)
     self.heading.value = f"<b>{html.escape(self.dataset.headline())}</b> — {counts} subjects"
-    self.table.value = html_table(subject_rows(subset))
+    self.table.value = f'<div class="jp-RenderedHTMLCommon">{html_table(subject_rows(subset))}</div>'
     self.subject_options = subset.subjects
     self.subjects.options = subset.subjects
     self.look_button.disabled = self.lengths_button.disabled = not len(subset)
@@ -93,11 +93,13 @@ def fill(self:StudyBrowser):
 @patch
 def look(self:StudyBrowser): # -> the viewer
     "Show the chosen subject's lines over its input."
+    self.say('drawing …')
     subset = self.dataset.subset(self.subset)
     scene = scene_of_subject(subset, subset.subjects.index(self.subject), self.streamline_group_name or None, self.input_group_name or None)
     if getattr(self, 'viewer', None) is not None: self.viewer.close()
     self.viewer = show(scene)
     self.children = [*self.children[:3], self.viewer, self.message]
+    self.say('')
     return self.viewer
 
 @patch

@@ -133,7 +133,7 @@ def on_epoch(self:TrainingDashboard, row:dict):
 def on_state(self:TrainingDashboard, state:str):
     "The training has entered another state."
     if state in ('stopped', 'ended', 'failed'):
-        if not self.error: self.say({'stopped': "stopped after a batch; its checkpoint is saved. Start goes on from here.", 'ended': "ended; the best model is in best_model/."}.get(state, ''))
+        if not self.error: self.say({'stopped': "stopped after a batch; its checkpoint is saved.", 'ended': "ended; the best model is in best_model/."}.get(state, ''))
         self.draw()
     else: self.redraw()
 
@@ -155,7 +155,7 @@ def draw(self:TrainingDashboard):
     self.state,self.epoch,self.eta = control.state, self.trainer.epoch, nice_seconds(control.eta_seconds if control.is_running else None)
     self.progress = control.done/control.total if control.total else 0.
     self.bar.value = self.progress
-    self.start_button.disabled,self.stop_button.disabled = control.is_running,not control.is_running
+    self.start_button.disabled,self.stop_button.disabled = control.is_running or self.trainer.has_ended,not control.is_running
     self.start_button.description = 'Go on' if control.state in ('stopped', 'failed') else 'Start'
     last = f", validation loss {self.epochs['valid_loss'][-1]:.4g}" if self.epochs['valid_loss'] and self.epochs['valid_loss'][-1] is not None else ''
     left = f", {self.eta} left" if control.is_running else ''

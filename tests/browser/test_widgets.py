@@ -1,0 +1,182 @@
+"""The widgets in a real JupyterLab, used with a mouse. Screenshots of each go to build/screenshots, to be looked at."""
+import json
+import time
+from pathlib import Path
+from urllib.parse import urlparse
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.browser
+SCREENSHOTS = Path(__file__).resolve().parents[2] / "build" / "screenshots"
+
+SETUP = """
+import tempfile, torch
+from dwiml_nb.all import *
+folder = tempfile.mkdtemp()
+dataset = MultiSubjectDataset(toy_study(folder)).load_data()
+torch.manual_seed(0)
+model = Learn2TrackModel(dataset.nb_features['input'], step_size=1., rnn_key='gru', rnn_layer_sizes=[32])
+sampler = DWIMLBatchIDSampler(dataset, 'bundles', batch_size_training=40)
+loader = DWIMLBatchLoaderOneInput(dataset, model, 'input', 'bundles', off_track_mm=1.)
+"""
+
+
+@pytest.fixture
+def notebook(browser, lab):
+    "A function that opens a new notebook with these cells, each run; it also notes every address that the page asks for."
+    opened = []
+
+    def open_cells(name, *cells):
+        kernelspec = {"display_name": "python3", "language": "python", "name": "python3"}
+        content = [{"cell_type": "code", "id": f"cell-{i}", "metadata": {}, "execution_count": None, "outputs": [], "source": cell.strip()} for i, cell in enumerate(cells)]
+        (lab.folder / name).write_text(json.dumps({"cells": content, "metadata": {"kernelspec": kernelspec}, "nbformat": 4, "nbformat_minor": 5}))
+        page = lab.open(browser, name)
+        page.asked = []
+        page.on("request", lambda request: page.asked.append(request.url))
+        lab.run_all(page)
+        opened.append(page)
+        return page
+
+    yield open_cells
+    for page in opened: page.close()
+
+
+def shot(where, name):
+    "Keep a picture of a page or a part of it."
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    where.screenshot(path=SCREENSHOTS / f"{name}.png")
+
+
+def pixels(where):
+    "A picture of a page or a part of it, as numbers."
+    from io import BytesIO
+    from PIL import Image
+    return np.asarray(Image.open(BytesIO(where.screenshot())).convert("RGB")).astype(int)
+
+
+def errors(page): return page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_text_contents()
+
+
+def nothing_from_elsewhere(page):
+    "Nothing was loaded from another machine."
+    hosts = {urlparse(url).hostname for url in page.asked if url.startswith(("http", "ws"))}
+    assert hosts <= {"127.0.0.1", None}, hosts
+
+
+def output(page, i): return page.locator(".jp-Notebook .jp-Cell").nth(i).locator(".jp-Cell-outputArea")
+
+
+def test_study_browser(notebook):
+    page = notebook("browser.ipynb", SETUP, "browser = StudyBrowser(dataset); browser", "browser.choice, browser.subset")
+    widget = output(page, 1)
+    assert "sub-01" in widget.inner_text() and "120 lines" in widget.inner_text()
+    widget.get_by_role("button", name="validation").click()
+    page.wait_for_function("() => document.body.innerText.includes('sub-03')")
+    widget.get_by_role("button", name="Lengths").click()
+    widget.locator("img").wait_for(timeout=20_000)
+    shot(widget, "study_browser_lengths")
+    widget.get_by_role("button", name="Look").click()
+    page.wait_for_function("() => document.body.innerText.includes('Save picture')", timeout=60_000)
+    page.wait_for_timeout(1500)
+    shot(widget, "study_browser_look")
+    assert not errors(page)
+    nothing_from_elsewhere(page)
+
+
+@pytest.mark.fury
+def test_batch_preview_turns_with_the_mouse(notebook):
+    page = notebook("preview.ipynb", SETUP, "preview = BatchPreview(loader, sampler); preview", "preview.viewer.rung")
+    assert "live" in output(page, 2).inner_text()
+    widget, canvas = output(page, 1), output(page, 1).locator(".renderview-wrapper img").first
+    canvas.wait_for(timeout=60_000)
+    wait_until(lambda: len(np.unique(pixels(canvas).reshape(-1, 3), axis=0)) > 50)
+    shot(widget, "batch_preview")
+    before, box = pixels(canvas), canvas.bounding_box()
+    page.mouse.move(box["x"] + 300, box["y"] + 225)
+    page.mouse.down()
+    for k in range(10): page.mouse.move(box["x"] + 300 + 15 * k, box["y"] + 225 + 5 * k); page.wait_for_timeout(40)
+    page.mouse.up()
+    wait_until(lambda: (pixels(canvas) != before).any(2).mean() > .02)
+    shot(widget, "batch_preview_turned")
+    turned = pixels(canvas)
+    widget.get_by_role("button", name="Next batch").click()
+    page.wait_for_function("() => document.body.innerText.includes('batch 2 of')")
+    wait_until(lambda: (pixels(canvas) != turned).any(2).mean() > .005)
+    widget.get_by_role("button", name="axial").click()
+    page.wait_for_timeout(1500)
+    shot(widget, "batch_preview_axial")
+    widget.get_by_role("button", name="Save picture").click()
+    widget.locator("img").first.wait_for(timeout=30_000)
+    assert not errors(page)
+    nothing_from_elsewhere(page)
+
+
+def test_training_dashboard_and_a_free_notebook(notebook, lab):
+    page = notebook("dashboard.ipynb", SETUP, """
+trainer = DWIMLTrainerOneInput(model=model, experiments_path=folder, experiment_name='run', batch_sampler=sampler, batch_loader=loader, max_epochs=500)
+dashboard = TrainingDashboard(trainer); dashboard""", "import time; print('at', time.time(), dashboard.state)")
+    widget = output(page, 1)
+    widget.locator(".js-plotly-plot").wait_for(timeout=60_000)
+    widget.get_by_role("button", name="Start").click()
+    points = "() => Math.min(...[...document.querySelectorAll('.js-plotly-plot')].map(p => Math.min(p.data[1].y?.length ?? 0, p.data[2].y?.length ?? 0)))"
+    page.wait_for_function(f"() => ({points})() >= 3", timeout=60_000)
+    seconds = [time_of_a_cell(page, 2) for _ in range(5)]
+    shot(widget, "dashboard_running")
+    assert "training" in output(page, 2).inner_text() or "validating" in output(page, 2).inner_text() or "saving" in output(page, 2).inner_text()
+    print("a cell answers in", [round(s, 2) for s in seconds])
+    assert sorted(seconds)[2] < .5, seconds
+    widget.get_by_role("button", name="Stop after batch").click()
+    page.wait_for_function("() => document.body.innerText.includes('stopped')", timeout=20_000)
+    drawn = page.evaluate(points)
+    widget.get_by_role("button", name="Go on").click()
+    page.wait_for_function(f"() => ({points})() > {drawn} + 2", timeout=60_000)
+    widget.get_by_role("button", name="Stop after batch").click()
+    page.wait_for_function("() => document.body.innerText.includes('stopped')", timeout=20_000)
+    shot(widget, "dashboard_stopped")
+    assert not errors(page)
+    nothing_from_elsewhere(page)
+
+
+def test_the_first_hour(browser, lab):
+    page = lab.open(browser, "tutorials/00_first_hour.ipynb", height=1400)
+    page.asked = []
+    page.on("request", lambda request: page.asked.append(request.url))
+    lab.run_all(page, timeout=240)
+    assert not errors(page)
+    page.wait_for_timeout(2000)
+    cells = page.locator(".jp-Notebook .jp-CodeCell")
+    for i in range(cells.count()):
+        shown = cells.nth(i).locator(".jp-OutputArea-output")
+        if not shown.count(): continue
+        cells.nth(i).scroll_into_view_if_needed()
+        page.wait_for_timeout(300)
+        shot(cells.nth(i), f"first_hour_{i:02d}")
+    nothing_from_elsewhere(page)
+    page.close()
+
+
+def wait_until(condition, seconds=30):
+    "Look again and again until something is so."
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        time.sleep(.3)
+
+
+def time_of_a_cell(page, i):
+    "Seconds from running a cell to seeing its answer."
+    cell = page.locator(".jp-Notebook .jp-Cell").nth(i)
+    cell.locator(".jp-InputArea-editor").click()
+    before = output(page, i).inner_text()
+    return page.evaluate("""async ([i, before]) => {
+        const cell = document.querySelectorAll('.jp-Notebook .jp-Cell')[i];
+        const begun = performance.now();
+        document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', code: 'Enter', keyCode: 13, ctrlKey: true, bubbles: true, cancelable: true}));
+        while (performance.now() - begun < 10000) {
+            const text = cell.querySelector('.jp-OutputArea')?.innerText ?? '';
+            if (text.includes('at') && text !== before) break;
+            await new Promise(done => setTimeout(done, 10));
+        }
+        return (performance.now() - begun)/1000;
+    }""", [i, before])

@@ -3,8 +3,10 @@
 docs/migration_from_dwi_ml.md lists every fault with the page or test that guards against it; the numbers below are its numbers.
 """
 import inspect
+import shutil
 from types import SimpleNamespace
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -19,12 +21,15 @@ from dwiml_nb.core.space import Grid, convert
 from dwiml_nb.core.volume import sample_nearest
 from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.directions.registry import DIRECTION_GETTERS, direction_getter
+from dwiml_nb.models.base import MainModelAbstract
 from dwiml_nb.models.embeddings import unflatten_neighborhood
 from dwiml_nb.models.learn2track import Learn2TrackModel
 from dwiml_nb.models.rnn import StackedRNN
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.tracking.seeds import checked_seeds, seeds_from_mask
 from dwiml_nb.tracking.tracker import Tracker, Walk, propagate
+from dwiml_nb.training.loggers import read_logs
+from dwiml_nb.training.trainer import DWIMLTrainer
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +206,59 @@ def test_bad_lines_are_refused_by_number(toy):
         loader.load_lines_voxmm(spoiled(nan), 1, np.array([3, 8, 5]))
     with pytest.raises(DataProblem, match=r"1 lines have fewer than 2 points \(ids \[5\]\).*Found: 1 points.*remove_invalid"):
         loader.load_lines_voxmm(spoiled(short), 1, np.array([3, 8, 5]))
+
+
+class OneStep(MainModelAbstract):
+    "Learns one constant step; its loss is what it is told to be."
+    def __init__(self):
+        super().__init__(step_size=3.0)
+        self.step, self.told = torch.nn.Parameter(torch.zeros(3)), None
+    def forward(self, streamlines): return [self.step.expand(len(line) - 1, 3) for line in streamlines]
+    def compute_loss(self, outputs, targets):
+        loss = torch.cat([o - t.diff(dim=0) for o, t in zip(outputs, targets)]).square().mean()
+        return loss if self.told is None or not self.training else loss * 0 + self.told
+
+
+def trainer_of(toy, folder, **options):
+    model = OneStep()
+    return DWIMLTrainer(model, folder, "run", DWIMLBatchIDSampler(toy, "bundles", 60, 25), DWIMLBatchLoader(toy, model, "bundles"), max_epochs=1, device="cpu", **options)
+
+
+@pytest.mark.parametrize("told", [torch.inf, torch.nan])
+def test_an_infinite_loss_is_not_left_out_of_the_mean(toy, tmp_path, told):
+    trainer = trainer_of(toy, tmp_path)
+    trainer.model.told = told
+    with pytest.raises(DataProblem, match=f"the loss is {told} at training batch 0 of epoch 0"): trainer.train_and_validate()
+
+
+def test_all_validation_batches(toy, tmp_path):
+    "12.2: None was set on another attribute."
+    trainer = trainer_of(toy, tmp_path, max_batches_per_epoch_training=1, max_batches_per_epoch_validation=None)
+    trainer.train_and_validate()
+    n = int(toy.validation.nb_streamlines("bundles").sum())
+    assert trainer.nb_batches("validation") == -(-n // 25) > 1 and read_logs(tmp_path / "run", "batches")["phase"].count("validation") == -(-n // 25)
+
+
+# ---- 12.1.17, 12.2: studies whose subjects disagree; handles
+
+def test_features_are_compared_group_by_group(toy, tmp_path):
+    "As sets, {1, 15} and {15, 1} were the same."
+    path = tmp_path / "study.hdf5"
+    shutil.copy(toy.path, path)
+    with h5py.File(path, "r+") as f:
+        subject = f[toy.training.subjects[1]]
+        subject.move("input", "other"); subject.move("wm_mask", "input"); subject.move("other", "wm_mask")
+    with pytest.raises(DataProblem, match="another number of features than in the first subject") as caught: MultiSubjectDataset(path, lazy=True).load_data()
+    assert all(word in str(caught.value) for word in (toy.training.subjects[1], "input", "wm_mask", "Expected: 15", "Found: 1"))
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_close_again_and_again(toy, lazy):
+    dataset = MultiSubjectDataset(toy.path, lazy=lazy).load_data()
+    other = MultiSubjectDataset(toy.path, lazy=True).load_data()
+    for _ in range(2): dataset.close()
+    assert len(other.training.get_lines(0, "bundles", [0])) == len(dataset.training.get_lines(0, "bundles", [0])) == 1  # the other's handle is its own; ours opens again
+    dataset.close(), other.close()
 
 
 # ---- 12.1.15: validation

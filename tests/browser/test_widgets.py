@@ -112,6 +112,20 @@ def test_batch_preview_turns_with_the_mouse(notebook):
     nothing_from_elsewhere(page)
 
 
+def test_without_an_adapter_there_is_a_picture_with_sliders(notebook):
+    page = notebook("painted.ipynb", "import os; os.environ['VK_ICD_FILENAMES'] = os.environ['VK_DRIVER_FILES'] = '/none'", SETUP, "viewer = viz(loader).viewer; viewer", "viewer.rung", "viewer.azimuth = 120.")
+    widget = output(page, 2)
+    assert "painter" in output(page, 3).inner_text()
+    assert "sudo apt install libvulkan1 mesa-vulkan-drivers" in widget.inner_text()
+    assert widget.locator("img").count() == 1
+    shot(widget, "painted")
+    before = pixels(widget.locator("img"))
+    widget.get_by_role("button", name="coronal").click()
+    wait_until(lambda: (pixels(widget.locator("img")) != before).any(2).mean() > .02)
+    assert not errors(page)
+    nothing_from_elsewhere(page)
+
+
 def test_training_dashboard_and_a_free_notebook(notebook, lab):
     page = notebook("dashboard.ipynb", SETUP, """
 trainer = DWIMLTrainerOneInput(model=model, experiments_path=folder, experiment_name='run', batch_sampler=sampler, batch_loader=loader, max_epochs=500)

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from torch.nn.utils.rnn import pack_sequence
 
 from dwiml_nb.batch.augment import Augmentation, augment, draw
@@ -141,6 +141,7 @@ def test_sampling_at_centres_and_ramps(seed, size):
 
 @quick
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=6), st.integers(1, 40), st.integers(1, 7) | st.none(), st.integers(1, 4) | st.none(), st.integers(1, 3), st.integers(0, 3), numbers)
+@example([5, 4, 3, 2], 2, None, None, 1, 0, 0)  # more subjects than places
 def test_each_line_once_an_epoch(counts, size, nb_subjects, cycles, passes, epoch, seed):
     subset = SimpleNamespace(subjects=[str(i) for i in range(len(counts))], nb_streamlines=lambda group: np.array(counts, np.int16))  # a narrow type, as in files
     dataset = SimpleNamespace(streamline_groups=["g"], subset=lambda name: subset)

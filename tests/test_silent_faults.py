@@ -3,6 +3,7 @@
 docs/migration_from_dwi_ml.md lists every fault with the page or test that guards against it; the numbers below are its numbers.
 """
 import inspect
+import multiprocessing
 import shutil
 from types import SimpleNamespace
 
@@ -259,6 +260,19 @@ def test_close_again_and_again(toy, lazy):
     for _ in range(2): dataset.close()
     assert len(other.training.get_lines(0, "bundles", [0])) == len(dataset.training.get_lines(0, "bundles", [0])) == 1  # the other's handle is its own; ours opens again
     dataset.close(), other.close()
+
+
+def opens_its_own(dataset, handle): return dataset.file.handle is not handle and len(dataset.training.get_lines(0, "bundles", [3]).data)
+
+
+def test_a_forked_child_opens_the_file_for_itself(toy):
+    dataset = MultiSubjectDataset(toy.path, lazy=True).load_data()
+    handle, context = dataset.file.handle, multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    child = context.Process(target=lambda: answers.put(opens_its_own(dataset, handle)))
+    child.start(); child.join(60)
+    assert child.exitcode == 0 and answers.get() == len(dataset.training.get_lines(0, "bundles", [3]).data) and dataset.file.handle is handle
+    dataset.close()
 
 
 # ---- 12.1.15: validation

@@ -74,7 +74,7 @@ def check_learns(model, inputs, lines, steps:int=30, lr:float=1e-2) -> str:
     return f"loss {before:.3g} -> {after:.3g} in {steps} steps"
 
 # %% ../../nbs/05_models/09_checks.ipynb #8d3fb664
-def check_gradients(model, inputs, lines, eps:float=1e-6) -> str:
+def check_gradients(model, inputs, lines, eps:float=1e-8) -> str:
     "Backward agrees with finite differences."
     model = copy.deepcopy(model).double().eval()
     inputs,lines = inputs.to(torch.float64), lines.to(torch.float64)

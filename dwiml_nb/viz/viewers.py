@@ -54,6 +54,10 @@ class Panel(W.VBox):
             return result
         return guarded
 
+    def still(self) -> dict: # MIME type -> content
+        "What a reader without a kernel sees instead of the widget; it is stored in the notebook."
+        return {}
+    def _repr_mimebundle_(self, **kwargs): return super()._repr_mimebundle_(**kwargs) | self.still()
     def __repr__(self): return f"{type(self).__name__}()"
 
 # %% ../../nbs/08_viz/04_viewers.ipynb #df9a8990
@@ -103,9 +107,7 @@ class Viewer(Panel):
         if name == 'view': self.look()
         self.refresh()
 
-    def _repr_mimebundle_(self, **kwargs):
-        png = to_png(paint(self.scene, self.painted_frame()))
-        return super()._repr_mimebundle_(**kwargs) | {'image/png': base64.b64encode(png).decode()}
+    def still(self) -> dict: return {'image/png': base64.b64encode(to_png(paint(self.scene, self.painted_frame()))).decode()}
 
 # %% ../../nbs/08_viz/04_viewers.ipynb #6c4243ca
 @patch

@@ -41,6 +41,7 @@ class BatchPreview(Panel):
         "Let go of the viewer too."
         if self.viewer is not None: self.viewer.close()
         super().close()
+    def still(self) -> dict: return self.viewer.still()
     def __repr__(self): return f"BatchPreview({self.info})"
 
 # %% ../../nbs/10_widgets/02_batch_preview.ipynb #40f2d512

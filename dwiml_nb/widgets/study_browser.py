@@ -62,6 +62,7 @@ class StudyBrowser(Panel):
     def make_choice(self, change=None):
         names = ('input_group_name', 'streamline_group_name')
         self.set_trait('choice', {name: getattr(self, name) for name in names if getattr(self, name)})
+    def still(self) -> dict: return {'text/html': self.heading.value + self.table.value}
     def __repr__(self): return f"StudyBrowser({self.dataset.path.name}, {self.subset}, {self.choice})"
 
 # %% ../../nbs/10_widgets/01_study_browser.ipynb #a158c59d

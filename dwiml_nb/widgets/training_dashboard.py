@@ -6,12 +6,13 @@
 __all__ = ['batch_curve', 'live_figure', 'TrainingDashboard']
 
 # %% ../../nbs/10_widgets/03_training_dashboard.ipynb #5e3dad2a
+import base64
 import threading
 import ipywidgets as W
 import traitlets as T
 from fastcore.basics import patch
 from ..training.loggers import read_logs
-from ..viz.plots import loss_figure
+from ..viz.plots import figure_png, loss_figure, plot_columns
 from ..viz.theme import PALETTE
 from ..viz.viewers import Panel
 from .state import Throttle, nice_seconds
@@ -62,6 +63,10 @@ class TrainingDashboard(Panel):
         "Stop listening; the training goes on."
         for heard,mine in self.listeners: heard[:] = [f for f in heard if f is not mine]
         super().close()
+    def still(self) -> dict:
+        if not self.epochs['epoch']: return {}
+        figure = plot_columns({self.trainer.experiment_name: self.epochs}, {'loss': ['train_loss', 'valid_loss']})[0]
+        return {'image/png': base64.b64encode(figure_png(figure)).decode()}
     def __repr__(self): return f"TrainingDashboard({self.trainer.experiment_name}: {self.state}, epoch {self.epoch}, {self.progress:.0%})"
 
 # %% ../../nbs/10_widgets/03_training_dashboard.ipynb #b2709966

@@ -78,7 +78,8 @@ def test_study_browser(notebook):
     shot(widget, "study_browser_lengths")
     widget.get_by_role("button", name="Look").click()
     page.wait_for_function("() => document.body.innerText.includes('Save picture')", timeout=60_000)
-    page.wait_for_timeout(1500)
+    view = widget.locator(".renderview-wrapper img, .jupyter-widgets img").first
+    wait_until(lambda: len(np.unique(pixels(view).reshape(-1, 3), axis=0)) > 50)
     shot(widget, "study_browser_look")
     assert not errors(page)
     nothing_from_elsewhere(page)
@@ -86,12 +87,18 @@ def test_study_browser(notebook):
 
 @pytest.mark.fury
 def test_batch_preview_turns_with_the_mouse(notebook):
-    page = notebook("preview.ipynb", SETUP, "preview = BatchPreview(loader, sampler); preview", "preview.viewer.rung")
+    page = notebook("preview.ipynb", SETUP, "preview = BatchPreview(loader, sampler); preview", "preview.viewer.rung",
+                    "print('at', __import__('time').time(), 'frames', preview.viewer.stage.window.get_stats()['sent_frames'])")
     assert "live" in output(page, 2).inner_text()
     widget, canvas = output(page, 1), output(page, 1).locator(".renderview-wrapper img").first
     canvas.wait_for(timeout=60_000)
     wait_until(lambda: len(np.unique(pixels(canvas).reshape(-1, 3), axis=0)) > 50)
     shot(widget, "batch_preview")
+    frames = lambda: (time_of_a_cell(page, 3), output(page, 3).inner_text().split()[-1])[1]
+    page.wait_for_timeout(1000)
+    drawn = frames()
+    page.wait_for_timeout(2000)
+    assert frames() == drawn, "an idle canvas draws nothing"
     before, box = pixels(canvas), canvas.bounding_box()
     page.mouse.move(box["x"] + 300, box["y"] + 225)
     page.mouse.down()

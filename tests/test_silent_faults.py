@@ -8,6 +8,7 @@ import shutil
 from types import SimpleNamespace
 
 import h5py
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ from dwiml_nb.core.errors import DataProblem
 from dwiml_nb.core.lines import directions, lengths_of, previous_directions, resample_step, reverse
 from dwiml_nb.core.ragged import Ragged
 from dwiml_nb.core.space import Grid, convert
+from dwiml_nb.core.tractograms import Tractogram, load_tractogram, save_tractogram
 from dwiml_nb.core.volume import sample_nearest
 from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.directions.registry import DIRECTION_GETTERS, direction_getter
@@ -517,3 +519,27 @@ def test_masks_of_another_grid_are_refused():
     dataset.testing.grid = lambda s, group: Grid(np.eye(4), (9, 9, 9)) if group == "mask" else grid
     with pytest.raises(DataProblem, match="subject sub-01, group mask: the volume lies on another grid than the input.*Expected.*Found.*To do"):
         Tracker(Straight(), dataset, "sub-01", "input", "mask")
+
+
+@pytest.mark.parametrize("kind", [".trk", ".tck", ".trx"])
+def test_tractograms_cut_short_anywhere(tmp_path, kind):
+    "A .trk that ends between two lines was read as a shorter one."
+    whole = Tractogram(Ragged.from_list([torch.rand(40, 3) * 8] * 20), Grid(np.eye(4), (9, 9, 9)))
+    save_tractogram(whole, tmp_path / f"a{kind}")
+    content = (tmp_path / f"a{kind}").read_bytes()
+    for left_out in (4 + 480, 12 + 480, 12, 100, len(content) // 3, len(content) - 5, len(content)):
+        (tmp_path / f"cut{kind}").write_bytes(content[:len(content) - left_out])
+        with pytest.raises(DataProblem, match=f"cut{kind}: the tractogram cannot be read.*Expected: a whole {kind} file.*To do"): load_tractogram(tmp_path / f"cut{kind}")
+
+
+def test_a_tractogram_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    whole = Tractogram(Ragged.from_list([torch.rand(4, 3)]), Grid(np.eye(4), (9, 9, 9)))
+    save_tractogram(whole, tmp_path / "a.trk")
+    before = (tmp_path / "a.trk").read_bytes()
+
+    def full(content, path, header=None):
+        with open(path, "wb") as f: f.write(b"half")
+        raise OSError(28, "No space left on device", path)
+    monkeypatch.setattr(nib.streamlines, "save", full)
+    with pytest.raises(OSError, match="No space left"): save_tractogram(whole, tmp_path / "a.trk")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.trk"] and (tmp_path / "a.trk").read_bytes() == before

@@ -59,6 +59,12 @@ def save_tractogram(
         raise DataProblem(f"a {kind} file needs the grid of the image the lines belong to", file=path, do="give the tractogram a grid, or save a .tck.")
     if kind == '.tck' and tractogram.dps and not drop_dps:
         raise DataProblem(f"a .tck file cannot keep the data per streamline {sorted(tractogram.dps)}", file=path, do="save a .trk or .trx, or pass drop_dps=True.")
+    wrong = ~tractogram.lines.data.isfinite().all(1)
+    if kind == '.tck' and wrong.any():
+        raise DataProblem(f"{int(wrong.sum())} points are not numbers, and that is how a .tck file ends a line", expected="finite coordinates",
+                          found=f"NaN or infinity, first in line {int(tractogram.lines.line_index[wrong][0])}", do="remove those lines.", file=path)
+    for name,values in tractogram.dps.items():
+        if len(values) != len(tractogram): raise DataProblem(f"the data per streamline '{name}' does not fit", expected=f"{len(tractogram)} rows, one a line", found=f"{len(values)} rows", file=path)
     with atomic_file(path) as tmp: (save_trx if kind == '.trx' else save_nibabel)(tractogram, tmp)
 
 # %% ../../nbs/00_core/07_tractograms.ipynb #dcf3822e
@@ -90,8 +96,8 @@ def save_trx(
     trx.streamlines._lengths = np.diff(offsets).astype(np.uint32)
     trx.data_per_streamline = {k: np.asarray(v, np.float32).reshape(len(tractogram), -1) for k,v in tractogram.dps.items()}
     trx.groups = {k: np.asarray(v, np.uint32) for k,v in tractogram.groups.items()}
-    save(trx, str(path))
-    trx.close()
+    try: save(trx, str(path))
+    finally: trx.close()                                                # also removes its temporary folder
 
 # %% ../../nbs/00_core/07_tractograms.ipynb #63d65bd0
 def load_tractogram(
@@ -114,9 +120,10 @@ def load_nibabel(
     path, # .trk or .tck
 ) -> Tractogram:
     "Read a `.trk` or `.tck` with nibabel."
-    file = nib.streamlines.load(str(path))
-    grid = None
+    promised = int(nib.streamlines.load(str(path), lazy_load=True).header.get(Field.NB_STREAMLINES, 0))     # before reading, which corrects it; 0: not said
+    file,grid = nib.streamlines.load(str(path)), None
     if tractogram_format(path) == '.trk': grid = Grid(file.header[Field.VOXEL_TO_RASMM], file.header[Field.DIMENSIONS])
+    if grid is not None and promised > len(file.streamlines): raise ValueError(f"{len(file.streamlines)} streamlines, the header says {promised}")
     dps = {k: np.asarray(v) for k,v in file.tractogram.data_per_streamline.items()}
     return Tractogram(Ragged.from_array_sequence(file.streamlines).to(torch.float32), grid, dps)
 

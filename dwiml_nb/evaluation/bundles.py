@@ -56,6 +56,7 @@ def load_reference(
     for name,entry in config.items():
         missing = [k for k in (*masks, 'length_mm') if k not in entry]
         if missing: raise DataProblem(f"bundle '{name}' lacks '{missing[0]}'.{did_you_mean(missing[0], entry)}", expected="whole, head, tail and length_mm", found=', '.join(entry), file=path)
+        if np.shape(entry['length_mm']) != (2,): raise DataProblem(f"the lengths of bundle '{name}' are not a range", expected="length_mm: [shortest, longest]", found=entry['length_mm'], file=path)
         for part in masks:
             mask,grid = read_mask(path.parent/entry[part], grid)
             masks[part].append(mask)
@@ -67,9 +68,9 @@ def read_mask(
 ) -> tuple: # (X*Y*Z,) bool, and its grid
     "A mask's voxels above 0."
     if not Path(path).is_file(): raise DataProblem("no such mask", file=path)
-    img = nib.load(path)
+    try: img = nib.load(path); mask = np.asarray(img.dataobj).reshape(-1) > 0
+    except Exception as e: raise DataProblem("the mask cannot be read", expected="a whole NIfTI file", found=e, file=path, do="copy it again from its source.") from e
     if grid is not None and not same_grid(grid, grid_of(img)): raise DataProblem("the masks of a reference lie on different grids", expected=grid, found=grid_of(img), file=path)
-    mask = np.asarray(img.dataobj).reshape(-1) > 0
     if not mask.any(): raise DataProblem("the mask is empty", expected="at least one voxel above 0", found="none", file=path)
     return mask, grid or grid_of(img)
 

@@ -122,7 +122,10 @@ def local_links(html, source):
         path, anchor = urldefrag(url)
         if not path or urlparse(url).scheme or "_files/" in path: return match[0]
         file = os.path.normpath(Path(source).parent / unquote(path))
-        if (ROOT / file).is_dir(): return ""
+        if (ROOT / file).is_dir():  # a folder of pages: its first one; any other: no link
+            pages = sorted((ROOT / file).glob("*.ipynb"))
+            if not pages: return ""
+            file = str(pages[0].relative_to(ROOT))
         goal = html_path(file)
         if goal == Path(file) and (ROOT / file).is_file():
             (SITE / goal).parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +162,7 @@ def write_page(source, sections):
     html = pypandoc.convert_text(text, "html5", format=dialect, extra_args=[
         "--mathml", "--toc", "--toc-depth=3", f"--template={HERE / 'template.html'}", "--syntax-highlighting=pygments",
         *(f"--variable={key}:{value}" for key, value in variables.items() if value)])
-    html = re.sub(r'<p><a href="[^"]*/blob/[^"]*"[^>]*>source</a></p>', "", html)  # the code itself is folded below
+    html = re.sub(r'<p><a\s+href="[^"]*/blob/[^"]*"[^>]*>source</a></p>', "", html)  # the code itself is folded below
     head, body = html.split("<main>")
     target.write_text(head + "<main>" + local_links(body, source), encoding="utf-8")
 

@@ -10,8 +10,8 @@ import multiprocessing
 import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
+from multiprocessing.connection import wait
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,17 +76,25 @@ def execute(page, shipped):
     print(f"  {time.time() - start:6.1f} s  {page}", flush=True)
 
 
-def run(page, shipped, context):
-    "Run one page in a fresh process; True if it went well."
-    process = context.Process(target=execute, args=(page, shipped))
-    process.start()
-    process.join(LIMIT)
-    if process.is_alive():
-        process.kill()
-        print(f"\nFAILED nbs/{page}: not done after {LIMIT} s", file=sys.stderr)
-    elif process.exitcode not in (0, 1):
-        print(f"\nFAILED nbs/{page}: its process died (exit code {process.exitcode})", file=sys.stderr)
-    return process.exitcode == 0
+def run_all(pages, shipped, workers):
+    "Run pages, each in a fresh process, `workers` at a time; return those that failed."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(SLOW_IMPORTS)
+    waiting, running, failed = list(pages), {}, []
+    while waiting or running:
+        while waiting and len(running) < workers:
+            page = waiting.pop(0)
+            process = context.Process(target=execute, args=(page, shipped))
+            process.start()
+            running[process.sentinel] = process, page, time.time()
+        for process, page, start in running.values():
+            if time.time() - start > LIMIT: process.kill()
+        for sentinel in wait(running, timeout=10):
+            process, page, start = running.pop(sentinel)
+            process.join()
+            if process.exitcode: failed.append(str(page))
+            if process.exitcode not in (0, 1): print(f"\nFAILED nbs/{page}: its process died after {time.time() - start:.0f} s (exit code {process.exitcode})", file=sys.stderr)
+    return failed
 
 
 def report_coverage():
@@ -110,10 +118,7 @@ def main():
     (BUILD / "coverage").mkdir(parents=True, exist_ok=True)
     for old in (BUILD / "coverage").glob("*"): old.unlink()
 
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(SLOW_IMPORTS)
-    with ThreadPoolExecutor(args.workers) as pool: went_well = list(pool.map(lambda page: run(page, args.shipped, context), pages))
-    failed = [str(page) for page, good in zip(pages, went_well) if not good]
+    failed = run_all(pages, args.shipped, args.workers)
     left = sorted(files_beside() - files_before)
     if args.shipped and not failed: report_coverage()
     print(f"{len(pages) - len(failed)} of {len(pages)} pages ran in {time.time() - start:.0f} s" + (f"; failed: {', '.join(failed)}" if failed else ""))

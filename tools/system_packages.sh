@@ -3,7 +3,7 @@
 set -euo pipefail
 missing=()
 command -v chromium chromium-browser google-chrome > /dev/null || missing+=(chromium)
-ldconfig -p | grep -q 'libvulkan\.so\.1' || missing+=(libvulkan1)
+[[ $(ldconfig -p) == *libvulkan.so.1* ]] || missing+=(libvulkan1)
 compgen -G '/usr/share/vulkan/icd.d/lvp_icd*' > /dev/null || missing+=(mesa-vulkan-drivers)
 [ ${#missing[@]} -eq 0 ] && exit 0
 

@@ -33,6 +33,8 @@ WAYS = {                                        # name -> changes to the recipe:
 def commit() -> str:
     return subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=HERE, capture_output=True, text=True).stdout.strip()
 
+COMMIT = commit()                                # when this process loaded the code; HEAD may move during a run
+
 def read() -> list:
     return json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
 
@@ -70,7 +72,7 @@ def one_run(kind:str, way:str, changes:dict, fold:str, subject:str, seed:int, nb
     lines = recipe_tracker(trainer.model, dataset, subject, **changes.get('tracking', {})).track(demo_seeds(dataset, subject), quiet=True)
     seconds['track'] = time.perf_counter() - began
     scores = demo_scores(lines, cache/fold/'subjects'/subject)
-    return dict(kind=kind, way=way, fold=fold, subject=subject, seed=seed, nb_batches=nb_batches, commit=commit(), seconds={k: round(v) for k,v in seconds.items()},
+    return dict(kind=kind, way=way, fold=fold, subject=subject, seed=seed, nb_batches=nb_batches, commit=COMMIT, seconds={k: round(v) for k,v in seconds.items()},
                 scores={k: scores[k] for k in KEPT if k in scores})
 
 def one_csd(subject:str, cache:Path) -> dict:
@@ -82,7 +84,7 @@ def one_csd(subject:str, cache:Path) -> dict:
     began = time.perf_counter()
     lines = track_csd(folder, demo_seeds(dataset, subject))
     scores = demo_scores(lines, folder)
-    return dict(kind='csd', way='dipy CSD', fold=None, subject=subject, seed=1, commit=commit(), seconds={'track': round(time.perf_counter() - began)}, scores={k: scores[k] for k in KEPT if k in scores})
+    return dict(kind='csd', way='dipy CSD', fold=None, subject=subject, seed=1, commit=COMMIT, seconds={'track': round(time.perf_counter() - began)}, scores={k: scores[k] for k in KEPT if k in scores})
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

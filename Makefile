@@ -12,16 +12,19 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test install system check pages shipped docs tests fastcore2 wheel quick-demo readme lab clean
+.PHONY: demo test install kernels system check pages shipped docs tests fastcore2 wheel quick-demo readme lab clean
 
 demo: export OMP_NUM_THREADS = $(shell nproc 2>/dev/null || echo 2)
-demo: $(VENV)/.ready
+demo: $(VENV)/.ready kernels
 	$(BIN)/dwiml_demo --out demo
 
 test: install system check wheel fastcore2 pages docs shipped quick-demo tests
 
-install: $(VENV)/.ready
+install: $(VENV)/.ready kernels
 	$(PY) -m pip check
+
+kernels: $(VENV)/.ready  # compile the loops for this machine, both forms, instead of at their first call
+	$(PY) -c "import dwiml_nb.all; from dwiml_nb.core.kernels import warm_up; print(f'kernels ready after {warm_up():.1f} s')"
 
 $(VENV)/.ready: settings.ini setup.py constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)

@@ -10,6 +10,7 @@ from .core.errors import *          # One way to say what is wrong with somebody
 from .core.files import *           # A file under its final name is always whole.
 from .core.ragged import *          # Streamlines of different lengths as one tensor, without a Python loop.
 from .core.space import *           # Where a coordinate lives: four spaces, one grid, conversions in both directions.
+from .core.kernels import *         # Plain loops, compiled: one source, a form for several threads and a form for one.
 from .core.lines import *           # The geometry of streamlines: directions, lengths, resampling, noise; all lines at once.
 from .core.volume import *          # The value of an image between its voxels, and around a point.
 from .core.sphere import *          # A direction as one of K vertices.

@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['all_but_last', 'directions', 'unit', 'previous_directions', 'arc_positions', 'lengths_of', 'points_along',
-           'resample_nb_points', 'resample_step', 'reverse', 'cut', 'white_noise', 'wandering_noise',
-           'lead_back_directions', 'lead_back_targets']
+           'resample_nb_points', 'resample_step', 'mark_bends', 'compress', 'reverse', 'cut', 'split', 'white_noise',
+           'wandering_noise', 'lead_back_directions', 'lead_back_targets']
 
 # %% ../../nbs/00_core/05_lines.ipynb #8a2e2ee4
+import numba
+import numpy as np
 import torch
 from torch import Tensor
+from .kernels import kernel
 from .ragged import Ragged, rows_of
 
 # %% ../../nbs/00_core/05_lines.ipynb #26f4a5b8
@@ -110,6 +113,43 @@ def resample_step(
     wanted = (lengths_of(lines).float()/step).ceil().long().clamp(min=2)
     return points_along(lines, torch.where(lines.lengths > 1, wanted, lines.lengths))
 
+# %% ../../nbs/00_core/05_lines.ipynb #873347d4
+@kernel(lambda: (np.zeros((4, 3), np.float32), np.array([0, 4]), np.empty(4, np.bool_), .1, 10.))
+def mark_bends(data, offsets, kept, tolerance, longest):
+    "Marks in `kept` the points that linearisation keeps."
+    for i in numba.prange(len(offsets) - 1):
+        first,last = offsets[i], offsets[i+1] - 1
+        for j in range(first, last + 1): kept[j] = j == first or j == last
+        anchor = first
+        for ahead in range(first + 2, last + 1):
+            a,b,c = np.float64(data[anchor, 0]), np.float64(data[anchor, 1]), np.float64(data[anchor, 2])
+            u,v,w = data[ahead, 0] - a, data[ahead, 1] - b, data[ahead, 2] - c
+            chord = u*u + v*v + w*w
+            near,j = chord <= longest*longest, anchor + 1
+            while near and j < ahead:
+                x,y,z = data[j, 0] - a, data[j, 1] - b, data[j, 2] - c
+                off = (y*w - z*v)**2 + (z*u - x*w)**2 + (x*v - y*u)**2
+                near = off <= tolerance*tolerance*chord and (chord > 0 or x == 0 and y == 0 and z == 0)
+                j += 1
+            if not near:
+                anchor = ahead - 1
+                kept[anchor] = True
+
+# %% ../../nbs/00_core/05_lines.ipynb #c15fe7f3
+def compress(
+    lines:Ragged, # (P, 3) mm
+    tolerance_mm:float, # How far a point left out may be from the line through its neighbours kept
+    max_segment_mm:float=10., # No two points kept lie further apart, unless they did before
+) -> Ragged: # Some of the points, the ends always
+    "Fewer points, the same shape within a tolerance; gradients flow to the points kept."
+    if not tolerance_mm > 0: raise ValueError(f"a tolerance is a positive number of mm, found {tolerance_mm}")
+    data,offsets = lines.numpy()
+    kept = np.empty(len(data), np.bool_)
+    data = np.ascontiguousarray(data, data.dtype if data.dtype in (np.float32, np.float64) else np.float32)
+    mark_bends(data, np.ascontiguousarray(offsets), kept, float(tolerance_mm), float(max_segment_mm))
+    before = torch.nn.functional.pad(torch.from_numpy(kept).cumsum(0), (1, 0)).to(lines.device)
+    return Ragged(lines.data[torch.from_numpy(kept).to(lines.device)], before[lines.offsets])
+
 # %% ../../nbs/00_core/05_lines.ipynb #bc013bcc
 def reverse(
     lines:Ragged,
@@ -131,6 +171,21 @@ def cut(
     "A run of points of each line."
     if bool(((start < 0) | (start + nb_points > lines.lengths)).any()): raise ValueError("a cut reaches beyond its line")
     return Ragged.from_lengths(lines.data[rows_of(lines.offsets[:-1] + start, nb_points)], nb_points)
+
+# %% ../../nbs/00_core/05_lines.ipynb #3576e417
+def split(
+    lines:Ragged,
+    at:Tensor, # (S,) first point of the second part, < N; 0 or less leaves the line whole
+) -> tuple: # Ragged of the parts, which follow each other and share their points with `lines`; (S',) line each part was
+    "Lines cut in two; no point is lost."
+    at = torch.as_tensor(at, dtype=torch.long, device=lines.device)
+    cuts = at > 0
+    if bool((cuts & (at >= lines.lengths)).any()): raise ValueError("a split lies behind the last point of its line")
+    origin = torch.arange(len(lines), device=lines.device).repeat_interleave(1 + cuts.long())
+    starts = lines.offsets[origin]
+    second = (torch.arange(len(lines), device=lines.device) + cuts.cumsum(0))[cuts]
+    starts[second] += at[cuts]
+    return Ragged(lines.data, torch.cat([starts, lines.offsets[-1:]])), origin
 
 # %% ../../nbs/00_core/05_lines.ipynb #14976a77
 def white_noise(

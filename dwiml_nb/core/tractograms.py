@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'Tractogram', 'tractogram_format', 'save_tractogram', 'save_nibabel', 'save_trx', 'load_tractogram',
-           'load_nibabel', 'load_trx', 'matching_grid']
+           'check_trk', 'check_trx', 'load_nibabel', 'load_trx', 'matching_grid']
 
 # %% ../../nbs/00_core/08_tractograms.ipynb #aa506217
+import json
+import mmap
+import struct
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 import torch
 import nibabel as nib
 from nibabel.streamlines import Field
-from .errors import DataProblem
+from .errors import DataProblem, naming
 from .files import atomic_file
 from .ragged import Ragged, as_ragged
 from .space import Grid, grid_of
@@ -107,23 +111,58 @@ def load_tractogram(
     "Streamlines in RAS mm, float32, with data per streamline."
     kind = tractogram_format(path)
     if not Path(path).is_file(): raise DataProblem("no such tractogram", file=path, do="check the path and the subject's folder.")
-    try: tractogram = load_trx(path) if kind == '.trx' else load_nibabel(path)
-    except (MemoryError, DataProblem): raise
-    except Exception as e:
-        raise DataProblem(f"the tractogram cannot be read ({type(e).__name__}: {e})", expected=f"a whole {kind} file", file=path,
-                          do="copy it again from its source; it may have been cut short.") from e
+    with naming("the tractogram cannot be read", f"a whole {kind} file", "copy it again from its source; it may have been cut short.", file=path):
+        tractogram = load_trx(path) if kind == '.trx' else load_nibabel(path)
     if reference is not None: tractogram.grid = matching_grid(tractogram.grid, grid_of(reference), path)
     return tractogram
+
+# %% ../../nbs/00_core/08_tractograms.ipynb #4a8f3dfe
+def check_trk(
+    path, # .trk
+    lines:int=None, # Look at the first so many only
+):
+    "Refuse a `.trk` whose counts do not lead from line to line to the end of the file."
+    size,n,at = Path(path).stat().st_size, 0, 1000
+    with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        order = '<' if data[996:1000] == (1000).to_bytes(4, 'little') else '>'
+        (scalars,),(properties,),(promised,) = (struct.unpack_from(order + kind, data, place) for kind,place in (('h', 36), ('h', 238), ('i', 988)))
+        if min(scalars, properties, promised) < 0: raise ValueError(f"negative counts in the header: {scalars}, {properties}, {promised}")
+        while at < size and n != lines:
+            points, = struct.unpack_from(order + 'i', data, at)
+            at,n = at + 4 + 4*(points*(3 + scalars) + properties), n + 1
+            if points < 0 or at > size: raise ValueError(f"line {n - 1} claims {points} points, more than there is left of the file")
+    if lines is None and promised and promised != n: raise ValueError(f"{n} streamlines, the header says {promised}")
+
+# %% ../../nbs/00_core/08_tractograms.ipynb #02a2d039
+def check_trx(
+    path, # .trx
+) -> dict: # its header
+    "Refuse a `.trx` whose arrays do not have the sizes or the checksums that it says."
+    size = Path(path).stat().st_size
+    with zipfile.ZipFile(path) as z:
+        sizes = {i.filename: i.file_size for i in z.infolist() if not i.is_dir()}
+        if len(sizes) < len([i for i in z.infolist() if not i.is_dir()]): raise ValueError("an array is there twice")
+        if sum(sizes.values()) > max(64 << 20, 50*size): raise ValueError(f"{size} bytes that would become {sum(sizes.values())}")
+        if (damaged := z.testzip()) is not None: raise ValueError(f"{damaged} does not have its checksum")
+        h = json.loads(z.read('header.json'))
+    lines,points = int(h['NB_STREAMLINES']), int(h['NB_VERTICES'])
+    rows = {'positions': (points,), 'offsets': (lines, lines + 1), 'dps': (lines,), 'dpv': (points,)}
+    for name,n in sizes.items():
+        words = name.split('/')[-1].split('.')
+        if (place := name.split('/')[0].split('.')[0]) not in rows or len(words) < 2: continue
+        each = (int(words[1]) if len(words) == 3 else 1)*np.dtype('bool' if words[-1] == 'bit' else words[-1]).itemsize
+        if n not in [each*r for r in rows[place]]: raise ValueError(f"{name} has {n} bytes, the header says {lines} streamlines of {points} points")
+    return h
 
 # %% ../../nbs/00_core/08_tractograms.ipynb #8e29f5d4
 def load_nibabel(
     path, # .trk or .tck
 ) -> Tractogram:
     "Read a `.trk` or `.tck` with nibabel."
-    promised = int(nib.streamlines.load(str(path), lazy_load=True).header.get(Field.NB_STREAMLINES, 0))     # before reading, which corrects it; 0: not said
-    file,grid = nib.streamlines.load(str(path)), None
-    if tractogram_format(path) == '.trk': grid = Grid(file.header[Field.VOXEL_TO_RASMM], file.header[Field.DIMENSIONS])
-    if grid is not None and promised > len(file.streamlines): raise ValueError(f"{len(file.streamlines)} streamlines, the header says {promised}")
+    kind,grid = tractogram_format(path), None
+    if kind == '.trk': check_trk(path)
+    file = nib.streamlines.load(str(path))
+    if kind == '.trk': grid = Grid(file.header[Field.VOXEL_TO_RASMM], file.header[Field.DIMENSIONS])
     dps = {k: np.asarray(v) for k,v in file.tractogram.data_per_streamline.items()}
     return Tractogram(Ragged.from_array_sequence(file.streamlines).to(torch.float32), grid, dps)
 
@@ -132,13 +171,17 @@ def load_trx(
 ) -> Tractogram:
     "Read a `.trx` with trx-python; half-precision points become float32."
     from trx.trx_file_memmap import load
+    n = int(check_trx(path)['NB_STREAMLINES'])
     trx = load(str(path))
     try:
         grid = Grid(trx.header['VOXEL_TO_RASMM'], trx.header['DIMENSIONS'])
-        starts,points = np.asarray(trx.streamlines._offsets).astype(np.int64), np.asarray(trx.streamlines._data, np.float32)
-        lines = Ragged(torch.tensor(points.reshape(-1, 3)), np.append(starts.reshape(-1)[:int(trx.header['NB_STREAMLINES'])], len(points)))
-        dps = {k: np.array(v, np.float32).reshape(len(lines), -1) for k,v in trx.data_per_streamline.items()}
-        return Tractogram(lines, grid, dps, {k: np.array(v, np.int64) for k,v in trx.groups.items()})
+        starts,points = np.asarray(trx.streamlines._offsets).astype(np.int64), np.asarray(trx.streamlines._data, np.float32).reshape(-1, 3)
+        offsets = np.append(starts.reshape(-1)[:n], len(points))
+        if (np.diff(offsets) < 0).any() or offsets[0] != 0: raise ValueError("the offsets do not lead from line to line")
+        dps = {k: np.array(v, np.float32).reshape(n, -1) for k,v in trx.data_per_streamline.items()}
+        groups = {k: np.array(v, np.int64) for k,v in trx.groups.items()}
+        if odd := [k for k,v in groups.items() if v.size and (v.min() < 0 or v.max() >= n)]: raise ValueError(f"group {odd[0]} has lines that are not there")
+        return Tractogram(Ragged(torch.tensor(points), offsets), grid, dps, groups)
     finally: trx.close()
 
 # %% ../../nbs/00_core/08_tractograms.ipynb #f0abfb59

@@ -20,7 +20,7 @@ from nibabel.streamlines.trk import decode_value_from_name
 from ..core.errors import DataProblem, did_you_mean
 from ..core.sh import sh_degrees
 from ..core.space import Grid, grid_of, same_grid
-from ..core.tractograms import FORMATS, matching_grid
+from ..core.tractograms import FORMATS, check_trk, matching_grid
 from .schema import SUBSETS, VolumeSpec, raise_problems, read_config, read_subject_lists
 
 # %% ../../nbs/01_study/01_sources.ipynb #c0c416fc
@@ -59,6 +59,7 @@ def image_header(
 # %% ../../nbs/01_study/01_sources.ipynb #a3c7a607
 def trk_header(path) -> tuple: # `Grid`, dict name -> columns
     "What the header of a `.trk` says."
+    check_trk(path, lines=1)                                            # nibabel reads the first line with the header
     h = nib.streamlines.load(str(path), lazy_load=True).header
     named = dict(decode_value_from_name(name) for name in h['property_name']) if h[Field.NB_PROPERTIES_PER_STREAMLINE] else {}
     dps = {k if isinstance(k, str) else k.decode('latin1'): int(n) for k,n in named.items() if n}

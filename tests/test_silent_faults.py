@@ -75,8 +75,6 @@ def test_whole_model_gradcheck():
 # ---- 12.1.3, 12.1.10, 12.2: what is not here yet is refused by name
 
 def test_missing_options_are_refused_by_name(toy):
-    with pytest.raises(NotImplementedError, match="split_ratio is not available yet"): DWIMLBatchLoader(toy, ModelSpec(step_size=1.0), "bundles", split_ratio=0.5)
-    with pytest.raises(NotImplementedError, match="compress_lines is not available yet"): ModelSpec(compress_lines=0.1)
     for name in ("gaussian", "fisher-von-mises", "gaussian-mixture"):
         with pytest.raises(ValueError, match="unknown direction getter"): direction_getter(name, 4)
     with pytest.raises(TypeError, match="compress"): Tracker(None, None, "s", "input", compress=0.1)

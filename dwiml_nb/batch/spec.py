@@ -16,7 +16,7 @@ class ModelSpec:
     "How a model wants its streamlines and inputs; every field is read from the model's attribute of the same name."
     step_size:float = None # mm between points; None leaves lines as they are
     nb_points:int = None # Points a line; None leaves lines as they are
-    compress_lines:float = None # mm of tolerance; comes with the data engine
+    compress_lines:float = None # mm a dropped point may lie off the straight line between its neighbours; None keeps all points
     neighborhood_vectors:Tensor = None # (K, 3) voxels around each point, the origin first; None looks at the point alone
     streamline_space:str = 'voxmm' # Space of the lines a model sees: 'voxmm' (mm), or 'vox' as dwi_ml
     legacy_half_voxel:bool = False # Sample half a voxel off, as dwi_ml
@@ -24,8 +24,9 @@ class ModelSpec:
     accepts_ragged:bool = False # False: the model gets lists of tensors
 
     def __post_init__(self):
-        if self.compress_lines: raise NotImplementedError("compress_lines is not available yet: use step_size or nb_points, or compress when the study is created.")
-        if self.step_size is not None and self.nb_points is not None: raise ValueError("a model takes a step_size or nb_points, not both")
+        asked = {k: getattr(self, k) for k in ('step_size', 'nb_points', 'compress_lines') if getattr(self, k) not in (None, False)}
+        if len(asked) > 1: raise ValueError(f"a model takes one of step_size, nb_points and compress_lines, found {asked}")
+        if self.compress_lines is True or self.compress_lines and not self.compress_lines > 0: raise ValueError(f"compress_lines is a tolerance in mm, found {self.compress_lines!r}")
         if self.streamline_space not in ('voxmm', 'vox'): raise ValueError(f"streamline_space is 'voxmm' or 'vox', found {self.streamline_space!r}")
 
     @property

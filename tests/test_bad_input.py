@@ -38,11 +38,12 @@ class Folder:
     def __truediv__(self, name): return self.sources/name
     def create(self, **options): return create_study(**{**dict(root=self.sources, hdf5_file=self.out/'study.hdf5', config=self.config, **self.lists), **options})
     def refused(self, *words, parts=1, **options):
-        "The study is refused with these words, and the folder to write to is as it was."
+        "The study is refused with these words; in the folder to write to there is nothing but, perhaps, finished subjects that wait for the next attempt."
         with pytest.raises(DataProblem) as caught: self.create(**options)
         for word in words: assert str(word) in str(caught.value), f"'{word}' is not in: {caught.value}"
         assert len(getattr(caught.value, 'problems', [1])) == parts, str(caught.value)
-        assert list(self.out.iterdir()) == []
+        assert {p.name for p in self.out.iterdir()} <= {'.study.parts'}
+        for part in self.out.glob('.study.parts/*.hdf5'): h5py.File(part).close()
         return caught.value
     def made(self, **options):
         with warnings.catch_warnings():
@@ -246,7 +247,7 @@ def test_a_study_of_that_name(folder):
     image = (folder/'subj-04/masks/wm.nii.gz').read_bytes()
     folder.edit_image('subj-04/masks/wm.nii.gz', spoil)
     with pytest.raises(DataProblem, match='NaN'): folder.create(overwrite=True)
-    assert [p.name for p in folder.out.iterdir()] == ['study.hdf5'] and (folder.out/'study.hdf5').read_text() == 'precious'      # a failed attempt costs nothing
+    assert sorted(p.name for p in folder.out.iterdir()) == ['.study.parts', 'study.hdf5'] and (folder.out/'study.hdf5').read_text() == 'precious'      # a failed attempt costs nothing
     (folder/'subj-04/masks/wm.nii.gz').write_bytes(image)
     folder.made(overwrite=True)
     with pytest.raises(DataProblem, match='extension .hdf5'): folder.create(hdf5_file=folder.out/'study.h5')
@@ -264,7 +265,9 @@ def test_disk_full(folder, monkeypatch, room_kb):
     try:
         folder.refused('no room', 'Expected', 'Found', 'To do') if room_kb < 700 else None             # known beforehand, from the headers
         monkeypatch.setattr(create, 'check_room', lambda *args: None)
-        folder.refused('the disk is full', 'Expected', 'Found', 'nothing was left behind')               # found out while writing
+        refused = folder.refused('the disk is full', 'Expected', 'Found', 'To do')                        # found out while writing
+        finished = len(list(folder.out.glob('.study.parts/*.hdf5')))
+        assert (f'{finished} finished subjects' if finished else 'nothing was left behind') in str(refused) and finished == {24: 0, 300: 1, 700: 2}[room_kb]
     finally: subprocess.run(['umount', str(folder.out)], check=True)
 
 def test_file_size_limit(folder):
@@ -278,25 +281,25 @@ except create.DataProblem as e: print(e); sys.exit(7)
 """
     run = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
     assert run.returncode == 7 and 'the disk is full' in run.stdout, run.stdout + run.stderr
-    assert list(folder.out.iterdir()) == []
+    assert [p.name for p in folder.out.rglob('*') if '.partial' in p.name or p.name == 'study.hdf5'] == []
 
 def test_killed_while_writing(folder):
     "SIGKILL half-way: nothing under the final name, and the next attempt succeeds."
     code = f"""
 import os, time
-import dwiml_nb.study.create as create
-add = create.add_subject
-def slow(*args, **kwargs): report = add(*args, **kwargs); print('one', flush=True); time.sleep(60); return report
-create.add_subject = slow
+from dwiml_nb.study import create, parts
+make,done = parts.make_part, []
+def slow(*args, **kwargs):
+    if done: print('one', flush=True); time.sleep(60)
+    done.append(make(*args, **kwargs)); return done[-1]
+parts.make_part = slow
 create.create_study({str(folder.sources)!r}, {str(folder.out/'study.hdf5')!r}, {folder.config!r}, *{list(folder.lists.values())!r})
 """
     run = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert run.stdout.readline() == b'one\n'
     run.send_signal(signal.SIGKILL); run.wait()
-    left = list(folder.out.iterdir())
-    assert not (folder.out/'study.hdf5').exists() and all(p.name.startswith('.') for p in left)
-    for p in left: p.unlink()
-    folder.made()
+    assert not (folder.out/'study.hdf5').exists() and all(p.name.startswith('.') for p in folder.out.iterdir())
+    assert [r.taken for r in folder.made().reports] == [True, False, False, False]
 
 # ---- opening
 

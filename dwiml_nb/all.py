@@ -20,12 +20,14 @@ from .core.phantom import *         # Subject folders made from nothing but a se
 from .core.human_bundles import *   # Five people's real streamlines from the installed dipy wheel, with a diffusion signal simulated around them.
 
 # %% ../nbs/all.ipynb #c5d7131d
+from .study.files import *     # A file that stays the one it was: held open, mapped into memory, and watched for changes.
 from .study.schema import *    # What a study is: the config that asks for it, the lists of its subjects, and the HDF5 file that holds it.
 from .study.sources import *   # Everything that can be known to be wrong is known before the first byte is written.
 from .study.create import *    # Subject folders become one HDF5 study, whole or not at all.
 from .study.toy import *       # A complete study in half a second, the same for the same seed.
 
 # %% ../nbs/all.ipynb #9b5523aa
+from .data.stored import *        # Rows of a dataset on disk, thousands at a time and from anywhere, as fast as the memory gives them.
 from .data.volumes import *       # A subject's image as a tensor on any device, read when it is needed and kept while there is room.
 from .data.streamlines import *   # Any thousand lines of a million, in milliseconds, without a loop and without loading the rest.
 from .data.subjects import *      # One subject's groups by name; all subjects of a subset by number.

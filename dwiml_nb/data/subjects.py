@@ -26,10 +26,17 @@ class SubjectData:
         streamline_groups, # Names, in the order wanted
         lazy:bool=True, # Leave values in the file
         cache:VolumeCache=None, # Shared by all volumes of a dataset
+        group=None, # The subject's HDF5 group, where it is open already
     ):
-        self.subj_id = subj_id
-        self.volumes = {g: MRIData(file, f'{subj_id}/{g}', lazy, cache) for g in volume_groups}
-        self.streamlines = {g: SFTData(file, f'{subj_id}/{g}', lazy) for g in streamline_groups}
+        self.subj_id,groups = subj_id, file.open(subj_id) if group is None else group
+        self.volumes = {g: MRIData(file, f'{subj_id}/{g}', True, cache, groups.get(g)) for g in volume_groups}
+        self.streamlines = {g: SFTData(file, f'{subj_id}/{g}', True, groups.get(g)) for g in streamline_groups}
+        if not lazy: self.load()
+    def load(self):
+        "Bring all values into memory."
+        for group in self.groups.values(): group.load()
+    @property
+    def groups(self) -> dict: return {**self.volumes, **self.streamlines}
     def __repr__(self): return f"SubjectData({self.subj_id}: volumes {', '.join(self.volumes) or 'none'}; streamlines {', '.join(self.streamlines) or 'none'})"
 
 def named(
@@ -110,7 +117,7 @@ def grid(self:MultisubjectSubset,
 ) -> Grid:
     "The voxel grid of a group of a subject."
     s = self.subject(subj_idx)
-    return named({**s.volumes, **s.streamlines}, group, 'volume or streamlines', s.subj_id).grid
+    return named(s.groups, group, 'volume or streamlines', s.subj_id).grid
 
 # %% ../../nbs/02_data/02_subjects.ipynb #fb898db4
 @patch

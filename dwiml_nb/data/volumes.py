@@ -7,12 +7,15 @@ __all__ = ['free_memory', 'exact_device', 'VolumeCache', 'MRIData']
 
 # %% ../../nbs/02_data/00_volumes.ipynb #9098e3f4
 import os
-import threading
 from collections import OrderedDict
 import numpy as np
 import torch
 from torch import Tensor
-from ..study.schema import StudyFile, attr_value, group_grid
+from ..core.errors import DataProblem
+from ..core.space import Grid
+from ..study.files import OwnLock
+from ..study.schema import StudyFile, attr_value
+from .stored import StoredRows, told_of
 
 # %% ../../nbs/02_data/00_volumes.ipynb #34037268
 def free_memory(
@@ -28,19 +31,20 @@ def free_memory(
     except (OSError, ValueError): pass
     return max(free, 0)
 
-# %% ../../nbs/02_data/00_volumes.ipynb #d68cb8cf
+# %% ../../nbs/02_data/00_volumes.ipynb #8adc0042
 def exact_device(device) -> torch.device:
     "The device with its number: 'cuda' and 'cuda:0' are one place."
     device = torch.device(device)
     return torch.device('cuda', torch.cuda.current_device()) if device.type == 'cuda' and device.index is None else device
 
+# %% ../../nbs/02_data/00_volumes.ipynb #d68cb8cf
 class VolumeCache:
     "Tensors by key and device, the least recently used dropped first, within a number of bytes per device."
     def __init__(self,
         size:int=None, # Bytes a device keeps; a quarter of its free memory when not given
     ):
-        self.size,self.lock = size, threading.Lock()
-        self.kept,self.budgets = {}, {}
+        self.size,self.lock = size, OwnLock()
+        self.kept,self.budgets,self.loading = {}, {}, {}
 
     def budget(self, device) -> int: # bytes
         "What a device may keep."
@@ -48,23 +52,33 @@ class VolumeCache:
         return self.budgets[device]
     def used(self, device) -> int: # bytes
         "What a device keeps now."
-        return sum(t.nbytes for t in self.kept.get(exact_device(device), {}).values())
+        return sum(t.nbytes for t in list(self.kept.get(exact_device(device), {}).values()))
     def clear(self):
         "Forget everything."
         with self.lock: self.kept.clear()
 
+    def find(self, key, device) -> Tensor: # or None
+        "The tensor of a key, if it is kept; it counts as used now."
+        with self.lock:
+            kept = self.kept.get(device, {})
+            if key in kept: kept.move_to_end(key)
+            return kept.get(key)
+    def keep(self, key, device, tensor):
+        "Keep a tensor, and drop the oldest ones until all fit."
+        if tensor.nbytes > self.budget(device): return
+        with self.lock:
+            kept = self.kept.setdefault(device, OrderedDict())
+            kept[key] = tensor
+            while self.used(device) > self.budget(device): kept.popitem(last=False)
+
     def get(self, key, device, load) -> Tensor:
         "The tensor of a key on a device; `load()` makes it, on the CPU, when it is not there."
         device = exact_device(device)
-        with self.lock:
-            kept = self.kept.setdefault(device, OrderedDict())
-            if key in kept:
-                kept.move_to_end(key)
-                return kept[key]
-        tensor = load().to(device)
-        with self.lock:
-            kept[key] = tensor
-            while kept and self.used(device) > self.budget(device): kept.popitem(last=False)
+        if (tensor := self.find(key, device)) is not None: return tensor
+        with self.lock: door = self.loading.setdefault((device, key), OwnLock())
+        with door:                                              # one loads, the others wait here
+            if (tensor := self.find(key, device)) is None: self.keep(key, device, tensor := load().to(device))
+        with self.lock: self.loading.pop((device, key), None)
         return tensor
 
     def __getstate__(self): return {'size': self.size}
@@ -79,12 +93,16 @@ class MRIData:
         name:str, # 'subject/group'
         lazy:bool=True, # Read when needed, instead of now
         cache:VolumeCache=None, # Shared by all volumes of a dataset
+        group=None, # The HDF5 group, where it is open already
     ):
-        group = file.handle[name]
-        self.file,self.name,self.cache = file, name, VolumeCache() if cache is None else cache
-        self.grid,self.nb_features = group_grid(group), int(group['data'].shape[3])
-        self.frame = attr_value(group.attrs, 'frame')           # None in files by dwi_ml: image axes are meant
-        self.tensor = None if lazy else self.read()
+        self.file,self.name,self.cache,self.tensor = file, name, VolumeCache() if cache is None else cache, None
+        with told_of(file, name):
+            if group is None: group = file.open(name)
+            self.rows = StoredRows(file, f'{name}/data', group['data'])
+            if len(self.rows.shape) != 4: raise DataProblem("a volume has four axes", expected="(X, Y, Z, F)", found=self.rows.shape)
+            self.grid,self.nb_features = Grid(group.attrs['affine'], self.rows.shape[:3]), int(self.rows.shape[3])
+            self.frame = attr_value(group.attrs, 'frame')           # None in files by dwi_ml: image axes are meant
+        if not lazy: self.load()
 
     @property
     def affine(self) -> np.ndarray: return self.grid.affine
@@ -94,12 +112,25 @@ class MRIData:
     def shape(self) -> tuple: return (*self.grid.dimensions, self.nb_features)
     @property
     def is_lazy(self) -> bool: return self.tensor is None
-    def read(self) -> Tensor: return torch.from_numpy(self.file.handle[self.name]['data'][()].astype(np.float32, copy=False))
+    def load(self):
+        "Bring the values into memory."
+        self.tensor = self.read()
+    def read(self) -> Tensor:
+        "The values, a copy."
+        with told_of(self.file, self.name): return torch.from_numpy(self.rows.all().astype(np.float32, copy=False))
+    def over_map(self) -> Tensor: # None where the file is no float32 map
+        "The values, as a view of the file."
+        mapped = self.rows.mapped() if self.rows.dtype == np.float32 else None
+        return None if mapped is None or not mapped.flags.aligned else torch.from_numpy(mapped)
 
     def get_data_as_tensor(self,
         device='cpu', # torch device
     ) -> Tensor: # (X, Y, Z, F) float32; shared with everybody who asks, so never change it in place
         "The values, on a device."
-        if self.tensor is not None and torch.device(device).type == 'cpu': return self.tensor
-        return self.cache.get(self.name, device, self.read if self.tensor is None else lambda: self.tensor)
+        on_cpu = torch.device(device).type == 'cpu'
+        if not self.is_lazy: return self.tensor if on_cpu else self.cache.get(self.name, device, lambda: self.tensor)
+        with told_of(self.file, self.name):
+            self.rows.check()
+            if on_cpu and (tensor := self.over_map()) is not None: return tensor
+            return self.cache.get(self.name, device, self.read)
     def __repr__(self): return f"MRIData({self.name}: {self.grid}, {self.nb_features} features, {'lazy' if self.is_lazy else 'in memory'})"

@@ -20,7 +20,7 @@ from ..core.space import Grid, convert, inside, same_grid
 from ..core.lines import lengths_of, reverse, unit
 from ..core.volume import sample_nearest, sample_neighborhood
 from ..core.tractograms import Tractogram
-from ..batch.loader import known_group, model_scale
+from ..batch.loader import known_groups, model_scale
 from ..batch.spec import spec_of
 from .seeds import checked_seeds
 
@@ -169,7 +169,7 @@ class Tracker:
         model, # A trained model with a direction getter
         dataset, # `MultiSubjectDataset`, loaded
         subj_id:str,
-        input_group_name:str, # Volume group the model was trained on
+        input_group_name, # Volume group the model was trained on; a list if it was several
         tracking_mask_group:str=None, # Lines end where this volume is below 1/2; None: where the volume ends
         step_mm:float=None, # None: the model's step_size
         theta_deg:float=90, # Largest turn between two steps
@@ -189,8 +189,8 @@ class Tracker:
         if not 0 < theta_deg <= 180: raise ValueError(f"theta_deg is an angle above 0 and up to 180 degrees, found {theta_deg}")
         if batch_size is not None and batch_size < 1: raise ValueError(f"batch_size is a number of lines, at least 1, found {batch_size}")
         self.model,self.subset,self.subject,self.subj_id = model, *find_subject(dataset, subj_id), subj_id
-        self.input_group_name = known_group(input_group_name, dataset.volume_groups, 'volume')
-        self.grid,self.batch_size,self.first_direction = self.subset.grid(self.subject, input_group_name), batch_size or 20_000, first_direction
+        self.input_group_name,groups = input_group_name, known_groups(input_group_name, dataset.volume_groups, 'volume')
+        self.grid,self.batch_size,self.first_direction = self.subset.grid(self.subject, groups[0]), batch_size or 20_000, first_direction
         self.min_length_mm,self.max_length_mm,self.step_mm = min_length_mm,max_length_mm,step_mm
         mask = None if tracking_mask_group is None else self.volume_on_grid(dataset, tracking_mask_group, 1, "a tracking mask")
         self.peaks = None if first_direction == 'model' else self.volume_on_grid(dataset, peaks_group(first_direction), 3, "peaks")[..., :3]
@@ -199,17 +199,19 @@ class Tracker:
         self.walk = Walk(model, volume, self.grid, mask, step_mm, theta_deg, algo, eos_threshold, keep_last_point, seed)
 
     def volume_on_grid(self, dataset,
-        group:str,
+        group, # A name; several count as one volume, their features stacked
         nb_features:int=None, # How many it must have (peaks: at least); None: any number
         what:str="it", # For the message
     ) -> Tensor: # (X, Y, Z, F)
         "A volume of the subject that lies on the input's grid and has as many features as it should."
-        grid = self.subset.grid(self.subject, known_group(group, dataset.volume_groups, 'volume'))
-        if not same_grid(grid, self.grid):
-            raise DataProblem("the volume lies on another grid than the input", expected=self.grid, found=grid, subject=self.subj_id, group=group, do="resample it to the input's grid.")
-        volume = self.subset.get_volume(self.subject, group, self.model.device)
+        groups = known_groups(group, dataset.volume_groups, 'volume')
+        for g in groups:
+            if not same_grid(grid := self.subset.grid(self.subject, g), self.grid):
+                raise DataProblem("the volume lies on another grid than the input", expected=self.grid, found=grid, subject=self.subj_id, group=g, do="resample it to the input's grid.")
+        volumes = [self.subset.get_volume(self.subject, g, self.model.device) for g in groups]
+        volume = volumes[0] if len(volumes) == 1 else torch.cat(volumes, 3)
         if nb_features is not None and volume.shape[3] != nb_features and not (what == "peaks" and volume.shape[3] > nb_features):
-            raise DataProblem(f"{what} cannot be this volume", expected=f"{nb_features} features", found=f"{volume.shape[3]} features", subject=self.subj_id, group=group,
+            raise DataProblem(f"{what} cannot be this volume", expected=f"{nb_features} features", found=f"{volume.shape[3]} features", subject=self.subj_id, group=', '.join(groups),
                               do=f"choose another group: there are {', '.join(dataset.volume_groups)}.")
         return volume
 

@@ -245,6 +245,7 @@ def scene_of_batch(
         subset = batch_loader.dataset.subset(who.subset)
         legends = {'subject': subset.subjects}
         if group := getattr(batch_loader, 'input_group_name', None):
+            if not isinstance(group, str): group = group[0]           # of several groups, the first one
             scene.add_slices(subset.get_volume(subject, group), subset.grid(subject, group).affine, name=f"{group} of {subset.subjects[subject]}", planes='z')
     shown = np.flatnonzero(owner == subject) if only else np.arange(len(owner))
     scene.add_lines(batch_in_world(batch)[shown.tolist()], 'lines', labels={'subject': owner[shown]}, legends=legends)

@@ -128,11 +128,13 @@ def lines_of_file(
     src:SubjectSources,
     dps:dict, # name -> columns: what is kept
     options:LineOptions,
+    labels:dict=None, # name -> number: data per streamline that all lines of the file get
 ) -> StoredLines:
     "One tractogram, tidied, its points placed, in vox."
     tractogram = load_tractogram(path, src.grid)
     check_finite(tractogram.lines, path)
     kept = {k: np.asarray(tractogram.dps.get(k, np.zeros((0, n))), np.float32).reshape(len(tractogram), n) for k,n in dps.items()}
+    kept |= {k: np.full((len(tractogram), 1), number, np.float32) for k,number in (labels or {}).items()}
     clean,report = tidy(Tractogram(tractogram.lines, src.grid, kept))
     lines = place_points(clean.lines, options)
     vox = convert(lines.to(torch.float64), src.grid, 'rasmm', 'vox')
@@ -153,8 +155,9 @@ def lines_of(
     options:LineOptions,
 ) -> StoredLines:
     "All streamlines of a group, the files joined in order; a group without files has none."
-    dps = {k: src.dps.get(spec.name, {}).get(k, 1) for k in spec.dps_keys}
-    parts = [lines_of_file(p, src, dps, options) for p in src.files[spec.name]]
+    dps,labels = {k: src.dps.get(spec.name, {}).get(k, 1) for k in spec.dps_keys}, src.file_labels.get(spec.name, {})
+    parts = [lines_of_file(p, src, dps, options, labels.get(p)) for p in src.files[spec.name]]
+    dps |= {k: 1 for k in spec.file_labels}
     nothing = Ragged(torch.zeros(0, 3, dtype=torch.float64), [0])
     if not parts: return StoredLines(nothing, np.zeros(0), {k: np.zeros((0, n), np.float32) for k,n in dps.items()}, LinesReport())
     return StoredLines(Ragged.cat([p.lines for p in parts]), np.concatenate([p.lengths_mm for p in parts]),

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 import h5py
 import numpy as np
-from ..core.errors import DataProblem, did_you_mean
+from ..core.errors import DataProblem, did_you_mean, naming
 from ..core.files import read_json
 from ..core.space import Grid
 from .files import DataFile, HeldFiles, OwnLock, changed_file, hdf5_descriptor, stamp_of
@@ -67,6 +67,7 @@ class StreamlinesSpec:
     connectivity_matrix:str = None # A .npy file
     connectivity_nb_blocs:list = None # Three ints: the matrix is between blocs of the volume
     connectivity_labels:str = None # A label image: the matrix is between its regions
+    file_labels:dict = field(default_factory=dict) # Entity of the file names -> words: a line's data per streamline of that name is its file's word, as a number
 
 # %% ../../nbs/01_study/00_schema.ipynb #5644c74f
 def as_list(
@@ -126,7 +127,13 @@ def streamlines_spec(
         try: blocs = three_blocs(group['connectivity_nb_blocs'])
         except (ValueError, TypeError) as e:
             bad.append(DataProblem("connectivity_nb_blocs cannot be read", expected="an int or a list of three", found=e, group=name))
-    return StreamlinesSpec(name, as_list(group.get('files')), as_list(group.get('dps_keys')), matrix, blocs, labels), bad
+    file_labels = group.get('file_labels') or {}
+    if not isinstance(file_labels, dict) or not all(isinstance(w, list) and len(set(map(str, w))) == len(w) for w in file_labels.values()):
+        bad.append(DataProblem("file_labels cannot be read", expected='an entity and its words, each once, for instance {"tract": ["AF", "CST"]}', found=file_labels, group=name))
+        file_labels = {}
+    if both := sorted(set(file_labels) & set(as_list(group.get('dps_keys')))):
+        bad.append(DataProblem(f"'{both[0]}' would come from the files' names and from the files", expected="dps_keys or file_labels", group=name))
+    return StreamlinesSpec(name, as_list(group.get('files')), as_list(group.get('dps_keys')), matrix, blocs, labels, file_labels), bad
 
 # %% ../../nbs/01_study/00_schema.ipynb #6ebcf260
 def group_spec(
@@ -141,7 +148,8 @@ def group_spec(
     spec,bad = (volume_spec if group['type'] == 'volume' else streamlines_spec)(name, group)
     if not name or '/' in name: bad.append(DataProblem(f"{name!r} cannot be the name of a group", expected="a word without '/'", group=name))
     if not spec.files: bad.append(DataProblem("no files are listed", expected="files: a path or a list of paths below the subject's folder", group=name))
-    if odd := [f for f in spec.files if not isinstance(f, str)]: bad.append(DataProblem("a file must be a path", found=odd, group=name))
+    if odd := [f for f in spec.files if not isinstance(f, str) and not (isinstance(f, dict) and f)]:
+        bad.append(DataProblem("a file must be a path, or a query of entities", found=odd, group=name))
     return spec, bad
 
 def read_config(
@@ -216,17 +224,21 @@ def open_study(
     path = Path(path)
     if not path.is_file(): raise DataProblem("no such study", file=path, do="check the path; a study is made by create_study.")
     try: file = h5py.File(path, 'r')
-    except OSError as e:
+    except Exception as e:
         with open(path, 'rb') as f: signed = f.read(8) == b'\x89HDF\r\n\x1a\n'
         if 'unable to lock' in str(e): raise DataProblem("the study is being written by another program", found=e, file=path, do="wait for it to end.") from e
         if signed: raise DataProblem("the study is damaged or was cut short", expected="a whole HDF5 file", found=e, file=path,
                                      do="copy it again, or create it again.") from e
         raise DataProblem("this is not an HDF5 file", expected="a study made by create_study or by dwi_ml",
                           found=f"{path.stat().st_size} bytes of something else", file=path) from e
-    missing = [f'{s}_subjs' for s in SUBSETS if f'{s}_subjs' not in file.attrs]
-    gone = [] if missing else [s for subset in SUBSETS for s in attr_words(file.attrs[f'{subset}_subjs']) if s not in file]
+    try:
+        with naming("the study is damaged", do="copy it again, or create it again.", file=path):
+            missing = [f'{s}_subjs' for s in SUBSETS if f'{s}_subjs' not in file.attrs]
+            gone = [] if missing else [s for subset in SUBSETS for s in attr_words(file.attrs[f'{subset}_subjs']) if s not in file]
+            found = list(file)[:5] if missing or gone else []
+    except BaseException: file.close(); raise
     if not missing and not gone: return file
-    found = list(file)[:5]; file.close()
+    file.close()
     if missing: raise DataProblem("this HDF5 file is not a study", expected=f"root attributes {', '.join(missing)}", found=f"top level {found}", file=path,
                                   do="make the study with create_study.")
     raise DataProblem("subjects are listed that the study does not hold", expected=gone, found=found, file=path, do="create the study again.")
@@ -238,14 +250,14 @@ def found_in(
 ): # -> group or dataset
     "An object of a study, or what is missing."
     try: return root[name]
-    except (KeyError, OSError) as e:
+    except Exception as e:
         subject,_,rest = name.partition('/')
-        link = root.get(subject, getlink=True) if subject in root else None
-        lost = isinstance(link, h5py.ExternalLink) and root.get(subject) is None
-        says = "the file that holds this subject is missing or damaged" if lost else "the study does not hold this" if link else "no such subject in the study"
-        raise DataProblem(says, expected=link.filename if lost else name, found=None if lost else ', '.join(list(root)[:5]) or 'an empty study',
-                          do="bring the file back beside the study, or create the study again." if lost else None,
-                          subject=subject, group=rest or None, file=root.filename) from e
+        with naming("the study is damaged", do="copy it again, or create it again.", subject=subject, group=rest or None, file=root.filename):
+            link = root.get(subject, getlink=True) if subject in root else None
+            lost = isinstance(link, h5py.ExternalLink) and root.get(subject) is None
+            says = "the file that holds this subject is missing or damaged" if lost else "the study does not hold this, or it is damaged" if link else "no such subject in the study"
+            raise DataProblem(says, expected=link.filename if lost else name, found=None if lost else ', '.join(list(root)[:5]) or 'an empty study',
+                              do="bring the file back beside the study, or create the study again." if lost else None) from e
 
 # %% ../../nbs/01_study/00_schema.ipynb #f59e0697
 READ_MODES = ('map', 'pread')

@@ -6,7 +6,7 @@
 __all__ = ['find_files', 'image_header', 'trk_header', 'tck_header', 'trx_header', 'tractogram_header', 'SubjectSources',
            'placed', 'attempt', 'find_sources', 'check_on_grid', 'is_oblique', 'check_frame', 'check_volume',
            'check_tractograms', 'check_connectivity', 'check_subject', 'check_alike', 'check_between', 'Sources',
-           'check_sources']
+           'subject_folder', 'check_sources']
 
 # %% ../../nbs/01_study/01_sources.ipynb #7d6e9ccd
 import glob
@@ -21,16 +21,21 @@ from ..core.errors import DataProblem, did_you_mean
 from ..core.sh import sh_degrees
 from ..core.space import Grid, grid_of, same_grid
 from ..core.tractograms import FORMATS, check_trk, matching_grid
+from .entities import bids_name, find_entities
 from .schema import SUBSETS, VolumeSpec, raise_problems, read_config, read_subject_lists
 
 # %% ../../nbs/01_study/01_sources.ipynb #c0c416fc
 def find_files(
     folder, # A subject's folder
-    patterns, # Paths below it, perhaps with `*`
+    patterns, # Paths below it, perhaps with `*`; a dict is a query of entities
 ) -> tuple: # list of Paths, list of `DataProblem`
     "The files that patterns name, wildcards in sorted order."
     found,bad = [], []
     for pattern in patterns:
+        if isinstance(pattern, dict):
+            hits,problems = find_entities(folder, pattern)
+            bad += problems; found += [p for p in hits if p not in found]
+            continue
         hits = sorted(Path(p) for p in glob.glob(str(Path(glob.escape(str(folder)))/pattern))) if '*' in pattern else [Path(folder)/pattern]
         if not hits:
             nearby = next(p for p in (Path(folder)/pattern).parents if p.is_dir())
@@ -108,6 +113,7 @@ class SubjectSources:
     grid:Grid = None # Of the first volume: all else must fit it
     nb_features:dict = field(default_factory=dict) # volume group -> number of features
     dps:dict = field(default_factory=dict) # streamlines group -> {name: columns}
+    file_labels:dict = field(default_factory=dict) # streamlines group -> {Path: {entity: number of its word}}
     incomplete:set = field(default_factory=set) # Groups with a file that is missing and should not be
 
 # %% ../../nbs/01_study/01_sources.ipynb #ac370306
@@ -234,6 +240,12 @@ def check_tractograms(
                                                     do="correct dps_keys, or the file.", **here))
             elif kept.setdefault(k, dps[k]) != dps[k]:
                 bad.append(DataProblem(f"data per streamline '{k}' has another width", expected=kept[k], found=dps[k], **here))
+        numbers = src.file_labels.setdefault(g, {}).setdefault(p, {})
+        for k,words in spec.file_labels.items():
+            word = bids_name(p).says(k)
+            if word in words: numbers[k] = words.index(word)
+            else: bad.append(DataProblem(f"the file's name has no '{k}' that the config lists.{did_you_mean(word, words)}", expected=' or '.join(words), found=word,
+                                         do="add the word to file_labels, or leave the file out.", **here))
     return bad
 
 # %% ../../nbs/01_study/01_sources.ipynb #f4d91de1
@@ -317,6 +329,15 @@ class Sources:
         return sum(p.stat().st_size for s in self.subjects.values() for g,ps in s.files.items() if g not in s.nb_features for p in ps)
 
 # %% ../../nbs/01_study/01_sources.ipynb #23f0e4fe
+def subject_folder(
+    root, # The folder of subject folders
+    subject:str, # Id
+) -> Path: # It need not exist
+    "The folder that holds a subject's files."
+    whole,(person,_,session) = Path(root)/subject, subject.partition('_ses-')
+    return Path(root)/person/f'ses-{session}' if session and not whole.is_dir() else whole
+
+# %% ../../nbs/01_study/01_sources.ipynb #8a0204d7
 def check_sources(
     root, # Folder that holds one folder per subject
     config, # Path of the config, or its dict
@@ -333,14 +354,15 @@ def check_sources(
     lists,problems = read_subject_lists(training, validation, testing)
     bad += problems
     folders = sorted(p.name for p in root.iterdir() if p.is_dir())
-    subjects = {s: SubjectSources(s, subset, root/s) for subset in SUBSETS for s in lists[subset]}
+    subjects = {s: SubjectSources(s, subset, subject_folder(root, s)) for subset in SUBSETS for s in lists[subset]}
     for s,src in subjects.items():
-        if s not in folders: bad.append(DataProblem(f"no folder for a listed subject.{did_you_mean(s, folders)}", expected=root/s, found=folders[:8],
+        if not src.folder.is_dir(): bad.append(DataProblem(f"no folder for a listed subject.{did_you_mean(s, folders)}", expected=root/s, found=folders[:8],
                                                     do="correct the list, or add the folder.", subject=s))
         else:
             b,w = check_subject(src, specs, skip_missing)
             bad += b; warn += w
-    if ignored := [f for f in folders if f not in subjects]: warn.append(f"folders that no list names are ignored: {', '.join(ignored)}.")
+    used = {p for src in subjects.values() for p in src.folder.relative_to(root).parts[:1]}
+    if ignored := [f for f in folders if f not in used]: warn.append(f"folders that no list names are ignored: {', '.join(ignored)}.")
     warn += [f"group {g}: std_mask has no effect without standardisation." for g,s in specs.items()
              if isinstance(s, VolumeSpec) and s.std_mask and s.standardization == 'none' and s.outside is None]
     raise_problems(bad + check_between(subjects.values()), f"the sources in {root}; nothing was written")

@@ -23,7 +23,11 @@ from .core.human_bundles import *   # Five people's real streamlines from the in
 from .study.files import *     # A file that stays the one it was: held open, mapped into memory, and watched for changes.
 from .study.schema import *    # What a study is: the config that asks for it, the lists of its subjects, and the HDF5 file that holds it.
 from .study.sources import *   # Everything that can be known to be wrong is known before the first byte is written.
-from .study.create import *    # Subject folders become one HDF5 study, whole or not at all.
+from .study.volumes_in import *   # Images of a subject become one standardised volume.
+from .study.lines_in import *     # Tractograms of a subject become one set of streamlines in `vox` space, and every line that was left out is counted.
+from .study.parts import *        # Each subject becomes a file of its own, whole or not at all, and a finished one is never made twice.
+from .study.create import *       # Subject folders become one HDF5 study, whole or not at all.
+from .study.grow import *         # Subjects join a study without rewriting it, while others read it; and a study of links becomes one file again.
 from .study.toy import *       # A complete study in half a second, the same for the same seed.
 
 # %% ../nbs/all.ipynb #9b5523aa

@@ -186,6 +186,8 @@ class StudySummary:
     seconds:float
     reports:list # `SubjectReport`s
     warnings:list # All that is worth knowing
+    bytes:int=None # Of what was written; of the study when not given
+    done:str='' # For instance ' added'
 
     def table(self) -> list: # of tuples of str, the first one the header
         "One row per subject and group."
@@ -197,10 +199,10 @@ class StudySummary:
         return rows
     def headline(self) -> str:
         "One line: where, how many, how long, and what float16 cost."
-        size = self.path.stat().st_size/1e6 if self.path.exists() else 0
+        size = (self.bytes or (self.path.stat().st_size if self.path.exists() else 0))/1e6
         taken = sum(r.taken for r in self.reports)
         worst = {g: max(r.rounding.get(g, 0) for r in self.reports) for g in self.reports[0].rounding} if self.reports else {}
-        return (f"{self.path}: {len(self.reports)} subjects, {size:.1f} MB in {self.seconds:.1f} s" + f"; {taken} of them were finished before"*(taken > 0)
+        return (f"{self.path}: {len(self.reports)} subjects{self.done}, {size:.1f} MB in {self.seconds:.1f} s" + f"; {taken} of them were finished before"*(taken > 0)
                 + "; float16 moved values by at most "*bool(worst) + ', '.join(f"{e:.1e} ({g})" for g,e in worst.items()))
     def __repr__(self): return '\n'.join([self.headline(), '', columns(self.table()), *([''] + self.warnings if self.warnings else [])])
     def _repr_html_(self):
@@ -228,10 +230,11 @@ def check_target(
 def check_room(
     folder, # Where the study goes
     needed:int, # bytes, at least
+    how:str='as parts and in the study', # For the message
 ):
     "Refuse to begin what cannot end for lack of space."
     free = shutil.disk_usage(folder).free
-    if needed > free: raise DataProblem("the disk has no room for this study", expected=f"{needed/1e6:.1f} MB for the volumes alone, as parts and in the study",
+    if needed > free: raise DataProblem("the disk has no room for this study", expected=f"{needed/1e6:.1f} MB for the volumes alone, {how}",
                                         found=f"{free/1e6:.1f} MB free", file=folder, do="free some space, or write elsewhere.")
 
 # %% ../../nbs/01_study/05_create.ipynb #01843466

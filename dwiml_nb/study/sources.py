@@ -345,6 +345,7 @@ def check_sources(
     validation=None,
     testing=None,
     skip_missing:bool=False, # Missing files only warn
+    known=(), # Ids that need no list: the study holds them already
 ) -> Sources:
     "Check folders, lists, files and headers; all problems are raised together."
     root = Path(root)
@@ -361,7 +362,7 @@ def check_sources(
         else:
             b,w = check_subject(src, specs, skip_missing)
             bad += b; warn += w
-    used = {p for src in subjects.values() for p in src.folder.relative_to(root).parts[:1]}
+    used = {p for folder in [*(src.folder for src in subjects.values()), *(subject_folder(root, s) for s in known)] for p in folder.relative_to(root).parts[:1]}
     if ignored := [f for f in folders if f not in used]: warn.append(f"folders that no list names are ignored: {', '.join(ignored)}.")
     warn += [f"group {g}: std_mask has no effect without standardisation." for g,s in specs.items()
              if isinstance(s, VolumeSpec) and s.std_mask and s.standardization == 'none' and s.outside is None]

@@ -10,7 +10,7 @@ import html
 import warnings
 from pathlib import Path
 from fastcore.basics import patch
-from ..core.errors import DataProblem, did_you_mean
+from ..core.errors import DataProblem, did_you_mean, naming
 from ..core.files import progress
 from .subjects import MultisubjectSubset, SubjectData
 from .volumes import VolumeCache
@@ -35,13 +35,14 @@ def read_subject(
     "One subject's chosen groups; whatever is missing is told at once."
     group = file.open(subject)
     bad,wanted = [], {**{g: 'volume' for g in volume_groups}, **{g: 'streamlines' for g in streamline_groups}}
+    groups = {g: group.get(g) for g in wanted}
     for g,kind in wanted.items():
-        if group_kind(group.get(g)) == kind: continue
+        if group_kind(groups[g]) == kind: continue
         there = groups_of(group)[kind == 'streamlines']
         bad.append(DataProblem(f"the {kind} group is missing.{did_you_mean(g, there)}", expected=', '.join(g for g,k in wanted.items() if k == kind),
                                found=', '.join(there) or 'none', do="create the study again, or load other groups or subjects.", subject=subject, group=g, file=file.path))
     raise_problems(bad, f"subject {subject}")
-    return SubjectData(file, subject, volume_groups, streamline_groups, cache=cache, group=group)
+    return SubjectData(file, subject, volume_groups, streamline_groups, cache=cache, groups=groups)
 
 # %% ../../nbs/02_data/03_dataset.ipynb #204f3a61
 def check_agreement(
@@ -70,11 +71,14 @@ class MultiSubjectDataset:
         read_mode:str='map', # 'map': through memory; 'pread': by system calls, for files that others may cut short while they are read
     ):
         self.file,self.lazy,self.cache = StudyFile(hdf5_file, read_mode), lazy, VolumeCache(cache_size)
-        attrs = self.file.handle.attrs
+        self.subsets = None
+        with naming("the study is damaged", do="see what dwiml_hdf5_check says of the file.", file=self.file.path): self.read_root(self.file.handle.attrs)
+
+    def read_root(self, attrs):
+        "What the root and the first subject say."
         self.subjects = {s: attr_words(attrs[f'{s}_subjs']) for s in SUBSETS}
         self.step_size,self.nb_points,self.compress = (attr_value(attrs, k) for k in ('step_size', 'nb_points', 'compress'))
-        self.config,self.subsets = study_config(attrs), None
-        self.first_subject = next((ids[0] for ids in self.subjects.values() if ids), None)     # all others must have its groups
+        self.config,self.first_subject = study_config(attrs), next((ids[0] for ids in self.subjects.values() if ids), None)     # all others must have its groups
         self.all_groups = groups_of(self.file.open(self.first_subject)) if self.first_subject else ([], [])
         self.choose_groups(*self.all_groups)
 
@@ -144,7 +148,9 @@ def load_data(self:MultiSubjectDataset,
     ids = [s for subset in wanted.values() for s in subset]
     made,bad = {}, []
     for s in ids:
-        try: made[s] = read_subject(self.file, s, volumes, lines, self.cache)
+        try:
+            with naming("the subject is damaged", do="see what dwiml_hdf5_check says of the file.", subject=s, file=self.path):
+                made[s] = read_subject(self.file, s, volumes, lines, self.cache)
         except DataProblem as e: bad += getattr(e, 'problems', [e])
     raise_problems(bad + check_agreement(made.values(), self.features_of(volumes), self.path), f"the study {self.path}")
     self.choose_groups(volumes, lines)

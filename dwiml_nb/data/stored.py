@@ -8,15 +8,15 @@ __all__ = ['GAP_BYTES', 'is_contiguous', 'mapped_address', 'gather_lines', 'line
 
 # %% ../../nbs/02_data/00_stored.ipynb #2e5a85f0
 import os
-from contextlib import contextmanager
 import h5py
 import numba
 import numpy as np
 import torch
 from fastcore.basics import patch
-from ..core.errors import DataProblem
+from ..core.errors import DataProblem, naming
 from ..core.kernels import kernel
 from ..core.ragged import Ragged, rows_of
+from ..study.check import check_stored
 from ..study.files import DataFile, hdf5_descriptor, stamp_of
 from ..study.schema import StudyFile
 
@@ -88,20 +88,13 @@ def coalesced(
     return begin, end, moved
 
 # %% ../../nbs/02_data/00_stored.ipynb #19e516a7
-@contextmanager
 def told_of(
     file:StudyFile,
     name:str, # 'subject/group' or longer
-):
+): # -> a context
     "Name the place in errors that come from a file."
     place = dict(zip(('subject', 'group'), name.split('/')))
-    try: yield
-    except DataProblem as e:
-        if e.subject is not None: raise
-        raise DataProblem(e.problem, e.expected, e.found, e.do, **place, file=e.file or file.path) from e
-    except (KeyError, OSError, TypeError, RuntimeError) as e:
-        raise DataProblem("a part of the group is missing or damaged", found=str(e).strip('\'"'), do="see what dwiml_hdf5_check says of the file.",
-                          **place, file=file.path) from e
+    return naming("a part of the group is missing or damaged", do="see what dwiml_hdf5_check says of the file.", **place, file=file.path)
 
 # %% ../../nbs/02_data/00_stored.ipynb #774673c6
 GAP_BYTES = {'pread': 16384, 'hdf5': 65536}       # what is read along rather than paying for another call
@@ -130,7 +123,10 @@ class StoredRows:
     def check(self): self.data_file()
     def way(self) -> str:
         "'map', 'pread' or 'hdf5': how the rows are read here."
-        if self.address == -1: self.address = mapped_address(self.file.open(self.name, self.seen)) if self.contiguous else None
+        if self.address == -1:
+            dataset = self.file.open(self.name, self.seen)
+            check_stored(dataset)                                      # a damaged header may claim terabytes
+            self.address = mapped_address(dataset) if self.contiguous else None
         if self.address is None: return 'hdf5'
         return 'map' if self.file.read_mode == 'map' and self.data_file().bytes is not None else 'pread'
     def mapped(self) -> np.ndarray: # None where there is no map
@@ -161,6 +157,20 @@ def read_runs(self:StoredRows,
 
 # %% ../../nbs/02_data/00_stored.ipynb #cd66bfee
 @patch
+def fetch(self:StoredRows,
+    starts, # (S,) first rows of the runs that will be read
+    lengths, # (S,)
+    samples:int=3, # Runs looked at
+):
+    "Ask the system for rows that still are on the disk only, all at once."
+    if len(starts) <= samples or not hasattr(os, 'posix_fadvise'): return
+    file,first = self.data_file(), lambda row: self.address + int(row)*self.width
+    if all(file.has_at_hand(first(row)) for row in starts[::len(starts)//samples]): return
+    begin,end,_ = coalesced(starts, lengths, 4096//max(1, self.width))
+    for row,n in zip(begin, end - begin): os.posix_fadvise(file.descriptor, first(row), int(n)*self.width, os.POSIX_FADV_WILLNEED)
+
+# %% ../../nbs/02_data/00_stored.ipynb #c89115c2
+@patch
 def around(self:StoredRows,
     starts, # (S,) int64 first rows of the runs wanted
     lengths, # (S,) int64
@@ -172,6 +182,7 @@ def around(self:StoredRows,
                           found=f"{lengths[bad[0]]} rows from row {starts[bad[0]]}", do="see what dwiml_hdf5_check says of the file.",
                           subject=subject, group=group, file=self.file.path)
     way = self.way()
+    if way != 'hdf5': self.fetch(starts, lengths)
     if way == 'map': return self.mapped(), starts
     begin,end,moved = coalesced(starts, lengths, GAP_BYTES[way]//max(1, self.width))
     return self.read_runs(begin, end), moved

@@ -81,7 +81,8 @@ class SFTData:
             if group is None: group = file.open(name)
             self.grid = Grid(group.attrs['affine'], group.attrs['dimensions'])
             self.matrix = stored_to_vox(group.attrs, self.grid)
-            inside = {**group, **{f'data_per_streamline/{k}': d for k,d in group.get('data_per_streamline', {}).items()}}
+            inside = dict(group.items())
+            inside |= {f'data_per_streamline/{k}': d for k,d in inside.pop('data_per_streamline', {}).items()}
             self.parts = {k: StoredRows(file, f'{name}/{k}', d) for k,d in inside.items() if isinstance(d, h5py.Dataset)}
             self.check_header()
         self.rows,self.nb_streamlines,self.nb_stored_points = self.parts['data'], len(self.parts['lengths']), len(self.parts['data'])

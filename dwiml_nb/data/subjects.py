@@ -26,9 +26,9 @@ class SubjectData:
         streamline_groups, # Names, in the order wanted
         lazy:bool=True, # Leave values in the file
         cache:VolumeCache=None, # Shared by all volumes of a dataset
-        group=None, # The subject's HDF5 group, where it is open already
+        groups=None, # Its HDF5 groups by name, where they are open already
     ):
-        self.subj_id,groups = subj_id, file.open(subj_id) if group is None else group
+        self.subj_id,groups = subj_id, file.open(subj_id) if groups is None else groups
         self.volumes = {g: MRIData(file, f'{subj_id}/{g}', True, cache, groups.get(g)) for g in volume_groups}
         self.streamlines = {g: SFTData(file, f'{subj_id}/{g}', True, groups.get(g)) for g in streamline_groups}
         if not lazy: self.load()

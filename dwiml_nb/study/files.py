@@ -64,6 +64,14 @@ class DataFile:
         try: return np.frombuffer(mmap.mmap(self.descriptor, self.seen.size, **private), np.uint8)
         except (OSError, ValueError): return None
 
+    def has_at_hand(self,
+        at:int, # Byte of the file
+    ) -> bool:
+        "Whether a byte is in the system's memory already; True where the system does not tell."
+        try: return os.preadv(self.descriptor, [bytearray(1)], at, os.RWF_NOWAIT) >= 0
+        except BlockingIOError: return False
+        except (OSError, AttributeError): return True
+
     def read_into(self,
         buffer, # Writable bytes, all of which are filled
         at:int, # First byte of the file

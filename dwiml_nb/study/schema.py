@@ -319,7 +319,7 @@ def group_kind(
 ) -> str: # 'volume' or 'streamlines'; None for anything else
     "What kind of data a group of a subject holds."
     kind = attr_value(group.attrs, 'type') if isinstance(group, h5py.Group) else None
-    return kind if kind in ('volume', 'streamlines') and isinstance(group.get('data'), h5py.Dataset) else None
+    return kind if kind in ('volume', 'streamlines') and group.get('data', getclass=True) is h5py.Dataset else None
 
 def group_grid(
     group, # HDF5 group of a volume or of streamlines

@@ -1,13 +1,11 @@
 """Properties that must hold for any lines and any settings, tried on examples that hypothesis makes up."""
-from types import SimpleNamespace
-
 import numpy as np
 import torch
-from hypothesis import example, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.nn.utils.rnn import pack_sequence
 
 from dwiml_nb.batch.augment import Augmentation, augment, draw
-from dwiml_nb.batch.sampler import DWIMLBatchIDSampler, keyed_rng
+from dwiml_nb.batch.sampler import keyed_rng
 from dwiml_nb.core.lines import all_but_last, cut, directions, lengths_of, previous_directions, resample_nb_points, resample_step, reverse
 from dwiml_nb.core.ragged import Ragged
 from dwiml_nb.core.space import SPACES, Grid, convert
@@ -137,27 +135,7 @@ def test_sampling_at_centres_and_ramps(seed, size):
     assert (anywhere <= volume.amax((0, 1, 2)) + 1e-5).all() and (anywhere >= volume.amin((0, 1, 2)) - 1e-5).all()
 
 
-# ---- sampler and augmentation
-
-@quick
-@given(st.lists(st.integers(0, 60), min_size=1, max_size=6), st.integers(1, 40), st.integers(1, 7) | st.none(), st.integers(1, 4) | st.none(), st.integers(1, 3), st.integers(0, 3), numbers)
-@example([5, 4, 3, 2], 2, None, None, 1, 0, 0)  # more subjects than places
-def test_each_line_once_an_epoch(counts, size, nb_subjects, cycles, passes, epoch, seed):
-    subset = SimpleNamespace(subjects=[str(i) for i in range(len(counts))], nb_streamlines=lambda group: np.array(counts, np.int16))  # a narrow type, as in files
-    dataset = SimpleNamespace(streamline_groups=["g"], subset=lambda name: subset)
-    sampler = DWIMLBatchIDSampler(dataset, "g", size, None, nb_subjects_per_batch=nb_subjects, cycles=cycles if nb_subjects else None, nb_passes=passes, seed=seed)
-    for context, times in (("training", passes), ("validation", 1)):
-        batches = list(sampler.batches(context, epoch))
-        seen = np.array([[s, i] for b in batches for s, ids in b for i in ids], int).reshape(-1, 2)
-        expected = [(s, i) for s, n in enumerate(counts) for i in range(n) for _ in range(times)]
-        assert sorted(map(tuple, seen.tolist())) == expected
-        assert len(batches) == sampler.nb_batches(context, epoch) and [b.index for b in batches] == list(range(len(batches)))
-        for b in batches:
-            assert 1 <= b.nb_streamlines <= size and len(b) <= (nb_subjects or len(counts)) and [s for s, _ in b] == sorted({s for s, _ in b})
-            assert all(len(ids) for _, ids in b)
-        middle = len(batches) // 2
-        assert [str(b) + str(list(b)) for b in sampler.batches(context, epoch, middle)] == [str(b) + str(list(b)) for b in batches[middle:]]
-
+# ---- augmentation (the sampler and the loader: test_batch_properties.py)
 
 @quick
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=8), numbers, st.floats(0, 1), st.floats(2, 60) | st.none(), st.floats(0, 3), st.floats(0, 3))

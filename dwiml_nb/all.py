@@ -20,6 +20,7 @@ from .core.phantom import *         # Subject folders made from nothing but a se
 from .core.human_bundles import *   # Five people's real streamlines from the installed dipy wheel, with a diffusion signal simulated around them.
 
 # %% ../nbs/all.ipynb #c5d7131d
+from .study.entities import *  # A file is found by what its name says, not by how its name is written.
 from .study.files import *     # A file that stays the one it was: held open, mapped into memory, and watched for changes.
 from .study.schema import *    # What a study is: the config that asks for it, the lists of its subjects, and the HDF5 file that holds it.
 from .study.sources import *   # Everything that can be known to be wrong is known before the first byte is written.
@@ -29,6 +30,8 @@ from .study.parts import *        # Each subject becomes a file of its own, whol
 from .study.create import *       # Subject folders become one HDF5 study, whole or not at all.
 from .study.grow import *         # Subjects join a study without rewriting it, while others read it; and a study of links becomes one file again.
 from .study.toy import *       # A complete study in half a second, the same for the same seed.
+from .study.bids import *      # A folder of BIDS derivatives is a source of a study as it lies there: nothing is copied, nothing renamed.
+from .study.check import *     # Everything that is wrong with a study, in one report; also with a study that somebody else wrote, and with a broken one.
 
 # %% ../nbs/all.ipynb #9b5523aa
 from .data.stored import *        # Rows of a dataset on disk, thousands at a time and from anywhere, as fast as the memory gives them.
@@ -36,6 +39,7 @@ from .data.volumes import *       # A subject's image as a tensor on any device,
 from .data.streamlines import *   # Any thousand lines of a million, in milliseconds, without a loop and without loading the rest.
 from .data.subjects import *      # One subject's groups by name; all subjects of a subset by number.
 from .data.dataset import *       # A study, opened for learning: three subsets, the same answers whether it sits in memory or stays on disk.
+from .data.extract import *       # What went into a study comes out of it again, as files that any viewer opens.
 
 # %% ../nbs/all.ipynb #8911a334
 from .batch.spec import *      # What a loader must know of a model, and nothing more.
@@ -92,10 +96,11 @@ from .widgets.viz import *                  # `viz(x)`: look at whatever you hav
 
 # %% ../nbs/all.ipynb #07ad66c8
 from .cli.common import *     # What all commands share: a function becomes a command, short flags, and problems told without a traceback.
-from .cli.study import *      # `dwiml_create_hdf5_dataset` and `dwiml_hdf5_describe`.
+from .cli.study import *      # `dwiml_create_hdf5_dataset`, `dwiml_hdf5_add_subjects`, `dwiml_hdf5_repack` and `dwiml_hdf5_describe`.
 from .cli.prepare import *    # `dwiml_fit_sh`: from a DWI to a model's input.
 from .cli.training import *   # `dwiml_resume_training_from_checkpoint` and `dwiml_visualize_logs`.
 from .cli.tracking import *   # `dwiml_track_from_model` and `dwiml_score`.
+from .cli.study_tools import *   # `dwiml_hdf5_check`, `dwiml_hdf5_extract_data` and `dwiml_bids_sources`.
 
 # %% ../nbs/all.ipynb #e52cad25
 from .demo.recipe import *   # A small tracker that finds whole bundles: what it is made of, and what was tried.

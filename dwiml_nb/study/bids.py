@@ -184,6 +184,7 @@ def bids_sources(
     testing=None,
     split:str=None, # Column of participants.tsv that says training, validation or testing
     participants=None, # Path of the table, when it lies elsewhere
+    group:str='bundles', # Name of the streamlines group
 ) -> BidsSources:
     "A derivatives folder and a choice, as the sources of a study."
     subjects,remarks = bids_subjects(derivatives, participants)
@@ -191,4 +192,4 @@ def bids_sources(
     if (split is None) == (not any(given.values())):
         raise DataProblem("the subsets must be said in one way", expected="lists, or split: a column of participants.tsv", found="both" if split else "neither")
     lists = split_of_lists(subjects, given) if split is None else split_of_column(subjects, split)
-    return BidsSources(Path(derivatives), bids_config(derivatives, volumes, streamlines, tract), lists, remarks)
+    return BidsSources(Path(derivatives), bids_config(derivatives, volumes, streamlines, tract, group), lists, remarks)

@@ -7,7 +7,7 @@ __all__ = ['STANDARDIZATIONS', 'FRAMES', 'SUBSETS', 'FORMAT_VERSION', 'NOT_DEFIN
            'raise_problems', 'VolumeSpec', 'StreamlinesSpec', 'as_list', 'unknown_keys', 'volume_spec', 'three_blocs',
            'streamlines_spec', 'group_spec', 'read_config', 'read_subject_list', 'read_subject_lists', 'attr_words',
            'attr_value', 'open_study', 'found_in', 'StudyFile', 'group_kind', 'group_grid', 'StudyDescription',
-           'group_row', 'study_config', 'describe_study', 'columns', 'html_table']
+           'group_notes', 'group_row', 'study_config', 'describe_study', 'columns', 'html_table']
 
 # %% ../../nbs/01_study/00_schema.ipynb #a86f3b31
 import html
@@ -335,14 +335,18 @@ class StudyDescription:
     made:str # When
     settings:dict # step_size, nb_points, compress where they were set
     subsets:dict # subset -> subject ids
-    rows:list # dicts: subject, subset, group, kind, shape, grid, bytes
+    rows:list # dicts: subject, subset, group, kind, shape, dtype, grid, bytes, notes
     bytes:int # Size of the file
     config:dict = None # The config it was made from, where it can be read
 
     def table(self) -> list: # of tuples of str, the first one the header
         "The rows as words."
-        return [('subject', 'subset', 'group', 'kind', 'holds', 'grid', 'MB'),
-                *((r['subject'], r['subset'], r['group'], r['kind'], r['holds'], str(r['grid']), f"{r['bytes']/1e6:.2f}") for r in self.rows)]
+        return [('subject', 'subset', 'group', 'kind', 'holds', 'type', 'grid', 'MB', 'notes'),
+                *((r['subject'], r['subset'], r['group'], r['kind'], r['holds'], r['dtype'], str(r['grid'])[5:-1], f"{r['bytes']/1e6:.2f}", '; '.join(r['notes'])) for r in self.rows)]
+    def config_lines(self) -> list: # of str
+        "The config, one group a line."
+        if self.config is None: return ["config: cannot be read"]
+        return [f"config {g}: " + ', '.join(f"{k} {v if isinstance(v, str) else json.dumps(v)}" for k,v in c.items()) for g,c in self.config.items()]
     def headline(self) -> str:
         "One line: name, size, subjects, settings."
         said = ', '.join(f"{k} {v}" for k,v in self.settings.items() if v is not None) or 'points as in the files'
@@ -350,18 +354,32 @@ class StudyDescription:
         return f"{self.path.name}: {self.bytes/1e6:.1f} MB, {counts} subjects, {said}, made {self.made or 'at an unknown time'}"
 
 # %% ../../nbs/01_study/00_schema.ipynb #216a8242
+def group_notes(
+    group, # HDF5 group of a subject
+    root, # The study
+) -> list: # of str
+    "What else there is to know of a group: its frame, space, data per streamline, matrix, layout and file."
+    frame,space,dps = attr_value(group.attrs, 'frame'), attr_value(group.attrs, 'space'), list(group.get('data_per_streamline', []))
+    matrix,data,there = group.get('connectivity_matrix'), group['data'], Path(group.file.filename)
+    notes = {f"frame {frame}": frame, f"{space}, {attr_value(group.attrs, 'origin')}": space and 'VOX' not in str(space), f"dps {', '.join(dps)}": dps,
+             f"matrix {'x'.join(map(str, matrix.shape if matrix is not None else ()))} {attr_value(group.attrs, 'connectivity_matrix_type')}": matrix is not None,
+             f"chunks{' ' + str(data.compression) if data.compression else ''}": data.chunks, f"in {there.parent.name}/{there.name}": there != Path(root.filename)}
+    return [said for said,holds in notes.items() if holds]
+
 def group_row(
     group, # HDF5 group of a subject
     subject:str, # Id
     subset:str, # Where the subject is listed
+    root, # The study
 ) -> dict:
     "A row of the description."
     kind,data,size = group_kind(group), group['data'], []
     group.visititems(lambda name,o: size.append(o.id.get_storage_size()) if isinstance(o, h5py.Dataset) else None)
     holds = f"{data.shape[-1]} features" if kind == 'volume' else f"{group['lengths'].shape[0]} streamlines, {data.shape[0]} points"
-    return dict(subject=subject, subset=subset, group=group.name.split('/')[-1], kind=kind, holds=holds, shape=data.shape,
-                grid=group_grid(group), bytes=sum(size))
+    return dict(subject=subject, subset=subset, group=group.name.split('/')[-1], kind=kind, holds=holds, shape=data.shape, dtype=str(data.dtype),
+                grid=group_grid(group), bytes=sum(size), notes=group_notes(group, root))
 
+# %% ../../nbs/01_study/00_schema.ipynb #d3b70f9a
 def study_config(
     attrs, # Root attributes of a study
 ) -> dict: # None where it cannot be read
@@ -375,9 +393,9 @@ def describe_study(
     path, # A study file
 ) -> StudyDescription:
     "What a study holds, from its headers alone."
-    with open_study(path) as f:
+    with open_study(path) as f, naming("the study is damaged", do="see what dwiml_hdf5_check says of the file.", file=path):
         subsets = {s: attr_words(f.attrs[f'{s}_subjs']) for s in SUBSETS}
-        rows = [group_row(g, s, subset) for subset,ids in subsets.items() for s in ids for g in found_in(f, s).values() if group_kind(g)]
+        rows = [group_row(g, s, subset, f) for subset,ids in subsets.items() for s in ids for g in found_in(f, s).values() if group_kind(g)]
         return StudyDescription(Path(path), attr_value(f.attrs, 'data_and_time'), {k: attr_value(f.attrs, k) for k in ('step_size', 'nb_points', 'compress')},
                                 subsets, rows, Path(path).stat().st_size, study_config(f.attrs))
 
@@ -397,5 +415,5 @@ def html_table(
     return f"<table><thead>{row('th', rows[0])}</thead><tbody>{''.join(row('td', r) for r in rows[1:])}</tbody></table>"
 
 # %% ../../nbs/01_study/00_schema.ipynb #1db20f55
-StudyDescription.__repr__ = lambda self: f"{self.headline()}\n\n{columns(self.table())}"
-StudyDescription._repr_html_ = lambda self: f"<p>{html.escape(self.headline())}</p>{html_table(self.table())}"
+StudyDescription.__repr__ = lambda self: '\n'.join([self.headline(), '', columns(self.table()), '', *self.config_lines()])
+StudyDescription._repr_html_ = lambda self: f"<p>{html.escape(self.headline())}</p>{html_table(self.table())}<p>{'<br>'.join(map(html.escape, self.config_lines()))}</p>"

@@ -8,6 +8,7 @@ __all__ = ['free_memory', 'exact_device', 'VolumeCache', 'MRIData']
 # %% ../../nbs/02_data/00_volumes.ipynb #9098e3f4
 import os
 from collections import OrderedDict
+from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,9 +26,10 @@ def free_memory(
     device = torch.device(device)
     if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]
     free = os.sysconf('SC_AVPHYS_PAGES')*os.sysconf('SC_PAGE_SIZE') if 'SC_AVPHYS_PAGES' in os.sysconf_names else 4 << 30
-    try: free = next(int(line.split()[1])*1024 for line in open('/proc/meminfo') if line.startswith('MemAvailable'))
+    try: free = next(int(line.split()[1])*1024 for line in Path('/proc/meminfo').read_text().splitlines() if line.startswith('MemAvailable'))
     except (OSError, StopIteration): pass
-    try: free = min(free, int(open('/sys/fs/cgroup/memory.max').read()) - int(open('/sys/fs/cgroup/memory.current').read()))
+    limit,now = (Path('/sys/fs/cgroup')/f'memory.{k}' for k in ('max', 'current'))
+    try: free = min(free, int(limit.read_text()) - int(now.read_text()))
     except (OSError, ValueError): pass
     return max(free, 0)
 

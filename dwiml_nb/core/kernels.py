@@ -71,7 +71,7 @@ class Kernel:
 
 # %% ../../nbs/00_core/04_kernels.ipynb #8b5171a4
 def kernel(
-    example, # Function without arguments that makes small arguments of the usual types
+    example, # Function without arguments that makes small arguments of the usual types; a list of them where there are several
 ):
     "Decorate a loop over lines or points with this to have it compiled."
     return lambda f: Kernel(f, example)
@@ -91,8 +91,10 @@ def warm_up(
     "Compile kernels, both forms, or load what an earlier process compiled."
     start = time.perf_counter()
     for k in all_kernels.values() if kernels is None else kernels:
-        k.sequential(*k.example())
-        if not is_worker(): k.parallel(*k.example())
+        examples = k.example()
+        for args in examples if isinstance(examples, list) else [examples]:
+            k.sequential(*args)
+            if not is_worker(): k.parallel(*args)
     seconds = time.perf_counter() - start
     if shows_bars(): print(f"{len(all_kernels)} kernels ready after {seconds:.1f} s", file=sys.stderr)
     return seconds

@@ -39,7 +39,7 @@ def mapped_address(
     return address if whole else None
 
 # %% ../../nbs/02_data/00_stored.ipynb #e3a282fa
-@kernel(example=lambda: (np.zeros((4, 3)), np.array([1]), np.array([0, 2]), np.zeros((2, 3), np.float32)))
+@kernel(example=lambda: [(np.zeros((4, 3), kind), np.array([1]), np.array([0, 2]), np.zeros((2, 3), np.float32)) for kind in (np.float64, np.float32)])
 def gather_lines(points, starts, offsets, out):
     "Copy lines from where they start to where they belong, in the precision of `out`."
     for i in numba.prange(len(starts)):

@@ -1,4 +1,5 @@
 """Timing several ways of doing one thing side by side: in one process, taking turns, medians; only ratios are meant to travel."""
+import ctypes
 import gc
 import os
 import statistics
@@ -32,6 +33,7 @@ def peak_memory(f, every:float=2e-4) -> int: # bytes
     "How far this process's own memory rises above where it was, while `f` runs; its result included."
     f()                                                        # what is set up once does not count
     gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), 'malloc_trim'): libc.malloc_trim(0)     # nor may memory that was kept for reuse hide what is used
     base,highest,done = rss(), [0], threading.Event()
     def watch():
         while not done.is_set():

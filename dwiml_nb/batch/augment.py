@@ -68,7 +68,7 @@ def draw_reverse(
     rng:np.random.Generator,
 ) -> Tensor: # (S,) bool
     "Which lines are read from their other end."
-    return torch.tensor(rng.random(nb_lines) < ratio)
+    return torch.from_numpy(rng.random(nb_lines) < ratio)
 
 # %% ../../nbs/03_batch/02_augment.ipynb #a277e2f4
 def draw_segments(
@@ -79,7 +79,7 @@ def draw_segments(
     "Where each line is cut."
     kept = lengths.clamp(max=nb_points)
     free = (lengths - kept + 1).numpy()
-    return torch.tensor(np.minimum((rng.random(len(free))*free).astype(np.int64), free - 1)), kept
+    return torch.from_numpy(np.minimum((rng.random(len(free))*free).astype(np.int64), free - 1)), kept
 
 # %% ../../nbs/03_batch/02_augment.ipynb #2d975ebc
 def draw_shifts(

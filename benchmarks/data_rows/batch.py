@@ -1,0 +1,159 @@
+"""Whole batches from the file to the features, the next batch of a huge study, and what a training step waits for."""
+import time
+import tracemalloc
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import torch
+from dipy.tracking.streamline import length, set_number_of_points
+from torch.utils.data import DataLoader
+
+from data_rows.reading import other_work, temporary_folder, write_study
+from dwiml_nb.batch.augment import split_lengths
+from dwiml_nb.batch.loader import DWIMLBatchLoaderOneInput
+from dwiml_nb.batch.sampler import DWIMLBatchIDSampler
+from dwiml_nb.batch.spec import ModelSpec
+from dwiml_nb.core.ragged import Ragged
+from dwiml_nb.data.dataset import MultiSubjectDataset
+from side_by_side import Row, interleaved, peak_memory
+
+
+# ---- a whole batch
+
+def gather_8(volume, points):
+    "Textbook trilinear interpolation: the eight corners of each point in an array (n, 8, F)."
+    low = torch.floor(points - .5)
+    corners = torch.tensor([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)])
+    frac = points - .5 - low
+    where = (low.long()[:, None] + corners).clamp(torch.zeros(3, dtype=torch.long), torch.tensor(volume.shape[:3]) - 1)
+    weight = torch.where(corners.bool(), frac[:, None], 1 - frac[:, None]).prod(2)
+    return (volume[where[..., 0], where[..., 1], where[..., 2]]*weight[..., None]).sum(1)
+
+def textbook_batch(f, volume, ids, size, step_mm, draws):
+    "Line by line: offset, length and points read, dipy's resampling, split, reverse, a tensor each; then the 8-corner gather."
+    lines = []
+    for n,i in enumerate(ids):
+        offset,nb = f['sub-01/bundles/offsets'][i], f['sub-01/bundles/lengths'][i]
+        line = f['sub-01/bundles/data'][offset:offset + nb].astype(np.float32)*size
+        line = set_number_of_points(line, max(2, int(np.ceil(length(line)/step_mm))))
+        lines += [line[:draws.split[n]], line[draws.split[n]:]] if draws.split[n] > 0 else [line]
+    lines = [torch.from_numpy(np.ascontiguousarray(line[::-1] if turned else line)) for line,turned in zip(lines, draws.turned)]
+    return lines, gather_8(volume, torch.cat(lines)/size)
+
+def whole_batch_rows(n_threads, quick):
+    n,k,dimensions,features = (3000, 100, (20, 20, 20), 5) if quick else (50_000, 1000, (96, 96, 60), 45)
+    with temporary_folder() as folder:
+        path,*_ = write_study(folder/'study.hdf5', n, dimensions, features)
+        dataset = MultiSubjectDataset(path, lazy=True).load_data()
+        loader = DWIMLBatchLoaderOneInput(dataset, ModelSpec(step_size=1.), 'input', 'bundles', split_ratio=.5, reverse_ratio=.5)
+        ids = np.random.default_rng(1).choice(n, k, replace=False)
+        def ours():
+            batch = loader.load_batch_streamlines([(0, ids)])
+            return batch, loader.load_batch_inputs(*batch)
+        batch,inputs = ours()
+        volume,draws = dataset.training.get_volume(0, 'input'), batch.history['draws']
+        with h5py.File(path) as f:
+            textbook = lambda: textbook_batch(f, volume, ids, 2., 1., draws)
+            theirs,values = textbook()
+            same = np.array([len(o) for o in theirs]) == batch.lines.lengths.numpy()       # a length of 40.000001 steps may round either way
+            pick = torch.from_numpy(np.repeat(same, batch.lines.lengths.numpy()))
+            theirs = Ragged.from_list(theirs)
+            pick_theirs = torch.from_numpy(np.repeat(same, theirs.lengths.numpy()))
+            points = (batch.lines.data[pick] - theirs.data[pick_theirs]).abs().max().item()
+            both = (inputs.data[pick] - values[pick_theirs]).abs().max().item()
+            assert same.mean() > .99 and points < 1e-3 and both < 1e-2
+            ways = {'ours': ours, 'textbook, line by line': textbook}
+            for turn in range(2): ours()
+            stages = interleaved({'lines': lambda: loader.load_batch_streamlines([(0, ids)])}, before=other_work)
+            t = interleaved(ways, before=other_work)
+            memory = peak_memory(ours)/(inputs.data.nbytes + batch.lines.data.nbytes)
+        goal = t['textbook, line by line']/t['ours']
+        yield Row(f"whole batch of {k} lines of {n}, lazy, {features} features", n_threads, t, 'textbook, line by line', '>= 50x', None if quick else goal >= 50, memory=memory,
+                  agrees=f"{same.mean():.1%} of lines with the same number of points: points to {points:.1e} mm, features to {both:.1e}",
+                  why='' if quick or goal >= 50 else "sampling the features is most of it, and there the textbook gather is only about 12x slower",
+                  notes=[f"{len(inputs.data)} points; read, resample, split, reverse alone: {stages['lines']*1e3:.1f} ms"])
+        dataset.close()
+
+
+# ---- the sampler
+
+class FlagArray:
+    "Textbook: a flag per line of the study, chance drawn among those that are left."
+    def __init__(self, n): self.unused = np.ones(n, bool)
+    def next(self, k):
+        ids = np.random.default_rng(0).choice(np.flatnonzero(self.unused), k, replace=False)
+        self.unused[ids] = False
+        return ids
+
+def sampler_rows(n_threads, quick):
+    seconds,memory,nb = {}, {}, {}
+    for lines in (300_000, 300_000_000):
+        subset = SimpleNamespace(nb_streamlines=lambda group, lines=lines: np.full(100, lines//100))
+        tracemalloc.start()
+        sampler = DWIMLBatchIDSampler(SimpleNamespace(streamline_groups=['bundles'], subset=lambda name, subset=subset: subset), 'bundles', 1000)
+        nb[lines] = sampler.nb_batches()
+        batches = sampler.batches(start=nb[lines]//2)
+        next(batches)
+        memory[lines] = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
+        seconds[lines] = lambda batches=batches: next(batches)
+    small = FlagArray(300_000 if quick else 3_000_000)
+    t = interleaved({'ours': seconds[300_000_000], 'ours, 300,000 lines': seconds[300_000], f'a flag a line, {len(small.unused):,} lines': lambda: small.next(1000)}, repeats=9)
+    peer = list(t)[2]
+    yield Row("sampler: next 1,000 of 300,000,000 lines", n_threads, t, peer, '< 5 ms', t['ours'] < .005, limit='ours, 300,000 lines',
+              agrees=f"memory {memory[300_000_000]/1e3:.0f} kB, with 300,000 lines {memory[300_000]/1e3:.0f} kB; {nb[300_000_000]:,} batches counted, each line once (tests/test_batch_properties.py)")
+
+
+# ---- what training waits for
+
+class Ids:
+    def __getitem__(self, ids): return ids
+
+def waiting_rows(n_threads, quick):
+    from dwiml_nb.models.learn2track import Learn2TrackModel
+    from dwiml_nb.training.trainer import calm_worker
+    n,k,dimensions,features,steps = (3000, 20, (20, 20, 20), 5, 3) if quick else (50_000, 200, (96, 96, 60), 45, 6)
+    with temporary_folder() as folder:
+        path,*_ = write_study(folder/'study.hdf5', n, dimensions, features)
+        dataset = MultiSubjectDataset(path, lazy=True).load_data()
+        torch.manual_seed(0)
+        model = Learn2TrackModel(nb_features=features, step_size=.5, rnn_key='gru', rnn_layer_sizes=[20, 20] if quick else [500, 500], nb_previous_dirs=1)
+        optimizer = torch.optim.Adam(model.parameters())
+        sampler = DWIMLBatchIDSampler(dataset, 'bundles', k)
+        shares,spent = {}, {}
+        for where in ('on the device', 'in workers'):
+            loader = DWIMLBatchLoaderOneInput(dataset, model, 'input', 'bundles', split_ratio=.5, reverse_ratio=.5, inputs_in_workers=where == 'in workers')
+            batches = iter(DataLoader(Ids(), sampler=sampler.batches(), batch_size=None, collate_fn=loader.load_batch_streamlines, num_workers=2, worker_init_fn=calm_worker))
+            waited,sampled,worked = [], [], []
+            for _ in range(steps + 2):
+                start = time.perf_counter()
+                batch = next(batches)
+                there = time.perf_counter()
+                lines = batch.lines if loader.spec.uses_last_point else batch.lines[:]
+                if not loader.spec.uses_last_point:
+                    from dwiml_nb.core.lines import all_but_last
+                    lines = all_but_last(batch.lines)
+                inputs = loader.load_batch_inputs(lines, batch.ids_per_subj) if batch.inputs is None else batch.inputs
+                have = time.perf_counter()
+                optimizer.zero_grad(set_to_none=True)
+                loss,_ = model.compute_loss(model(inputs, lines), batch.lines)
+                loss.backward(); optimizer.step()
+                waited.append(there - start); sampled.append(have - there); worked.append(time.perf_counter() - have)
+            del batches
+            whole = [sum(o) for o in zip(waited, sampled, worked)]
+            shares[where] = np.median([(w + s)/a for w,s,a in zip(waited[2:], sampled[2:], whole[2:])])
+            spent[where] = np.median(whole[2:]), np.median(waited[2:]), np.median(sampled[2:]), len(lines.data)
+        here = loader.load_batch_streamlines(next(sampler.batches()))
+        one_process = interleaved({'load': lambda: loader.load_batch_streamlines(next(sampler.batches()))}, repeats=3)['load']
+        whole,wait,sample,points = spent['on the device']
+        goal = shares['on the device']
+        yield Row(f"Learn2Track 2x500 GRU, {k} lines, two workers: wait for data", n_threads, {'ours': wait + sample, 'the whole step': whole}, 'the whole step', '< 5 % of a step', None if quick else goal < .05,
+                  agrees=f"{goal:.2%} of a step of {whole:.2f} s and about {points} points, sampling the features in the training process included ({sample*1e3:.1f} ms; waiting for lines {wait*1e3:.2f} ms)",
+                  notes=[f"features sampled by the workers: {shares['in workers']:.2%} of {spent['in workers'][0]:.2f} s", f"one batch with features made in the training process: {one_process*1e3:.1f} ms ({len(here.lines)} lines)"])
+        dataset.close()
+
+
+def rows(threads, quick):
+    yield from whole_batch_rows(threads, quick)
+    yield from sampler_rows(threads, quick)
+    yield from waiting_rows(threads, quick)

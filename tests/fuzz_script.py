@@ -2,6 +2,7 @@
 
     python tests/fuzz_script.py make FOLDER             writes a whole file of each format there
     python tests/fuzz_script.py read FORMAT FOLDER 0 1 2 …     damages FOLDER/whole.FORMAT by each seed and reads it
+    python tests/fuzz_script.py bombs FOLDER            writes small files that claim terabytes, and reads them within 256 MiB
 """
 import faulthandler
 import io
@@ -10,6 +11,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -48,6 +50,9 @@ def make(folder):
     "A whole file of each format."
     grid = Grid(np.diag([2., 2, 2, 1]), (6, 6, 6))
     for kind in FORMATS[1:]: save_tractogram(tiny_tractogram(0, grid), folder / f"whole.{kind}", drop_dps=kind == "tck")
+    with zipfile.ZipFile(folder / "whole.trx") as z: members = {name: z.read(name) for name in sorted(z.namelist())}
+    with zipfile.ZipFile(folder / "whole.trx", "w") as z:
+        for name, content in members.items(): z.writestr(zipfile.ZipInfo(name), content)  # without the time
     root = folder / "subjects"
     for i in (1, 2):
         (root / f"sub-{i}").mkdir(parents=True)
@@ -56,6 +61,7 @@ def make(folder):
         save_tractogram(tiny_tractogram(i, grid), root / f"sub-{i}" / "lines.trk")
     config = {"fa": {"type": "volume", "files": "fa.nii.gz", "standardization": "all"},
               "bundles": {"type": "streamlines", "files": "lines.trk", "dps_keys": "weight", "connectivity_matrix": "matrix.npy", "connectivity_nb_blocs": 2}}
+    time.strftime = lambda *args: "1 January 2026 00:00:00"  # the same bytes each time, so that a seed means the same damage
     create_study(root, folder / "whole.hdf5", config, ["sub-1"], ["sub-2"])
     assert check_study(folder / "whole.hdf5").ok
 
@@ -146,7 +152,7 @@ def spoil_member(data, rng):
     if rng.random() < .05: members[names[rng.integers(len(names))]] = bytearray(30 << 20)  # zeros: small in the zip
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED if rng.random() < .4 else zipfile.ZIP_STORED) as z:
-        for name, content in members.items(): z.writestr(name, bytes(content))
+        for name, content in members.items(): z.writestr(zipfile.ZipInfo(name), bytes(content), z.compression)
     return bytearray(out.getvalue())
 
 
@@ -230,6 +236,79 @@ def outcome(read, path):
     return "ok", ""
 
 
+# ---- small files that claim much
+
+def study_bomb(path, change):
+    with h5py.File(path, "r+") as f: change(f)
+
+
+def claim_points(f):
+    g = f["sub-1/bundles"]
+    del g["data"]
+    g.create_dataset("data", (10**12, 3), chunks=(1000, 3), dtype=np.float64)
+
+
+def claim_lines(f):
+    g = f["sub-1/bundles"]
+    for subject in ("sub-1", "sub-2"): del f[f"{subject}/bundles/data_per_streamline/weight"]
+    for k in ("offsets", "lengths", "euclidean_lengths"):
+        del g[k]
+        g.create_dataset(k, (10**12,), chunks=(1000,), dtype=np.int64, compression="gzip")
+
+
+def claim_volume(f):
+    g = f["sub-1/fa"]
+    del g["data"]
+    g.create_dataset("data", (20000, 20000, 20000, 4), chunks=(100, 100, 100, 4), dtype=np.float32, compression="gzip")
+
+
+def claim_chunk(f):
+    g = f["sub-1/fa"]
+    del g["data"]
+    g.create_dataset("data", (6, 6, 6, 4), maxshape=(None, None, None, 4), chunks=(700, 700, 500, 4), dtype=np.float32, compression="gzip")
+
+
+def claim_length(f): f["sub-1/bundles/lengths"][3] = 10**12
+
+
+def bombs(folder):
+    "(name, how to read it) of each file."
+    for change in (claim_points, claim_lines, claim_volume, claim_chunk, claim_length):
+        path = folder / f"{change.__name__}.hdf5"
+        path.write_bytes((folder / "whole.hdf5").read_bytes())
+        study_bomb(path, change)
+        yield path, read_study
+    for name, at, value in (("streamlines", 988, np.int32(2**31 - 1)), ("points", 1000, np.int32(2**31 - 1)), ("scalars", 36, np.int16(32000)), ("properties", 238, np.int16(32000))):
+        data, path = bytearray((folder / "whole.trk").read_bytes()), folder / f"{name}.trk"
+        data[at:at + value.itemsize] = value.tobytes()
+        path.write_bytes(data)
+        yield path, read_tractogram
+    whole = (folder / "whole.tck").read_bytes()
+    for name, old, new in (("offset", rb"file: \. \d+", b"file: . 999999999999"),):
+        path = folder / f"{name}.tck"
+        path.write_bytes(re.sub(old, new, whole))
+        yield path, read_tractogram
+    with zipfile.ZipFile(folder / "whole.trx") as z: members = {n: z.read(n) for n in z.namelist()}
+    header = json.loads(members["header.json"])
+    spoilt = {"lines": {"header.json": json.dumps({**header, "NB_STREAMLINES": 10**12}).encode()},
+              "vertices": {"header.json": json.dumps({**header, "NB_VERTICES": 10**12}).encode()},
+              "zip": {"positions.3.float32": bytes(400 << 20)}}
+    for name, change in spoilt.items():
+        path = folder / f"{name}.trx"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+            for n, content in {**members, **change}.items(): z.writestr(n, content)
+        yield path, read_tractogram
+
+
+def main_bombs(folder):
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    todo = list(bombs(folder))
+    for kind in ("hdf5", "trk", "tck", "trx"): (read_study if kind == "hdf5" else read_tractogram)(folder / f"whole.{kind}")
+    limit_memory(256 << 20)
+    for path, read in todo: print(json.dumps([path.name, *outcome(read, path)]), flush=True)
+
+
 def main(kind, folder, seeds):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -250,4 +329,5 @@ def main(kind, folder, seeds):
 
 if __name__ == "__main__":
     if sys.argv[1] == "make": make(Path(sys.argv[2]))
+    elif sys.argv[1] == "bombs": main_bombs(Path(sys.argv[2]))
     else: main(sys.argv[2], Path(sys.argv[3]), [int(s) for s in sys.argv[4:]])

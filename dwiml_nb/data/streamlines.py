@@ -15,6 +15,7 @@ from ..core.lines import lengths_of
 from ..core.ragged import Ragged, rows_of
 from ..core.space import Grid, convert, to_vox_matrix
 from ..core.tractograms import Tractogram
+from ..study.check import check_stored
 from ..study.schema import StudyFile, attr_value
 from .stored import StoredRows, lines_outside, pick_lines, told_of
 
@@ -84,6 +85,7 @@ class SFTData:
             inside = dict(group.items())
             inside |= {f'data_per_streamline/{k}': d for k,d in inside.pop('data_per_streamline', {}).items()}
             self.parts = {k: StoredRows(file, f'{name}/{k}', d) for k,d in inside.items() if isinstance(d, h5py.Dataset)}
+            check_stored(inside['lengths'])                                # how many lines there are is believed from here on
             self.check_header()
         self.rows,self.nb_streamlines,self.nb_stored_points = self.parts['data'], len(self.parts['lengths']), len(self.parts['data'])
         self.points = self.spans_kept = self.dps_kept = self.mm_kept = None

@@ -10,6 +10,7 @@ __all__ = ['find_files', 'image_header', 'trk_header', 'tck_header', 'trx_header
 
 # %% ../../nbs/01_study/01_sources.ipynb #7d6e9ccd
 import glob
+import math
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.streamlines import Field
 from nibabel.streamlines.trk import decode_value_from_name
-from ..core.errors import DataProblem, did_you_mean
+from ..core.errors import DataProblem, did_you_mean, naming
 from ..core.sh import sh_degrees
 from ..core.space import Grid, grid_of, same_grid
 from ..core.tractograms import FORMATS, check_trk, matching_grid
@@ -53,10 +54,12 @@ def image_header(
 ) -> tuple: # `Grid`, number of features
     "The grid and number of features of an image, from its header."
     if not str(path).endswith(('.nii', '.nii.gz')): raise DataProblem("this is not a NIfTI file", expected=".nii or .nii.gz", found=Path(path).name, file=path)
-    try: shape,grid = nib.load(path).shape, grid_of(path)
-    except DataProblem as e: raise DataProblem(e.problem, e.expected, e.found, e.do, file=path) from e
-    except Exception as e:
-        raise DataProblem("the image cannot be read", expected="a whole NIfTI file", found=e, file=path, do="copy it again from its source.") from e
+    with naming("the image cannot be read", "a whole NIfTI file", "copy it again from its source.", file=path):
+        image = nib.load(path)
+        shape,grid,size = image.shape, grid_of(image), Path(path).stat().st_size
+        claimed = image.get_data_dtype().itemsize*math.prod(shape)
+        if claimed > size*(1100 if str(path).endswith('.gz') else 1):                        # gzip makes zeros a thousand times smaller, not more
+            raise DataProblem("the image claims more voxels than its file can hold", expected=f"at most {size} bytes", found=f"{shape}: {claimed} bytes", do="copy it again from its source.")
     if len(shape) not in (3, 4):
         raise DataProblem("the image has the wrong number of axes", expected="3 (X, Y, Z) or 4 (X, Y, Z, features)", found=f"{len(shape)}: {shape}", file=path)
     return grid, 1 if len(shape) == 3 else shape[3]

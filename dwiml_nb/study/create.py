@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'DISK_FULL', 'write_root', 'copy_attributes', 'copy_dataset', 'copy_group', 'save_copies', 'assemble',
-           'planned_group', 'StudyPlan', 'plan_study', 'StudySummary', 'check_target', 'check_room', 'kept_parts',
-           'told_plainly', 'finished_parts', 'linked_folder', 'write_study', 'create_study']
+           'planned_group', 'StudyPlan', 'plan_study', 'StudySummary', 'check_target', 'check_room', 'links_of',
+           'kept_parts', 'told_plainly', 'finished_parts', 'linked_folder', 'write_study', 'create_study']
 
 # %% ../../nbs/01_study/05_create.ipynb #bfecf07e
 import errno
@@ -240,13 +240,24 @@ def check_room(
 # %% ../../nbs/01_study/05_create.ipynb #01843466
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)         # no space, no quota, or the system's limit on a file's size
 
+def links_of(
+    path, # A study
+) -> list: # of Paths, relative to the study's folder; none for a study that is one file, or for anything else
+    "The files that a study links to."
+    try:
+        with h5py.File(path, 'r') as f: links = [f.get(s, getlink=True) for s in f]
+    except OSError: return []
+    return [Path(link.filename) for link in links if isinstance(link, h5py.ExternalLink)]
+
 def kept_parts(
     path:Path, # The study
 ) -> str:
     "A sentence about the finished parts that wait for the next attempt."
-    parts = list(path.with_name(f'.{path.stem}.parts').glob('[!.]*.hdf5'))
+    linked = {path.parent/p for p in links_of(path)}
+    parts = [p for p in (*path.with_name(f'.{path.stem}.parts').glob('[!.]*.hdf5'), *path.with_name(f'{path.stem}.subjects').glob('[!.]*.hdf5'))
+             if p not in linked and not (path.exists() and p.samefile(path))]
     if not parts: return "nothing was left behind"
-    return f"{len(parts)} finished subjects ({sum(p.stat().st_size for p in parts)/1e6:.1f} MB) wait in .{path.stem}.parts and are taken when you try again"
+    return f"{len(parts)} finished subjects ({sum(p.stat().st_size for p in parts)/1e6:.1f} MB) wait in {parts[0].parent.name} and are taken when you try again"
 
 @contextmanager
 def told_plainly(
@@ -278,11 +289,7 @@ def linked_folder(
 ) -> Path: # None where there is none, or where it is not the study's
     "The folder of the files that a study links to."
     folder = Path(path).with_name(f'{Path(path).stem}.subjects')
-    try:
-        with h5py.File(path, 'r') as f: links = [f.get(s, getlink=True) for s in f]
-    except OSError: return None
-    own = any(isinstance(link, h5py.ExternalLink) and Path(link.filename).parts[0] == folder.name for link in links)
-    return folder if own and folder.is_dir() else None
+    return folder if folder.is_dir() and any(p.parts[0] == folder.name for p in links_of(path)) else None
 
 def write_study(
     path:Path, # Final name

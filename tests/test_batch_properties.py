@@ -211,6 +211,29 @@ def test_one_worker_is_four(studies):
             assert same(loader.add_noise_streamlines_forward(*a), loader.add_noise_streamlines_forward(*b)) and dict(a.ids_per_subj) == dict(b.ids_per_subj)
 
 
+# ---- several input groups, from training to tracking
+
+@pytest.mark.filterwarnings("ignore")
+def test_several_input_groups_train_resume_and_track(studies, tmp_path):
+    from dwiml_nb.models.learn2track import Learn2TrackModel
+    from dwiml_nb.tracking.track import track_from_model
+    from dwiml_nb.training.loggers import read_logs
+    from dwiml_nb.training.trainer import DWIMLTrainerOneInput, trainer_from_folder
+    torch.manual_seed(0)
+    model = Learn2TrackModel(16, step_size=1.0, rnn_layer_sizes=[8], neighborhood_type="axes", neighborhood_radius=1, neighborhood_resolution=1.0)
+    sampler = DWIMLBatchIDSampler(studies[1], "bundles", 3000, 3000, "nb_points", step_size=1.0, nb_subjects_per_batch=1, cycles=2)
+    loader = DWIMLBatchLoaderOneInput(studies[1], model, ["input", "wm_mask"], "bundles", split_ratio=0.5, inputs_in_workers=True)
+    with pytest.raises(ValueError, match="features"): DWIMLBatchLoaderOneInput(studies[1], model, "input", "bundles")
+    DWIMLTrainerOneInput(model, tmp_path, "two", sampler, loader, max_epochs=1, nb_cpu_processes=1, device="cpu").train_and_validate()
+    again = trainer_from_folder(tmp_path, "two", new_max_epochs=2, device="cpu")  # from the folder alone: all arguments are in it
+    assert again.batch_loader.params == loader.params and again.batch_sampler.params == sampler.params
+    again.train_and_validate()
+    loss = read_logs(tmp_path / "two")["train_loss"]
+    assert len(loss) == 2 and loss[1] < loss[0]
+    lines = track_from_model(tmp_path / "two", "sub-04", tmp_path / "out.trk", "seed_mask", nt=20, tracking_mask_group="wm_mask", min_length_mm=2, device="cpu").lines
+    assert lines.data.isfinite().all()
+
+
 # ---- file, study, batch, file
 
 @st.composite

@@ -121,7 +121,7 @@ class DWIMLBatchLoader:
     ):
         if not (noise_mm_forward >= 0 and noise_mm_loss >= 0): raise ValueError(f"noise is a standard deviation in mm, found {noise_mm_forward} and {noise_mm_loss}")
         self.dataset,self.spec,self.streamline_group_name,self.seed = dataset,spec_of(model),known_group(streamline_group_name, dataset.streamline_groups, 'streamlines'),int(seed)
-        self.noise_mm_forward,self.noise_mm_loss = noise_mm_forward,noise_mm_loss
+        self.noise_mm_forward,self.noise_mm_loss,self.spaces = noise_mm_forward,noise_mm_loss,{}
         self.augmentation = Augmentation(reverse_ratio, segment_mm, widen_mm, off_track_mm, off_track_corr_mm, lead_mm=lead_mm, split_ratio=split_ratio)
         if (off_track_mm or segment_mm) and not self.spec.step_size:
             raise ValueError(f"off_track_mm and segment_mm need equidistant points: give the model a step_size (mm){' instead of compress_lines' if self.spec.compress_lines else ''}.")
@@ -134,6 +134,31 @@ class DWIMLBatchLoader:
                     noise_mm_forward=self.noise_mm_forward, noise_mm_loss=self.noise_mm_loss, widen_mm=a.widen_mm, off_track_mm=a.off_track_mm,
                     off_track_corr_mm=a.off_track_corr_mm, lead_mm=a.lead_mm, seed=self.seed)
     def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k,v in self.params.items())})"
+
+# %% ../../nbs/03_batch/03_loader.ipynb #34947938
+def model_scale(
+    grid:Grid,
+    space:str, # 'voxmm' or 'vox'
+) -> float: # Model units per mm
+    "What turns mm into the model's unit."
+    if space == 'voxmm': return 1.
+    if not grid.isotropic: raise DataProblem("a model with streamline_space='vox' needs cubic voxels", expected="three equal voxel sizes", found=grid.voxel_sizes.round(4).tolist(),
+                                             do="use streamline_space='voxmm', or resample the images.")
+    return float(1/grid.voxel_sizes[0])
+
+# %% ../../nbs/03_batch/03_loader.ipynb #6cbfcc44
+@patch
+def space_of(self:DWIMLBatchLoader,
+    subset, # A subset of the dataset
+    subject:int, # Subject index
+) -> tuple: # (3,) float32 voxel sizes, mm; (4, 4) from the model's space to rasmm
+    "A subject's voxel sizes, and how to get from the model's space to the world."
+    grid = subset.grid(subject, self.streamline_group_name)
+    kept = self.spaces.get(id(grid))
+    if kept is None or kept[0] is not grid:                                  # an id is given again when its object is gone: the object is kept
+        to_rasmm = np.linalg.inv(to_vox_matrix(grid, 'rasmm')) @ to_vox_matrix(grid, self.spec.streamline_space)
+        kept = self.spaces[id(grid)] = grid, torch.tensor(grid.voxel_sizes, dtype=torch.float32), to_rasmm
+    return kept[1:]
 
 # %% ../../nbs/03_batch/03_loader.ipynb #fa811d7a
 @patch
@@ -161,8 +186,7 @@ def load_lines_voxmm(self:DWIMLBatchLoader,
     if not math.isfinite(lines.data.sum()) and len(wrong := lines.line_index[~lines.data.isfinite().all(1)]):
         self.refuse_lines(torch.zeros(len(lines), dtype=torch.bool).index_fill(0, wrong, True), ids, who, "have NaN or infinite coordinates", expected="finite coordinates",
                           found=f"{len(wrong)} points that are not", do="remove these lines from the source and build the study again.")
-    sizes = torch.tensor(subset.grid(subject, self.streamline_group_name).voxel_sizes, dtype=torch.float32)
-    return lines.with_data(lines.data*sizes)
+    return lines.with_data(lines.data*self.space_of(subset, subject)[0])
 
 @patch
 def as_model_wants(self:DWIMLBatchLoader,
@@ -173,17 +197,6 @@ def as_model_wants(self:DWIMLBatchLoader,
     if spec.step_size: return resample_step(lines, spec.step_size)
     if spec.nb_points: return resample_nb_points(lines, spec.nb_points)
     return compress(lines, spec.compress_lines) if spec.compress_lines else lines
-
-# %% ../../nbs/03_batch/03_loader.ipynb #34947938
-def model_scale(
-    grid:Grid,
-    space:str, # 'voxmm' or 'vox'
-) -> float: # Model units per mm
-    "What turns mm into the model's unit."
-    if space == 'voxmm': return 1.
-    if not grid.isotropic: raise DataProblem("a model with streamline_space='vox' needs cubic voxels", expected="three equal voxel sizes", found=grid.voxel_sizes.round(4).tolist(),
-                                             do="use streamline_space='voxmm', or resample the images.")
-    return float(1/grid.voxel_sizes[0])
 
 # %% ../../nbs/03_batch/03_loader.ipynb #7aa2f716
 @patch
@@ -200,9 +213,7 @@ def load_batch_streamlines(self:DWIMLBatchLoader,
     ids_per_subj.draws = draws
     walked,targets = augment(lines, draws, self.augmentation, self.spec.step_size)
     same,walked = targets is walked, self.to_model_space(walked, ids_per_subj)
-    grids = {s: subset.grid(s, self.streamline_group_name) for s in ids_per_subj}
-    to_rasmm = {s: np.linalg.inv(to_vox_matrix(g, 'rasmm')) @ to_vox_matrix(g, self.spec.streamline_space) for s,g in grids.items()}
-    history = dict(ids=batch_ids, draws=draws, to_rasmm=to_rasmm)
+    history = dict(ids=batch_ids, draws=draws, to_rasmm={s: self.space_of(subset, s)[1] for s in ids_per_subj})
     return Batch(walked, ids_per_subj, walked if same else self.to_model_space(targets, ids_per_subj), history)
 
 @patch
@@ -315,10 +326,10 @@ def inputs_of_subject(self:DWIMLBatchLoaderOneInput,
 ) -> Tensor: # (n, K*F) neighbour by neighbour
     "The input groups of one subject at some points and their neighbours."
     own,parts = subset.grid(subject, self.streamline_group_name), []
-    if self.spec.streamline_space == 'voxmm': points = points / torch.tensor(own.voxel_sizes).to(points)
+    if self.spec.streamline_space == 'voxmm': points = points / self.space_of(subset, subject)[0].to(points)
     for group in self.input_groups:
         grid = subset.grid(subject, group)
-        if not same_grid(own, grid, atol=1e-3):
+        if own != grid and not same_grid(own, grid, atol=1e-3):
             raise DataProblem("the streamlines and the input volume lie on different grids", expected=own, found=grid, subject=subset.subjects[subject],
                               group=group, do="resample the volume to the grid of the streamlines and create the study again.")
         parts.append(sample_neighborhood(subset.get_volume(subject, group, points.device), points, self.spec.vectors.to(points.device), self.spec.legacy_half_voxel))

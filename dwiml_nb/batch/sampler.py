@@ -363,6 +363,7 @@ def layout(self:DWIMLBatchIDSampler,
     nb = -(-counts[order]//(size//most))
     return ChunkLayout(order, [lambda j,n=int(counts[s]),c=int(c): (n*j//c, n*(j + 1)//c) for s,c in zip(order, nb)], nb, most, cycles)
 
+# %% ../../nbs/03_batch/01_sampler.ipynb #d9fcb416
 @patch
 def epoch_passes(self:DWIMLBatchIDSampler,
     context:str, # 'training' or 'validation'
@@ -407,6 +408,7 @@ def batch(self:DWIMLBatchIDSampler,
     cuts = [0, *(np.flatnonzero(who[1:] != who[:-1]) + 1).tolist(), len(who)]
     return BatchIds([(int(who[a]), ids[a:b]) for a,b in zip(cuts, cuts[1:])], context, epoch, index)
 
+# %% ../../nbs/03_batch/01_sampler.ipynb #c6bb054e
 @patch
 def batches(self:DWIMLBatchIDSampler,
     context:str='training', # 'training' or 'validation'

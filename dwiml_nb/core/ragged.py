@@ -71,9 +71,8 @@ def rows_of(
     lengths:Tensor, # (S,) rows of each run
 ) -> Tensor: # (sum of lengths,) row numbers, run after run
     "The row numbers of several runs of rows, without a loop."
-    before = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    shift = (starts - before[:-1]).repeat_interleave(lengths)
-    return torch.arange(len(shift), device=starts.device) + shift
+    before,n = lengths.cumsum(0) - lengths, int(lengths.sum())
+    return (starts - before).repeat_interleave(lengths, output_size=n).add_(torch.arange(n, device=starts.device))
 
 # %% ../../nbs/00_core/02_ragged.ipynb #d0f0fc77
 @patch
@@ -92,18 +91,18 @@ def __getitem__(self:Ragged, which):
         if len(which) != len(self): raise IndexError(f"a mask of {len(which)} for {len(self)} lines")
         which = which.nonzero().flatten()
     starts,lengths = self.offsets[:-1][which.long()], self.lengths[which.long()]
-    return Ragged.from_lengths(self.data[rows_of(starts, lengths)], lengths)
+    return Ragged.from_lengths(self.data.index_select(0, rows_of(starts, lengths)), lengths)
 
 # %% ../../nbs/00_core/02_ragged.ipynb #596ee0a7
 @patch(as_prop=True)
 def line_index(self:Ragged) -> Tensor: # (P,) int64
     "The number of the line each point belongs to."
-    return torch.arange(len(self), device=self.device).repeat_interleave(self.lengths)
+    return torch.repeat_interleave(self.lengths, output_size=len(self.data))
 
 @patch(as_prop=True)
 def point_index(self:Ragged) -> Tensor: # (P,) int64
     "The rank of each point within its line, from 0."
-    return torch.arange(len(self.data), device=self.device) - self.offsets[:-1].repeat_interleave(self.lengths)
+    return torch.arange(len(self.data), device=self.device) - self.offsets[:-1].repeat_interleave(self.lengths, output_size=len(self.data))
 
 # %% ../../nbs/00_core/02_ragged.ipynb #45b476bc
 @patch
@@ -178,7 +177,7 @@ def packing_order(
 def to_packed(self:Ragged) -> PackedSequence:
     "The batch as torch's recurrent layers take it."
     rows,batch_sizes,by_length = packing_order(self.lengths)
-    return PackedSequence(self.data[rows], batch_sizes.cpu(), by_length, torch.argsort(by_length))
+    return PackedSequence(self.data.index_select(0, rows), batch_sizes.cpu(), by_length, torch.argsort(by_length))
 
 @patch(cls_method=True)
 def from_packed(cls:Ragged,
@@ -194,7 +193,7 @@ def from_packed(cls:Ragged,
         starts = (lengths.cumsum(0) - lengths)[packed.sorted_indices]
         steps = torch.arange(len(sizes), device=sizes.device)
         rows = (starts + steps[:, None])[steps[:, None] < lengths[packed.sorted_indices]]
-    return cls.from_lengths(packed.data[torch.argsort(rows)], lengths)
+    return cls.from_lengths(packed.data.index_select(0, torch.argsort(rows)), lengths)
 
 # %% ../../nbs/00_core/02_ragged.ipynb #1e8c41f9
 @patch
@@ -213,7 +212,7 @@ def from_array_sequence(cls:Ragged,
     "The lines of a nibabel `ArraySequence`."
     starts,lengths = torch.as_tensor(np.asarray(seq._offsets, dtype=np.int64)), torch.as_tensor(np.asarray(seq._lengths, dtype=np.int64))
     data = torch.as_tensor(np.ascontiguousarray(seq._data).reshape(len(seq._data), -1 if len(seq._data) else 3))
-    return cls.from_lengths(data[rows_of(starts, lengths)], lengths)
+    return cls.from_lengths(data.index_select(0, rows_of(starts, lengths)), lengths)
 
 # %% ../../nbs/00_core/02_ragged.ipynb #e12f0d1a
 def as_ragged(

@@ -385,7 +385,7 @@ def killed(do, sources, path, after):
     started.wait()
     time.sleep(after)
     running = process.is_alive()
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()                                                                                # SIGKILL
     process.join()
     return running
 

@@ -62,7 +62,9 @@ def tidy(
     "Without repeated points and without lines that have no direction."
     lines = tractogram.lines
     moves = torch.ones(len(lines.data), dtype=torch.bool)
-    moves[1:] = (lines.data[1:] != lines.data[:-1]).any(1) | (lines.point_index[1:] == 0)
+    moves[1:] = (lines.data[1:] != lines.data[:-1]).any(1)
+    moves[lines.offsets[:-1][lines.lengths > 0]] = True                          # a line's first point repeats none
+    if moves.all() and (lines.lengths > 1).all(): return tractogram, LinesReport(read=len(lines), kept=len(lines))
     lengths = torch.zeros(len(lines), dtype=torch.long).index_add_(0, lines.line_index, moves.long())
     merged,keep = Ragged.from_lengths(lines.data[moves], lengths), lengths > 1
     report = LinesReport(read=len(lines), kept=int(keep.sum()), without_direction=int((~keep).sum()),
@@ -111,7 +113,9 @@ def leaves_volume(
     margin:float=1e-3, # voxels from the faces
 ) -> torch.Tensor: # (S,) bool
     "Which lines leave the volume."
-    out = ((lines_vox.data < margin) | (lines_vox.data > torch.tensor(dimensions) - margin)).any(1)
+    points,last = lines_vox.data, torch.tensor(dimensions) - margin
+    if not len(points) or (points.amin(0) >= margin).all() and (points.amax(0) <= last).all(): return torch.zeros(len(lines_vox), dtype=torch.bool)
+    out = ((points < margin) | (points > last)).any(1)
     return torch.zeros(len(lines_vox), dtype=torch.long).index_add_(0, lines_vox.line_index, out.long()) > 0
 
 # %% ../../nbs/01_study/03_lines_in.ipynb #b2ad81da

@@ -207,7 +207,8 @@ def load_batch_streamlines(self:DWIMLBatchLoader,
     "The streamlines of a batch, augmented if it is a training batch."
     ids_per_subj = slices_of(batch_ids)
     subset = self.dataset.subset(ids_per_subj.subset)
-    lines = self.as_model_wants(Ragged.cat([self.load_lines_voxmm(subset, s, ids) for s,ids in batch_ids]))
+    parts = [self.load_lines_voxmm(subset, s, ids) for s,ids in batch_ids]
+    lines = self.as_model_wants(parts[0] if len(parts) == 1 else Ragged.cat(parts))
     if draws is None: draws = self.draw(lines.lengths, ids_per_subj)
     if draws.split is not None: ids_per_subj = slices_after_split(ids_per_subj, draws.split)
     ids_per_subj.draws = draws

@@ -7,7 +7,6 @@
 import faulthandler
 import io
 import json
-import os
 import re
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from dwiml_nb.study.create import create_study
 from dwiml_nb.study.sources import tractogram_header
 
 FORMATS = ("hdf5", "trk", "tck", "trx")
-MEMORY, SECONDS = 2 << 30, 10
+MEMORY, SECONDS = 2 << 30, 15
 
 
 # ---- whole files
@@ -212,8 +211,8 @@ def read_study(path):
 
 def read_tractogram(path):
     "The lines and the header: numbers that fit each other."
-    try: grid, dps = tractogram_header(path)
-    except DataProblem: grid = dps = None
+    try: dps = tractogram_header(path)[1]
+    except DataProblem: dps = None
     t = load_tractogram(path)
     offsets = t.lines.offsets
     assert int(offsets[0]) == 0 and bool((offsets.diff() >= 0).all()) and int(offsets[-1]) == len(t.lines.data), "offsets do not fit the points"

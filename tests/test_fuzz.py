@@ -27,9 +27,10 @@ def python(*args, timeout=LIMIT_S):
 
 def end_of(run):
     "Why a process ended before it was done, and in whose code: the innermost line of Python's stack."
-    stack = re.search(r"(?:Current thread|MainThread|Thread)[^\n]*\(most recent call first\):\n\s*File \"([^\"]+)\", line \d+ in (\w+)(?![\s\S]*Thread 0x)", run.stderr)
     what = "hang" if "Timeout (" in run.stderr else "crash"
-    return what, stack.group(1) if stack else f"rc {run.returncode}: {run.stderr[-1500:]}"
+    _, *stacks = re.split(r"^(?:Current t|T)hread 0x.*\n", run.stderr, flags=re.M)  # the thread that was reading is the current one, or the last
+    innermost = re.match(r'\s*File "([^"]+)"', stacks[-1]) if stacks else None
+    return what, innermost.group(1) if innermost else f"rc {run.returncode}: {run.stderr[-1500:]}"
 
 
 def fuzz(kind, folder, seeds):

@@ -6,8 +6,8 @@
 __all__ = ['STANDARDIZATIONS', 'FRAMES', 'SUBSETS', 'FORMAT_VERSION', 'NOT_DEFINED', 'READ_MODES', 'SeveralProblems',
            'raise_problems', 'VolumeSpec', 'StreamlinesSpec', 'as_list', 'unknown_keys', 'volume_spec', 'three_blocs',
            'streamlines_spec', 'group_spec', 'read_config', 'read_subject_list', 'read_subject_lists', 'attr_words',
-           'attr_value', 'open_study', 'found_in', 'StudyFile', 'group_kind', 'group_grid', 'StudyDescription',
-           'group_notes', 'group_row', 'study_config', 'describe_study', 'columns', 'html_table']
+           'attr_value', 'open_study', 'found_in', 'members', 'StudyFile', 'group_kind', 'group_grid',
+           'StudyDescription', 'group_notes', 'group_row', 'study_config', 'describe_study', 'columns', 'html_table']
 
 # %% ../../nbs/01_study/00_schema.ipynb #a86f3b31
 import html
@@ -259,6 +259,14 @@ def found_in(
             raise DataProblem(says, expected=link.filename if lost else name, found=None if lost else ', '.join(list(root)[:5]) or 'an empty study',
                               do="bring the file back beside the study, or create the study again." if lost else None) from e
 
+# %% ../../nbs/01_study/00_schema.ipynb #60152649
+def members(
+    group, # HDF5 group
+) -> dict: # name -> h5py group or dataset
+    "The objects of a group."
+    found = {name.decode(): h5py.h5o.open(group.id, name) for name in group.id}
+    return {name: h5py.Dataset(o, readonly=True) if isinstance(o, h5py.h5d.DatasetID) else h5py.Group(o) for name,o in found.items() if not isinstance(o, h5py.h5t.TypeID)}
+
 # %% ../../nbs/01_study/00_schema.ipynb #f59e0697
 READ_MODES = ('map', 'pread')
 
@@ -290,7 +298,10 @@ class StudyFile:
         "A group or dataset, in the file it was first seen in."
         root = self.handle
         if (now := stamp_of(hdf5_descriptor(root))) != self.root: raise changed_file(self.path, self.root, now)
-        found = found_in(root, name)
+        try: found = found_in(root, name)
+        except DataProblem as e:
+            if seen is None: raise
+            raise DataProblem("the study has changed since it was first opened", expected=name, found=e.problem, do="make the dataset again.", file=self.path) from e
         if seen is not None and (now := stamp_of(hdf5_descriptor(found))) != seen: raise changed_file(found.file.filename, seen, now)
         return found
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 from ..core.errors import DataProblem
-from ..core.space import Grid, to_vox_matrix
+from ..core.space import Grid, same_grid, to_vox_matrix
 from .files import hdf5_descriptor, stamp_of
 from .schema import SUBSETS, attr_value, attr_words, group_kind, html_table, columns, study_config
 
@@ -367,7 +367,7 @@ def check_group(
     report:StudyReport, # Gets the problems
     subject, # HDF5 group of a subject
     name:str, # Of the group
-) -> tuple: # kind, number of features or None, voxel order or None
+) -> tuple: # kind, number of features or None, `Grid` or None
     "A group of a subject, of either kind."
     where = dict(subject=subject.name.strip('/'), group=name)
     with noting(report, "the group", **where):
@@ -379,7 +379,7 @@ def check_group(
         if why := mapping_hindrance(group['data']):
             report.remarks.append(DataProblem(f"the data cannot be mapped into memory: {why}", do="it is read, but slower; dwiml_hdf5_repack mends that.", **where))
         grid = (check_volume_group if kind == 'volume' else check_streamlines_group)(report, group, where)
-        return kind, group['data'].shape[-1] if kind == 'volume' else None, grid and grid.voxel_order
+        return kind, group['data'].shape[-1] if kind == 'volume' else None, grid
     return None, None, None
 
 def linked_subject(
@@ -419,7 +419,7 @@ def check_root(
 
 def check_agreeing(
     report:StudyReport, # Gets the problems
-    found:dict, # subject -> {group: (kind, nb_features, voxel order)}
+    found:dict, # subject -> {group: (kind, nb_features, `Grid`)}
 ):
     "What must be alike in all subjects."
     first = next(iter(found), None)
@@ -432,7 +432,11 @@ def check_agreeing(
                 if None not in (a, b) and a != b: report.problems.append(DataProblem(f"another {what} than in {first}", expected=a, found=b, subject=s, group=g))
     orders = {}
     for s,groups in found.items():
-        for order in {o for _,_,o in groups.values() if o}: orders.setdefault(order, []).append(s)
+        grids = {g: grid for g,(_,_,grid) in groups.items() if grid is not None}
+        for g,grid in grids.items():
+            if not same_grid(grid, (one := next(iter(grids.values()))), 1e-3):
+                report.problems.append(DataProblem("groups of one subject lie on different grids", expected=one, found=grid, do="points and volumes would not fit: create the study again.", subject=s, group=g))
+        for order in {grid.voxel_order for grid in grids.values()}: orders.setdefault(order, []).append(s)
     if len(orders) > 1: report.problems.append(DataProblem("voxel orders differ", expected="the same in all subjects", found='; '.join(f"{o} in {', '.join(s[:5])}" for o,s in orders.items())))
 
 # %% ../../nbs/01_study/09_check.ipynb #cace1f5b

@@ -29,7 +29,7 @@ from ..core.files import atomic_file, progress
 from ..core.ragged import Ragged
 from ..core.space import convert
 from ..core.tractograms import Tractogram, save_tractogram
-from .lines_in import LineOptions, lines_in_file
+from .lines_in import lines_in_file
 from .parts import StudyOptions, make_parts, parts_folder, remove_partials, steady_hdf5
 from .schema import (FORMAT_VERSION, NOT_DEFINED, SUBSETS, VolumeSpec, columns, group_grid, group_kind, html_table, open_study, raise_problems)
 from .sources import Sources, check_sources

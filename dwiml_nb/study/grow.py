@@ -8,7 +8,6 @@ __all__ = ['first_subject', 'options_of', 'config_problems', 'growth_problems', 
 
 # %% ../../nbs/01_study/06_grow.ipynb #87b8dbe7
 import itertools
-import json
 import os
 import shutil
 import time

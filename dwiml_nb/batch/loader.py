@@ -209,7 +209,7 @@ def load_batch_streamlines(self:DWIMLBatchLoader,
     subset = self.dataset.subset(ids_per_subj.subset)
     parts = [self.load_lines_voxmm(subset, s, ids) for s,ids in batch_ids]
     lines = self.as_model_wants(parts[0] if len(parts) == 1 else Ragged.cat(parts))
-    if draws is None: draws = self.draw(lines.lengths, ids_per_subj)
+    if draws is None: draws = self.draw_batch(lines.lengths, ids_per_subj)
     if draws.split is not None: ids_per_subj = slices_after_split(ids_per_subj, draws.split)
     ids_per_subj.draws = draws
     walked,targets = augment(lines, draws, self.augmentation, self.spec.step_size)
@@ -218,7 +218,7 @@ def load_batch_streamlines(self:DWIMLBatchLoader,
     return Batch(walked, ids_per_subj, walked if same else self.to_model_space(targets, ids_per_subj), history)
 
 @patch
-def draw(self:DWIMLBatchLoader,
+def draw_batch(self:DWIMLBatchLoader,
     lengths:Tensor, # (S,) points of each line
     ids_per_subj:IdsPerSubject, # The batch's place
 ) -> Draws:

@@ -26,7 +26,7 @@ class Grid:
         if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
             raise DataProblem("the affine cannot be inverted", expected="a finite matrix of rank 3", found=affine.tolist(),
                               do="repair the image header (qform or sform).")
-        if not np.allclose(affine[3], (0, 0, 0, 1), atol=1e-3): raise DataProblem("the affine's last row is not that of an affine", expected=[0, 0, 0, 1], found=affine[3].tolist())
+        if not np.abs(affine[3] - (0, 0, 0, 1)).max() < 1e-3: raise DataProblem("the affine's last row is not that of an affine", expected=[0, 0, 0, 1], found=affine[3].tolist())
         affine.setflags(write=False)
         self.affine,self.dimensions = affine, tuple(int(d) for d in dimensions[:3])
 

@@ -14,7 +14,7 @@ from ..core.errors import DataProblem, did_you_mean, naming
 from ..core.files import progress
 from .subjects import MultisubjectSubset, SubjectData
 from .volumes import VolumeCache
-from ..study.schema import SUBSETS, StudyFile, attr_value, attr_words, group_kind, html_table, columns, raise_problems, study_config
+from ..study.schema import SUBSETS, StudyFile, attr_value, attr_words, group_kind, html_table, columns, members, raise_problems, study_config
 from ..study.sources import check_alike, is_oblique
 
 # %% ../../nbs/02_data/03_dataset.ipynb #267a059a
@@ -35,9 +35,9 @@ def read_subject(
     "One subject's chosen groups; whatever is missing is told at once."
     group = file.open(subject)
     bad,wanted = [], {**{g: 'volume' for g in volume_groups}, **{g: 'streamlines' for g in streamline_groups}}
-    groups = {g: group.get(g) for g in wanted}
+    groups = members(group)
     for g,kind in wanted.items():
-        if group_kind(groups[g]) == kind: continue
+        if group_kind(groups.get(g)) == kind: continue
         there = groups_of(group)[kind == 'streamlines']
         bad.append(DataProblem(f"the {kind} group is missing.{did_you_mean(g, there)}", expected=', '.join(g for g,k in wanted.items() if k == kind),
                                found=', '.join(there) or 'none', do="create the study again, or load other groups or subjects.", subject=subject, group=g, file=file.path))

@@ -25,8 +25,8 @@ def is_contiguous(
     dataset, # HDF5 dataset
 ) -> bool:
     "Whether the values are one stretch of bytes of the file, or none at all."
-    how = dataset.id.get_create_plist()
-    return dataset.shape is not None and (0 in dataset.shape or how.get_layout() == h5py.h5d.CONTIGUOUS and how.get_external_count() == 0)
+    shape,how = dataset.shape, dataset.id.get_create_plist()
+    return shape is not None and (0 in shape or how.get_layout() == h5py.h5d.CONTIGUOUS and how.get_external_count() == 0)
 
 def mapped_address(
     dataset, # HDF5 dataset
@@ -107,8 +107,9 @@ class StoredRows:
         dataset=None, # The same, where it is open already
     ):
         if dataset is None: dataset = file.open(name)
-        if not isinstance(dataset, h5py.Dataset) or not dataset.shape: raise KeyError(f"{name} is not an array")
-        self.file,self.name,self.shape,self.dtype = file, name, dataset.shape, dataset.dtype
+        self.file,self.name,self.shape = file, name, dataset.shape if isinstance(dataset, h5py.Dataset) else None
+        if not self.shape: raise KeyError(f"{name} is not an array")
+        self.dtype = dataset.dtype
         self.seen,self.contiguous = stamp_of(hdf5_descriptor(dataset)), is_contiguous(dataset)
         self.address = -1                                              # not looked up yet; None: cannot be mapped
     def __len__(self): return self.shape[0]

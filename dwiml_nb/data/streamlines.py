@@ -16,7 +16,7 @@ from ..core.ragged import Ragged, rows_of
 from ..core.space import Grid, convert, to_vox_matrix
 from ..core.tractograms import Tractogram
 from ..study.check import check_stored
-from ..study.schema import StudyFile, attr_value
+from ..study.schema import StudyFile, attr_value, members
 from .stored import StoredRows, lines_outside, pick_lines, told_of
 
 # %% ../../nbs/02_data/01_streamlines.ipynb #fbcbf797
@@ -82,8 +82,8 @@ class SFTData:
             if group is None: group = file.open(name)
             self.grid = Grid(group.attrs['affine'], group.attrs['dimensions'])
             self.matrix = stored_to_vox(group.attrs, self.grid)
-            inside = dict(group.items())
-            inside |= {f'data_per_streamline/{k}': d for k,d in inside.pop('data_per_streamline', {}).items()}
+            inside = members(group)
+            if 'data_per_streamline' in inside: inside |= {f'data_per_streamline/{k}': d for k,d in members(inside.pop('data_per_streamline')).items()}
             self.parts = {k: StoredRows(file, f'{name}/{k}', d) for k,d in inside.items() if isinstance(d, h5py.Dataset)}
             check_stored(inside['lengths'])                                # how many lines there are is believed from here on
             self.check_header()

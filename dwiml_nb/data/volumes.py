@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.errors import DataProblem
 from ..core.space import Grid
 from ..study.files import OwnLock
-from ..study.schema import StudyFile, attr_value
+from ..study.schema import StudyFile, attr_value, members
 from .stored import StoredRows, told_of
 
 # %% ../../nbs/02_data/00_volumes.ipynb #34037268
@@ -100,7 +100,7 @@ class MRIData:
         self.file,self.name,self.cache,self.tensor = file, name, VolumeCache() if cache is None else cache, None
         with told_of(file, name):
             if group is None: group = file.open(name)
-            self.rows = StoredRows(file, f'{name}/data', group['data'])
+            self.rows = StoredRows(file, f'{name}/data', members(group)['data'])
             if len(self.rows.shape) != 4: raise DataProblem("a volume has four axes", expected="(X, Y, Z, F)", found=self.rows.shape)
             self.grid,self.nb_features = Grid(group.attrs['affine'], self.rows.shape[:3]), int(self.rows.shape[3])
             self.frame = attr_value(group.attrs, 'frame')           # None in files by dwi_ml: image axes are meant

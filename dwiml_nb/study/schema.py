@@ -346,8 +346,8 @@ class StudyDescription:
     made:str # When
     settings:dict # step_size, nb_points, compress where they were set
     subsets:dict # subset -> subject ids
-    rows:list # dicts: subject, subset, group, kind, shape, dtype, grid, bytes, notes
-    bytes:int # Size of the file
+    rows:list # dicts: subject, subset, group, kind, shape, dtype, grid, bytes, notes, file
+    bytes:int # Size of the file, and of those it links to
     config:dict = None # The config it was made from, where it can be read
 
     def table(self) -> list: # of tuples of str, the first one the header
@@ -388,7 +388,7 @@ def group_row(
     group.visititems(lambda name,o: size.append(o.id.get_storage_size()) if isinstance(o, h5py.Dataset) else None)
     holds = f"{data.shape[-1]} features" if kind == 'volume' else f"{group['lengths'].shape[0]} streamlines, {data.shape[0]} points"
     return dict(subject=subject, subset=subset, group=group.name.split('/')[-1], kind=kind, holds=holds, shape=data.shape, dtype=str(data.dtype),
-                grid=group_grid(group), bytes=sum(size), notes=group_notes(group, root))
+                grid=group_grid(group), bytes=sum(size), notes=group_notes(group, root), file=group.file.filename)
 
 # %% ../../nbs/01_study/00_schema.ipynb #d3b70f9a
 def study_config(
@@ -408,7 +408,7 @@ def describe_study(
         subsets = {s: attr_words(f.attrs[f'{s}_subjs']) for s in SUBSETS}
         rows = [group_row(g, s, subset, f) for subset,ids in subsets.items() for s in ids for g in found_in(f, s).values() if group_kind(g)]
         return StudyDescription(Path(path), attr_value(f.attrs, 'data_and_time'), {k: attr_value(f.attrs, k) for k in ('step_size', 'nb_points', 'compress')},
-                                subsets, rows, Path(path).stat().st_size, study_config(f.attrs))
+                                subsets, rows, sum(Path(p).stat().st_size for p in {f.filename, *(r['file'] for r in rows)}), study_config(f.attrs))
 
 # %% ../../nbs/01_study/00_schema.ipynb #b0bab6b7
 def columns(

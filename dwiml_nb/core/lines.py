@@ -79,19 +79,21 @@ def unit(
 @kernel(lambda: (*points_example(), 2, True, np.empty((4, 6), np.float32)))
 def fill_previous(data, offsets, n, normalize, out):
     "The n steps that led to each point, block of columns by block."
-    for i in numba.prange(len(offsets) - 1):
-        line,rows = data[offsets[i]:offsets[i+1]], out[offsets[i]:offsets[i+1]]
-        if len(line): rows[0] = 0
-        for j in range(len(line) - 1):
-            for c in range(3): rows[j+1, c] = line[j+1, c] - line[j, c]
+    flat,longest = data.ravel(), np.diff(offsets).max() if len(offsets) > 1 else 0
+    for block in numba.prange((len(offsets) + 62)//64):
+        scratch = np.zeros(3*(longest + n), data.dtype)             # n zero steps, then the line's own
+        steps = scratch[3*n:]
+        for i in range(64*block, min(len(offsets) - 1, 64*block + 64)):
+            line,rows,nb = flat[3*offsets[i]:3*offsets[i+1]], out[offsets[i]:offsets[i+1]], offsets[i+1] - offsets[i]
+            for k in range(3*nb - 3): steps[k] = line[k+3] - line[k]
             if normalize:
-                squared = rows[j+1, 0]*rows[j+1, 0] + rows[j+1, 1]*rows[j+1, 1] + rows[j+1, 2]*rows[j+1, 2]
-                scale = data.dtype.type(1)/np.sqrt(squared) if squared > 0 else data.dtype.type(0)
-                for c in range(3): rows[j+1, c] *= scale
-        for k in range(1, n):
-            before,here = rows[:, 3*k-3:3*k], rows[:, 3*k:3*k+3]
-            for j in range(len(line) - 1):
-                for c in range(3): here[j+1, c] = before[j, c]
+                for k in range(0, 3*nb - 3, 3):
+                    squared = steps[k]*steps[k] + steps[k+1]*steps[k+1] + steps[k+2]*steps[k+2]
+                    scale = data.dtype.type(1)/np.sqrt(squared) if squared > 0 else data.dtype.type(0)
+                    for c in range(k, k + 3): steps[c] *= scale
+            for k in range(n):
+                shifted,columns = scratch[3*(n - 1 - k):3*(n - 1 - k + nb)], rows[:, 3*k:3*k+3]
+                for j in range(nb): columns[j, 0],columns[j, 1],columns[j, 2] = shifted[3*j], shifted[3*j+1], shifted[3*j+2]
 
 # %% ../../nbs/00_core/05_lines.ipynb #0504a236
 def previous_directions(
@@ -117,8 +119,7 @@ def previous_directions(
 @kernel(lambda: (*points_example(), np.empty(1)))
 def fill_lengths(data, offsets, out):
     "The sum of the step lengths of each line."
-    flat,longest = data.ravel(), 0
-    for i in range(len(out)): longest = max(longest, offsets[i+1] - offsets[i])
+    flat,longest = data.ravel(), np.diff(offsets).max() if len(offsets) > 1 else 0
     for block in numba.prange((len(out) + 63)//64):
         squares,gaps = np.empty(3*longest), np.empty(longest)
         for i in range(64*block, min(len(out), 64*block + 64)):
@@ -225,9 +226,9 @@ def resample_step(
     return points_along(lines, torch.where(lines.lengths > 1, wanted, lines.lengths), lengths)
 
 # %% ../../nbs/00_core/05_lines.ipynb #873347d4
-@kernel(lambda: (np.zeros((4, 3), np.float32), np.array([0, 4]), np.empty(4, np.bool_), .1, 10.))
-def mark_bends(data, offsets, kept, tolerance, longest):
-    "Marks in `kept` the points that linearisation keeps."
+@kernel(lambda: (np.zeros((4, 3), np.float32), np.array([0, 4]), np.empty(4, np.bool_), np.empty(1, np.int64), .1, 10.))
+def mark_bends(data, offsets, kept, nb_kept, tolerance, longest):
+    "Marks in `kept` the points that linearisation keeps, and counts them."
     for i in numba.prange(len(offsets) - 1):
         first,last = offsets[i], offsets[i+1] - 1
         for j in range(first, last + 1): kept[j] = j == first or j == last
@@ -245,6 +246,7 @@ def mark_bends(data, offsets, kept, tolerance, longest):
             if not near:
                 anchor = ahead - 1
                 kept[anchor] = True
+        nb_kept[i] = kept[first:last + 1].sum()
 
 # %% ../../nbs/00_core/05_lines.ipynb #c15fe7f3
 def compress(
@@ -255,24 +257,28 @@ def compress(
     "Fewer points, the same shape within a tolerance; gradients flow to the points kept."
     if not tolerance_mm > 0: raise ValueError(f"a tolerance is a positive number of mm, found {tolerance_mm}")
     data,offsets = lines.numpy()
-    kept = np.empty(len(data), np.bool_)
+    kept,nb_kept = np.empty(len(data), np.bool_), np.empty(len(lines), np.int64)
     data = np.ascontiguousarray(data, data.dtype if data.dtype in (np.float32, np.float64) else np.float32)
-    mark_bends(data, np.ascontiguousarray(offsets), kept, float(tolerance_mm), float(max_segment_mm))
-    before = torch.nn.functional.pad(torch.from_numpy(kept).cumsum(0), (1, 0)).to(lines.device)
-    return Ragged(lines.data[torch.from_numpy(kept).to(lines.device)], before[lines.offsets])
+    mark_bends(data, np.ascontiguousarray(offsets), kept, nb_kept, float(tolerance_mm), float(max_segment_mm))
+    return Ragged.from_lengths(lines.data[torch.from_numpy(kept).to(lines.device)], nb_kept)
 
 # %% ../../nbs/00_core/05_lines.ipynb #bc013bcc
 @kernel(lambda: (*points_example(), np.ones(1, np.bool_), np.empty((4, 3), np.float32)))
 def fill_reversed(data, offsets, which, out):
     "Each line, from its other end where `which` says so."
-    for i in numba.prange(len(offsets) - 1):
-        line,turned = data[offsets[i]:offsets[i+1]], out[offsets[i]:offsets[i+1]]
-        if which[i]:
-            last = np.uint64(len(line) - 1)
-            for k in range(len(line)):
-                j = last - np.uint64(k)
-                turned[k, 0],turned[k, 1],turned[k, 2] = line[j, 0], line[j, 1], line[j, 2]
-        else: turned[:] = line
+    flat,flat_out,longest = data.ravel(), out.ravel(), np.diff(offsets).max() if len(offsets) > 1 else 0
+    three,one,two = np.uint64(3), np.uint64(1), np.uint64(2)
+    for block in numba.prange((len(which) + 63)//64):
+        scratch = np.empty(3*longest, data.dtype)
+        for i in range(64*block, min(len(which), 64*block + 64)):
+            line,turned = flat[3*offsets[i]:3*offsets[i+1]], flat_out[3*offsets[i]:3*offsets[i+1]]
+            if not which[i]: turned[:] = line
+            else:
+                for k in range(len(line)): scratch[k] = line[k]
+                j = np.uint64(len(line))
+                for k in range(0, len(line), 3):
+                    j -= three
+                    turned[k],turned[k+1],turned[k+2] = scratch[j], scratch[j+one], scratch[j+two]
 
 def reverse(
     lines:Ragged,

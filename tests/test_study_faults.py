@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -425,11 +426,12 @@ def test_no_process_outlives_its_parent(tmp_path):
     code = f"""
 import multiprocessing, os
 from dwiml_nb.study import create, parts
-if __name__ == '__main__': create.create_study({str(make_sources(tmp_path / 'in', size=64, nb_lines=20000))!r}, {str(tmp_path / 'study.hdf5')!r}, {CONFIG!r}, list('abcd'), n_procs=2)
+if __name__ == '__main__': create.create_study({str(make_sources(tmp_path / 'in', size=48, nb_lines=8000))!r}, {str(tmp_path / 'study.hdf5')!r}, {CONFIG!r}, list('abcd'), n_procs=2)
 """
     (tmp_path / "script.py").write_text(code)
-    run = subprocess.Popen(["python", "-W", "ignore", str(tmp_path / "script.py")], start_new_session=True)
-    while not list(tmp_path.glob(".study.parts/[!.]*.hdf5")): time.sleep(.01)
+    run = subprocess.Popen([sys.executable, "-W", "ignore", str(tmp_path / "script.py")], start_new_session=True)
+    while run.poll() is None and not list(tmp_path.glob(".study.parts/[!.]*.hdf5")): time.sleep(.01)
+    assert run.poll() is None
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     run.send_signal(signal.SIGKILL); run.wait()
     assert len(children) >= 2

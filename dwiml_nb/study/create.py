@@ -154,6 +154,7 @@ class StudyPlan:
     rows:list # (subject, subset, group, holds, bytes)
     free:int # Bytes free where it goes
     warnings:list = field(default_factory=list) # All that is worth knowing
+    times:int = 2 # How often the disk holds it while it is made
 
     @property
     def bytes(self) -> int: return sum(r[-1] for r in self.rows)
@@ -162,8 +163,8 @@ class StudyPlan:
         return [('subject', 'subset', 'group', 'will hold', 'MB'), *((*r[:-1], f"{r[-1]/1e6:.2f}") for r in self.rows)]
     def headline(self) -> str:
         "One line: the sizes."
-        return (f"{self.path.name}: about {self.bytes/1e6:.1f} MB; while it is made, parts take as much again. "
-                f"{self.free/1e6:.1f} MB are free{'' if 2*self.bytes <= self.free else ', which is not enough'}. Nothing was written.")
+        return (f"{self.path.name}: about {self.bytes/1e6:.1f} MB{'; while it is made, parts take as much again' if self.times > 1 else ''}. "
+                f"{self.free/1e6:.1f} MB are free{'' if self.times*self.bytes <= self.free else ', which is not enough'}. Nothing was written.")
     def __repr__(self): return '\n'.join([columns(self.table()), '', *self.warnings, self.headline()])
     def _repr_html_(self):
         remarks = html_table([('remarks',), *((w,) for w in self.warnings)]) if self.warnings else ''
@@ -173,10 +174,11 @@ def plan_study(
     path:Path, # The study
     sources:Sources,
     options:StudyOptions,
+    times:int=2, # How often the disk holds it while it is made
 ) -> StudyPlan:
     "What would be written, from headers alone."
     rows = [(s.subject, s.subset, g, *planned_group(s, spec, options)) for s in sources.subjects.values() for g,spec in sources.specs.items()]
-    return StudyPlan(path, rows, shutil.disk_usage(path.parent).free, sources.warnings)
+    return StudyPlan(path, rows, shutil.disk_usage(path.parent).free, sources.warnings, times)
 
 # %% ../../nbs/01_study/05_create.ipynb #52adb2df
 @dataclass
@@ -202,6 +204,7 @@ class StudySummary:
         size = (self.bytes or (self.path.stat().st_size if self.path.exists() else 0))/1e6
         taken = sum(r.taken for r in self.reports)
         worst = {g: max(r.rounding.get(g, 0) for r in self.reports) for g in self.reports[0].rounding} if self.reports else {}
+        worst = {g: e for g,e in worst.items() if e} or worst                   # masks lose nothing
         return (f"{self.path}: {len(self.reports)} subjects{self.done}, {size:.1f} MB in {self.seconds:.1f} s" + f"; {taken} of them were finished before"*(taken > 0)
                 + "; float16 moved values by at most "*bool(worst) + ', '.join(f"{e:.1e} ({g})" for g,e in worst.items()))
     def __repr__(self): return '\n'.join([self.headline(), '', columns(self.table()), *([''] + self.warnings if self.warnings else [])])

@@ -179,7 +179,7 @@ def add_subjects(
     open_study(path).close()
     with nullcontext() if dry_run else parts_folder(path) as parts, open_study(path) as old:
         sources,options = checked_growth(path, old, root, [training, validation, testing], config, remove_invalid, skip_missing)
-        if dry_run: return plan_study(path, sources, options)
+        if dry_run: return plan_study(path, sources, options, times=1)
         check_room(path.parent, sources.volume_bytes//(2 if options.volume_dtype == 'float16' else 1), 'as files of their own')
         remove_partials(path)
         with told_plainly(path, sources.volume_bytes + 2*sources.file_bytes):

@@ -29,7 +29,7 @@ def resample_row(n_threads, one_by_one, lines):
     assert off < 1e-4
     def dipy(): return [set_number_of_points(o, max(2, int(np.ceil(length(o)/step)))) for o in one_by_one]
     same = np.mean([len(a) == len(b) for a,b in zip(dipy(), placed)])
-    t = interleaved({'ours': lambda: L.resample_step(lines, step), 'dipy, line by line': dipy, 'a copy of what is read': lambda: lines.data.numpy().copy()}, 9)
+    t = interleaved({'ours': lambda: L.resample_step(lines, step), 'dipy, line by line': dipy, 'a copy of what is read': lambda: lines.data.numpy().copy()}, 5)
     return Row(f"resample to a step, {len(lines)} lines", n_threads, t, 'dipy, line by line', '>= 2.5x dipy', t['dipy, line by line'] >= 2.5*t['ours'],
                limit='a copy of what is read', memory=peak_memory(lambda: L.resample_step(lines, step))/placed.data.nbytes,
                agrees=f"arc-length interpolation in float64 to {off:.0e} mm; as many points as dipy on {same:.2%} of the lines")
@@ -41,14 +41,14 @@ def compress_row(n_threads, one_by_one, lines):
     rng = np.random.default_rng(1)
     crooked = [rng.integers(-1, 2, size=(k, 3)).cumsum(0).astype(np.float32) for k in rng.integers(1, 60, len(lines))]
     assert all(np.array_equal(a, b) for a,b in zip(compress_streamlines(crooked, tol_error=.7, max_segment_length=4.), L.compress(Ragged.from_list(crooked), .7, 4.)))
-    t = interleaved({'ours': lambda: L.compress(lines, .1), 'dipy': dipy, 'a copy of what is read': lambda: lines.data.numpy().copy()}, 9)
+    t = interleaved({'ours': lambda: L.compress(lines, .1), 'dipy': dipy, 'a copy of what is read': lambda: lines.data.numpy().copy()}, 5)
     return Row(f"compress, {len(lines)} lines", n_threads, t, 'dipy', '>= 1x dipy', t['dipy'] >= t['ours'], limit='a copy of what is read',
                memory=peak_memory(lambda: L.compress(lines, .1))/kept.data.nbytes,
                agrees=f"the same points kept of {len(lines)} smooth lines and of {len(crooked)} that stand still or come back; {len(kept.data)/len(lines.data):.0%} kept")
 
 def near_copy_row(name, n_threads, ours, peer_name, peer, copied, off, agrees, note=None, why=''):
     limit = f"a copy of {copied.nbytes/1e6:.1f} MB by numpy"
-    t = interleaved({'ours': ours, peer_name: peer, limit: copied.copy}, 15)
+    t = interleaved({'ours': ours, peer_name: peer, limit: copied.copy}, 9)
     out = ours()
     out = out[0] if isinstance(out, tuple) else out
     return Row(name, n_threads, t, peer_name, '<= 2x a copy', t['ours'] <= 2*t[limit], limit=limit, memory=peak_memory(ours)/getattr(out, 'data', out).nbytes,

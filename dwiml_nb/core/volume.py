@@ -155,8 +155,9 @@ def fetch(
 
 @overload(fetch)
 def fetch_compiled(array, start, stop):
+    line = 8*64//array.dtype.bitwidth                     # numbers in a cache line: known when compiled, or each loop would start with a division
     def ask(array, start, stop):
-        for i in range(start, stop, 64//array.itemsize): prefetch(array, i)      # a cache line each
+        for i in range(start, stop, line): prefetch(array, i)
     return ask
 
 # %% ../../nbs/00_core/06_volume.ipynb #2d419d80
@@ -168,7 +169,7 @@ def loop_example():
 def fill_around(table, dimensions, points, shift, runs, columns, out):
     "Trilinear values around each point + shift, run by run, written to `out` (M, K*F)."
     nf,width,flat,flat_out = table.shape[1], out.shape[1], table.ravel(), out.ravel()
-    nx,ny,nz = dimensions
+    (nx,ny,nz),share = dimensions, (len(columns) + len(runs) - 1)//len(runs)
     scattered = len(runs) > 1 and width >= 64 and len(points) > nx*ny*nz//64
     order = block_order(points, dimensions) if scattered else np.arange(len(points)).astype(np.int32)
     for i in numba.prange(len(order)):
@@ -183,8 +184,8 @@ def fill_around(table, dimensions, points, shift, runs, columns, out):
         gx,gy,gz = np.float32(1) - fx, np.float32(1) - fy, np.float32(1) - fz
         w0,w1,w2,w3,w4,w5,w6,w7 = gx*gy*gz, gx*gy*fz, gx*fy*gz, gx*fy*fz, fx*gy*gz, fx*gy*fz, fx*fy*gz, fx*fy*fz
         for r in range(len(runs)):
-            dx,dy,dz,n,k = runs[r]
-            for c in range(r*len(columns)//len(runs), (r + 1)*len(columns)//len(runs)):
+            dx,dy,dz,n,k = runs[r, 0], runs[r, 1], runs[r, 2], runs[r, 3], runs[r, 4]
+            for c in range(r*share, min((r + 1)*share, len(columns))):
                 row = ((xn + columns[c, 0])*ny + yn + columns[c, 1])*nz + zn + columns[c, 2]
                 fetch(flat, row*nf, (row + columns[c, 3])*nf)
             fetch(flat_out, after*width + k*nf, after*width + (k + n)*nf)

@@ -170,7 +170,7 @@ def fill_around(table, dimensions, points, shift, runs, columns, out):
     "Trilinear values around each point + shift, run by run, written to `out` (M, K*F)."
     nf,width,flat,flat_out = table.shape[1], out.shape[1], table.ravel(), out.ravel()
     (nx,ny,nz),share = dimensions, (len(columns) + len(runs) - 1)//len(runs)
-    scattered = len(runs) > 1 and width >= 64 and len(points) > nx*ny*nz//64
+    scattered = width >= 32 and len(points) > nx*ny*nz//64
     order = block_order(points, dimensions) if scattered else np.arange(len(points)).astype(np.int32)
     for i in numba.prange(len(order)):
         m,after = order[i], order[min(i + 1, len(order) - 1)]

@@ -7,7 +7,7 @@ __all__ = ['GAP_BYTES', 'is_contiguous', 'mapped_address', 'gather_lines', 'line
            'StoredRows']
 
 # %% ../../nbs/02_data/00_stored.ipynb #2e5a85f0
-import os
+import math, os
 import h5py
 import numba
 import numpy as np
@@ -110,11 +110,10 @@ class StoredRows:
         self.file,self.name,self.shape = file, name, dataset.shape if isinstance(dataset, h5py.Dataset) else None
         if not self.shape: raise KeyError(f"{name} is not an array")
         self.dtype = dataset.dtype
+        self.width = self.dtype.itemsize*math.prod(self.shape[1:])    # bytes of a row
         self.seen,self.contiguous = stamp_of(hdf5_descriptor(dataset)), is_contiguous(dataset)
         self.address = -1                                              # not looked up yet; None: cannot be mapped
     def __len__(self): return self.shape[0]
-    @property
-    def width(self) -> int: return self.dtype.itemsize*int(np.prod(self.shape[1:], dtype=np.int64))
 
     def data_file(self) -> DataFile:
         "The file, as it was when it was first seen."
@@ -165,10 +164,11 @@ def fetch(self:StoredRows,
 ):
     "Ask the system for rows that still are on the disk only, all at once."
     if len(starts) <= samples or not hasattr(os, 'posix_fadvise'): return
-    file,first = self.data_file(), lambda row: self.address + int(row)*self.width
-    if all(file.has_at_hand(first(row)) for row in starts[::len(starts)//samples]): return
+    file = self.data_file()
+    if all(file.has_at_hand(self.address + row*self.width) for row in starts[::len(starts)//samples].tolist()): return
     begin,end,_ = coalesced(starts, lengths, 4096//max(1, self.width))
-    for row,n in zip(begin, end - begin): os.posix_fadvise(file.descriptor, first(row), int(n)*self.width, os.POSIX_FADV_WILLNEED)
+    places,sizes = self.address + begin*self.width, (end - begin)*self.width
+    for at,n in zip(places.tolist(), sizes.tolist()): os.posix_fadvise(file.descriptor, at, n, os.POSIX_FADV_WILLNEED)
 
 # %% ../../nbs/02_data/00_stored.ipynb #c89115c2
 @patch

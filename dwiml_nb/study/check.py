@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'CHECK_APART', 'StudyReport', 'noting', 'file_size', 'check_stored', 'blocks', 'mapping_hindrance',
-           'check_attribute', 'check_grid', 'check_volume_group', 'space_matrix', 'LineTable', 'line_runs',
-           'measure_lines', 'PointCounts', 'check_points', 'check_beside', 'check_streamlines_group', 'check_group',
-           'linked_subject', 'check_root', 'check_agreeing', 'check_study', 'limit_memory', 'check_apart']
+           'check_attribute', 'check_grid', 'check_volume_group', 'LineTable', 'line_runs', 'measure_lines',
+           'PointCounts', 'check_points', 'check_beside', 'check_streamlines_group', 'check_group', 'linked_subject',
+           'check_root', 'check_agreeing', 'check_study', 'limit_memory', 'check_apart']
 
 # %% ../../nbs/01_study/09_check.ipynb #59ef4d6f
 import html
@@ -22,9 +22,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 from ..core.errors import DataProblem
-from ..core.space import Grid, same_grid, to_vox_matrix
+from ..core.space import Grid, same_grid
 from .files import hdf5_descriptor, stamp_of
-from .schema import SUBSETS, attr_value, attr_words, group_kind, html_table, columns, study_config
+from .schema import SUBSETS, attr_value, attr_words, group_kind, html_table, columns, study_config, stored_to_vox
 
 # %% ../../nbs/01_study/09_check.ipynb #234a41f0
 @dataclass
@@ -173,23 +173,6 @@ def check_volume_group(
     report.looked_at['voxels'] = report.looked_at.get('voxels', 0) + math.prod(data.shape[:3])
     return grid
 
-# %% ../../nbs/01_study/09_check.ipynb #f5ecc6b4
-def space_matrix(
-    group, # HDF5 group of streamlines
-    grid:Grid,
-) -> np.ndarray: # (4, 4)
-    "From the space that a group's points are stored in to `vox` with a corner origin."
-    words = {k: str(attr_value(group.attrs, k) or usual).split('.')[-1].lower() for k,usual in (('space', 'vox'), ('origin', 'trackvis'))}
-    for k,known in (('space', ('vox', 'voxmm', 'rasmm', 'lpsmm')), ('origin', ('trackvis', 'corner', 'nifti', 'center'))):
-        if words[k] not in known: raise DataProblem(f"the {k} of the streamlines is unknown", expected=' or '.join(known), found=str(group.attrs[k])[:50])
-    corner,space,half = words['origin'] in ('trackvis', 'corner'), words['space'], np.eye(4)
-    flip = np.diag([-1., -1, 1, 1]) if space == 'lpsmm' else np.eye(4)
-    if space in ('rasmm', 'lpsmm'):
-        if corner: half[:3, 3] = -grid.affine[:3, :3] @ [.5, .5, .5]
-        space = 'rasmm'
-    elif not corner: half[:3, 3] = .5*(grid.voxel_sizes if space == 'voxmm' else 1)
-    return to_vox_matrix(grid, space) @ half @ flip
-
 # %% ../../nbs/01_study/09_check.ipynb #7fad3b52
 @dataclass
 class LineTable:
@@ -248,7 +231,7 @@ def measure_lines(
     starts, # (n,) first rows within the run
     lengths, # (n,) points
     grid:Grid,
-    matrix, # (4, 4) to vox
+    matrix, # (4, 4) to vox, as `stored_to_vox` says
 ) -> tuple: # (n,) bool finite, (n,) bool leaves the volume, (n,) mm
     "What can be asked of some lines."
     lengths = lengths.astype(np.int64)
@@ -257,7 +240,7 @@ def measure_lines(
     ok = np.isfinite(points).all(1)
     finite = np.bincount(line[~ok], minlength=len(lengths)) == 0
     with np.errstate(invalid='ignore', over='ignore'):
-        vox = points @ matrix[:3, :3].T + matrix[:3, 3]
+        vox = points if matrix is None else points @ matrix[:3, :3].T + matrix[:3, 3]
         out = ((vox < -1e-3) | (vox > np.array(grid.dimensions) + 1e-3)).any(1)
         steps = np.linalg.norm(np.diff(vox, axis=0) @ grid.affine[:3, :3].T, axis=1)*(line[1:] == line[:-1])
         return finite, np.bincount(line[out & ok], minlength=len(lengths)) > 0, np.bincount(line[1:], steps, minlength=len(lengths))
@@ -291,7 +274,7 @@ def check_points(
     block:int=1 << 18, # Lines at a time
 ) -> PointCounts:
     "Go through all points of a group."
-    counts,matrix,data = PointCounts(), space_matrix(group, grid), group['data']
+    counts,matrix,data = PointCounts(), stored_to_vox(group.attrs, grid), group['data']
     stored = group.get('euclidean_lengths')
     if stored is not None: check_stored(stored)
     for first,starts in blocks(group['offsets'], block):

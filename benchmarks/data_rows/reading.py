@@ -51,7 +51,7 @@ def random_lines(n, dimensions, rng):
 def write_study(path, n, dimensions, features, seed=0, **how):
     rng = np.random.default_rng(seed)
     points,lengths = random_lines(n, dimensions, rng)
-    with h5py.File(path, 'w') as f:
+    with h5py.File(path, 'w', libver=('v108', 'latest')) as f:
         root_attributes(f, ['sub-01'])
         lines_group(f.create_group('sub-01'), points, lengths, dimensions, **how)
         volume_group(f['sub-01'], rng.random((*dimensions, features), np.float32))
@@ -74,11 +74,11 @@ def write_large(folder, n_subjects, external):
     "A sparse study of many subjects: one file, or a file each behind a root of links."
     subjects = [f'sub-{i:03}' for i in range(n_subjects)]
     size = dict(n=100_000, points=4_000_000, dimensions=(96, 96, 60), features=45)
-    with h5py.File(folder/'large.hdf5', 'w') as root:
+    with h5py.File(folder/'large.hdf5', 'w', libver=('v108', 'latest')) as root:
         root_attributes(root, subjects)
         for s in subjects:
             if not external: headers_of(root, s, **size); continue
-            with h5py.File(folder/f'{s}.hdf5', 'w') as f: headers_of(f, s, **size)
+            with h5py.File(folder/f'{s}.hdf5', 'w', libver=('v108', 'latest')) as f: headers_of(f, s, **size)
             root[s] = h5py.ExternalLink(f'{s}.hdf5', f'/{s}')
     return folder/'large.hdf5'
 

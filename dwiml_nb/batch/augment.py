@@ -20,7 +20,7 @@ class Augmentation:
     "Options of training-time augmentation; lengths are in mm, ratios are shares of the lines."
     reverse_ratio:float = 0. # Share of lines read from their other end
     segment_mm:float = None # Keep a random run of this length of each longer line
-    widen_mm:float = 0. # Move each line as a whole, by up to this much: as many lines at a bundle's rim as in its core
+    widen_mm:float = 0. # Move each line as a whole, by up to this much, so that a bundle's rim sees more lines
     off_track_mm:float = 0. # Largest standard deviation (per axis) of slow displacement, with targets that lead back
     off_track_corr_mm:float = 8. # Distance over which the displacement forgets itself
     off_track_ratio:float = .85 # Share of lines displaced; each draws its own deviation from [1/2, 1] of the largest
@@ -87,7 +87,7 @@ def draw_shifts(
     widen_mm:float, # Longest shift
     rng:np.random.Generator,
 ) -> Tensor: # (S, 3) mm
-    "How each line is moved: any direction, the square of the distance uniform, so that a disk across the line is filled evenly."
+    "How each line is moved: any direction, the square of the distance uniform."
     towards = unit(torch.tensor(rng.standard_normal((nb_lines, 3))))
     return (towards*widen_mm*torch.tensor(rng.random((nb_lines, 1)))**.5).float()
 

@@ -180,7 +180,7 @@ def load_lines_voxmm(self:DWIMLBatchLoader,
     ids, # (n,) streamline ids
 ) -> Ragged: # (P, 3) voxmm
     "The chosen lines of one subject, as stored, in mm; lines that nobody can learn from are refused."
-    lines,who = subset.get_lines(subject, self.streamline_group_name, ids), subset.subjects[subject]
+    lines,who = subset.get_lines(subject, self.streamline_group_name, ids), subset.subject(subject).subj_id
     if len(lines) and int(lines.lengths.min()) < 2:
         self.refuse_lines(lines.lengths < 2, ids, who, "have fewer than 2 points", expected="lines with a direction", found=f"{int(lines.lengths.min())} points", do="build the study again with remove_invalid.")
     if not math.isfinite(lines.data.sum()) and len(wrong := lines.line_index[~lines.data.isfinite().all(1)]):
@@ -331,7 +331,7 @@ def inputs_of_subject(self:DWIMLBatchLoaderOneInput,
     for group in self.input_groups:
         grid = subset.grid(subject, group)
         if own != grid and not same_grid(own, grid, atol=1e-3):
-            raise DataProblem("the streamlines and the input volume lie on different grids", expected=own, found=grid, subject=subset.subjects[subject],
+            raise DataProblem("the streamlines and the input volume lie on different grids", expected=own, found=grid, subject=subset.subject(subject).subj_id,
                               group=group, do="resample the volume to the grid of the streamlines and create the study again.")
         parts.append(sample_neighborhood(subset.get_volume(subject, group, points.device), points, self.spec.vectors.to(points.device), self.spec.legacy_half_voxel))
     if len(parts) == 1: return parts[0]

@@ -217,7 +217,7 @@ def resample_nb_points(
 
 def resample_step(
     lines:Ragged, # (P, 3), mm
-    step:float, # mm between points; the real spacing is length/(n-1) >= step
+    step:float, # mm between points; the real spacing is length/(n-1), at least the step where the line is that long
 ) -> Ragged:
     "Equidistant points, `max(2, ceil(length/step))` a line."
     if not step > 0: raise ValueError(f"a step size is a positive number of mm, found {step}")
@@ -344,7 +344,7 @@ def split(
 # %% ../../nbs/00_core/05_lines.ipynb #14976a77
 def white_noise(
     lines:Ragged,
-    sigma_mm:float, # Standard deviation on each axis, before the cut at 2 sigma
+    sigma_mm:float, # Standard deviation on each axis; what lies beyond 2 sigma is set to 2 sigma
     generator:torch.Generator=None, # CPU generator; the draw is the same on every device
 ) -> Ragged:
     "Every point displaced on its own."

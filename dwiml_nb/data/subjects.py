@@ -56,7 +56,7 @@ class MultisubjectSubset(torch.utils.data.Dataset):
         name:str, # 'training', 'validation' or 'testing'
         subjects, # `SubjectData`s
     ):
-        self.name,self.data = name, sorted(subjects, key=lambda s: s.subj_id)
+        self.name,self.data,self.counts = name, sorted(subjects, key=lambda s: s.subj_id), {}
     @property
     def subjects(self) -> list: return [s.subj_id for s in self.data]
     def __len__(self): return len(self.data)
@@ -124,8 +124,11 @@ def grid(self:MultisubjectSubset,
 def nb_streamlines(self:MultisubjectSubset,
     group:str, # Streamlines group
 ) -> np.ndarray: # (subjects,) int64
-    "Streamlines of each subject, from headers alone."
-    return np.array([self.streamlines_of(i, group).nb_streamlines for i in range(len(self))], np.int64)
+    "Streamlines of each subject, from headers alone; counted once, not to be changed."
+    if group not in self.counts:
+        self.counts[group] = np.array([self.streamlines_of(i, group).nb_streamlines for i in range(len(self))], np.int64)
+        self.counts[group].flags.writeable = False
+    return self.counts[group]
 
 @patch
 def total_nb_streamlines(self:MultisubjectSubset, group:str) -> int:

@@ -188,7 +188,7 @@ class StudySummary:
     seconds:float
     reports:list # `SubjectReport`s
     warnings:list # All that is worth knowing
-    bytes:int=None # Of what was written; of the study when not given
+    bytes:int=None # Of what was written
     done:str='' # For instance ' added'
 
     def table(self) -> list: # of tuples of str, the first one the header
@@ -201,7 +201,7 @@ class StudySummary:
         return rows
     def headline(self) -> str:
         "One line: where, how many, how long, and what float16 cost."
-        size = (self.bytes or (self.path.stat().st_size if self.path.exists() else 0))/1e6
+        size = (self.bytes or 0)/1e6
         taken = sum(r.taken for r in self.reports)
         worst = {g: max(r.rounding.get(g, 0) for r in self.reports) for g in self.reports[0].rounding} if self.reports else {}
         worst = {g: e for g,e in worst.items() if e} or worst                   # masks lose nothing
@@ -346,4 +346,4 @@ def create_study(
         reports = write_study(path, sources, options, json.loads(text), n_procs or 1, copies)
     remarks = sources.warnings + [w for r in reports for w in r.remarks]
     for w in remarks: python_warnings.warn(w, stacklevel=2)
-    return StudySummary(path, time.time() - start, reports, remarks)
+    return StudySummary(path, time.time() - start, reports, remarks, path.stat().st_size)

@@ -105,7 +105,7 @@ def steady_hdf5(
     "An HDF5 file to write; a failed write is raised as `OSError`, never a crash."
     steady = SteadyFile(path)
     try:
-        with h5py.File(steady, 'w') as f: yield f, steady.check
+        with h5py.File(steady, 'w', libver=('v108', 'latest')) as f: yield f, steady.check
         steady.check()
     finally: steady.close()
 

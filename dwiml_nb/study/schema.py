@@ -205,6 +205,7 @@ def attr_words(
     value, # An attribute that holds a list of strings
 ) -> list: # of str
     "A list of strings from an HDF5 attribute, whatever its form."
+    if isinstance(value, h5py.Empty): return []
     return [v.decode() if isinstance(v, bytes) else str(v) for v in np.atleast_1d(value).tolist()]
 
 def attr_value(

@@ -23,9 +23,9 @@ class DataProblem(ValueError):
     ):
         self.problem,self.expected,self.found,self.do = problem,expected,found,do
         self.subject,self.group,self.file = subject,group,file
-        super().__init__(self.message())
+        super().__init__(self.sentence())
 
-    def message(self) -> str:
+    def sentence(self) -> str:
         "The full sentence: place, problem, expected and found, what to do."
         place = [f"{label}{value}" for label,value in
                  (("subject ", self.subject), ("group ", self.group), ("file ", self.file)) if value is not None]
@@ -53,7 +53,7 @@ def naming(
     except DataProblem as e:
         if (e.subject, e.group, e.file) == (e.subject or subject, e.group or group, e.file or file): raise
         e.subject,e.group,e.file = e.subject or subject, e.group or group, e.file or file
-        e.args = (e.message(),)
+        e.args = (e.sentence(),)
         raise
     except MemoryError: raise
     except Exception as e: raise DataProblem(problem, expected, f"{type(e).__name__}: {str(e)[:300]}", do, subject, group, file) from e

@@ -40,7 +40,7 @@ class StudyReport:
     def ok(self) -> bool: return not self.problems
     def table(self) -> list: # of tuples of str, the first one the header
         "One row a problem or remark."
-        row = lambda kind,p: (kind, p.subject or '', p.group or '', DataProblem(p.problem, p.expected, p.found, p.do).message())
+        row = lambda kind,p: (kind, p.subject or '', p.group or '', DataProblem(p.problem, p.expected, p.found, p.do).sentence())
         return [('', 'subject', 'group', 'what'), *(row('problem', p) for p in self.problems), *(row('remark', p) for p in self.remarks)]
     def headline(self) -> str:
         "One line."

@@ -26,12 +26,12 @@ from .files import DataFile, HeldFiles, OwnLock, changed_file, hdf5_descriptor, 
 class SeveralProblems(DataProblem):
     "Everything that is wrong, numbered; `.problems` holds the parts."
     def __init__(self,
-        problems, # `DataProblem`s
+        problems, # `DataProblem`s, or one text
         what:str="the study", # What cannot be made or read
     ):
-        self.problems,self.what = list(problems), what
+        self.problems,self.what = [problems] if isinstance(problems, str) else list(problems), what
         super().__init__(f"{len(self.problems)} problems with {what}")
-    def message(self) -> str:
+    def sentence(self) -> str:
         return f"{len(self.problems)} problems with {self.what}:\n" + "\n".join(f" {i}. {p}" for i,p in enumerate(self.problems, 1))
     def __reduce__(self): return type(self), (self.problems, self.what)
 

@@ -187,6 +187,7 @@ def points_along(
 ) -> Ragged:
     "Each line with this many points, equally far apart along the arc; ends stay where they are."
     if bool(((nb_points > 0) & (lines.lengths == 0)).any()): raise ValueError("points cannot be placed on a line without points")
+    if not lines.dtype.is_floating_point: raise ValueError(f"points between points are no whole numbers: expected floating point, found {lines.dtype}")
     if len(lines.data) == 0: return lines
     if suits_kernel(lines):
         new = Ragged.from_lengths(torch.empty(int(nb_points.sum()), 3, dtype=lines.dtype), nb_points)
@@ -287,7 +288,7 @@ def reverse(
     "Lines read from their other end."
     which = torch.ones(len(lines), dtype=torch.bool, device=lines.device) if which is None else which.to(lines.device)
     if suits_kernel(lines) and which.dtype == torch.bool and which.shape == (len(lines),):
-        out = torch.empty_like(lines.data)
+        out = torch.empty(lines.data.shape, dtype=lines.dtype)             # rows side by side, however `lines` keeps them
         fill_reversed(*as_arrays(lines.data, lines.offsets, which, out))
         return lines.with_data(out)
     here = torch.arange(len(lines.data), device=lines.device)
@@ -409,7 +410,7 @@ def lead_back_directions(
 ) -> Tensor: # (P, 3) unit vectors
     "From each displaced point, the direction to the clean line `lead_points` further on."
     if suits_kernel(clean) and suits_kernel(displaced) and clean.dtype == displaced.dtype:
-        out = torch.empty_like(clean.data)
+        out = torch.empty(clean.data.shape, dtype=clean.dtype)
         fill_lead_back(*as_arrays(clean.data, clean.offsets, displaced.data), int(lead_points), out.numpy())
         return out
     here = torch.arange(len(clean.data), device=clean.device)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PHANTOM_NAMES', 'WORDS', 'bids_phantom', 'read_participants', 'bids_subjects', 'split_of_column', 'split_of_lists',
-           'words_of', 'bids_config', 'BidsSources', 'bids_sources']
+           'words_of', 'volume_group', 'bids_config', 'BidsSources', 'bids_sources']
 
 # %% ../../nbs/01_study/08_bids.ipynb #37e8b6a7
 import csv
@@ -15,8 +15,8 @@ from typing import Literal
 from ..core.errors import DataProblem, did_you_mean
 from ..core.files import atomic_file, write_json
 from ..core.phantom import write_phantom
-from .entities import READABLE, bids_name
-from .schema import SUBSETS, columns, html_table, raise_problems
+from .entities import READABLE, answers, bids_name
+from .schema import SUBSETS, as_list, columns, html_table, raise_problems
 
 # %% ../../nbs/01_study/08_bids.ipynb #9acf67dd
 PHANTOM_NAMES = {'dwi/sh.nii.gz': 'dwi/{}_model-csd_param-fod_dwimap.nii.gz', 'dwi/peaks.nii.gz': 'dwi/{}_model-csd_param-peaks_dwimap.nii.gz',
@@ -54,7 +54,8 @@ def read_participants(
     if path is None and participants: raise DataProblem("no such table of participants", file=participants, do="check the path.")
     if path is None: return None
     with open(path, newline='', encoding='utf-8-sig') as f: rows = list(csv.DictReader(f, delimiter='\t'))
-    if rows and 'participant_id' not in rows[0]:
+    if not rows: raise DataProblem("the table of participants lists nobody", expected="a line of column names, then one a person", file=path, do="fill it, or move it away.")
+    if 'participant_id' not in rows[0]:
         raise DataProblem("the table has no column 'participant_id'", expected="a tab-separated table with that column", found=', '.join(map(str, rows[0])), file=path)
     ids = [r['participant_id'] for r in rows]
     if twice := sorted({i for i in ids if ids.count(i) > 1}): raise DataProblem("a participant is listed twice", found=', '.join(twice), file=path)
@@ -72,11 +73,14 @@ def bids_subjects(
     if not folders: raise DataProblem("no folder of a subject", expected="folders named sub-…", found=', '.join(sorted(p.name for p in derivatives.iterdir())[:8]) or 'nothing', file=derivatives)
     people = {f: {} for f in folders} if rows is None else {r['participant_id']: r for r in rows}
     absent,unknown = [p for p in people if p not in folders], [f for f in folders if f not in people]
-    found = {}
+    found,beside = {}, []
     for person,row in people.items():
         sessions = sorted(p.name for p in (derivatives/person).glob('ses-*') if p.is_dir())
+        if sessions: beside += sorted(p.name for p in (derivatives/person).rglob('*') if p.name.endswith(READABLE) and p.relative_to(derivatives).parts[1] not in sessions)
         for subject in [f'{person}_{s}' for s in sessions] or [person]*(person in folders): found[subject] = row
-    return found, [f"{what}: {', '.join(ids)}." for what,ids in (("participants without a folder are left out", absent), ("folders without a row in participants.tsv are left out", unknown)) if ids]
+    told = {"participants without a folder are left out": absent, "folders without a row in participants.tsv are left out": unknown,
+            "files beside the sessions of a person are left out": beside}
+    return found, [f"{what}: {', '.join(ids)}." for what,ids in told.items() if ids]
 
 # %% ../../nbs/01_study/08_bids.ipynb #177b1fb9
 WORDS = {'training': ('training', 'train'), 'validation': ('validation', 'valid', 'val', 'dev'), 'testing': ('testing', 'test')}
@@ -87,7 +91,8 @@ def split_of_column(
 ) -> dict: # subset -> ids
     "The lists that a column describes; other words (or 'n/a') leave a subject out."
     known = dict.fromkeys(k for r in subjects.values() for k in r)
-    if column not in known: raise DataProblem(f"no column '{column}' in participants.tsv.{did_you_mean(column, known)}", expected=', '.join(known) or 'a table with columns', found=column)
+    if not known: raise DataProblem("there is no participants.tsv to read the split from", expected=f"a table with a column '{column}'", do="say where it lies (participants), or give the lists.")
+    if column not in known: raise DataProblem(f"no column '{column}' in participants.tsv.{did_you_mean(column, known)}", expected=', '.join(known), found=column)
     subset = {w: s for s,words in WORDS.items() for w in words}
     lists = {s: [i for i,r in subjects.items() if subset.get((r[column] or '').strip().lower()) == s] for s in SUBSETS}
     if not any(lists.values()):
@@ -96,13 +101,13 @@ def split_of_column(
 
 def split_of_lists(
     subjects:dict, # id -> row
-    lists:dict, # subset -> people ('sub-01', '01') or subjects ('sub-01_ses-1'), or None
+    lists:dict, # subset -> people ('sub-01', '01') or subjects ('sub-01_ses-1'), one or a list; or None
 ) -> dict: # subset -> ids
     "The lists as given, people turned into all of their sessions."
     out,bad,whose = {}, [], {}
     for subset,given in lists.items():
         out[subset] = []
-        for word in given or []:
+        for word in as_list(given):
             person = word if word.startswith('sub-') else f'sub-{word}'
             ids = [i for i in subjects if i == person or i.startswith(f'{person}_ses-')]
             out[subset] += [i for i in ids if i not in out[subset]]
@@ -117,10 +122,21 @@ def split_of_lists(
 def words_of(
     derivatives, # Derivatives folder
     entity:str, # For instance 'tract'
-) -> list: # sorted
+    query=None, # Of the tractograms; all of them when not given
+) -> tuple: # list of words, sorted; list of the names that have none
     "All words that an entity has in the names of the tractograms."
-    names = (bids_name(p) for p in Path(derivatives).glob('sub-*/**/*_tractogram.*') if p.name.endswith(READABLE))
-    return sorted({w for n in names if (w := n.says(entity)) is not None})
+    names = [bids_name(p) for p in sorted(Path(derivatives).glob('sub-*/**/*')) if p.name.endswith(READABLE)]
+    names = [n for n in names if answers(n, {'suffix': 'tractogram', **(query or {})})]
+    return sorted({w for n in names if (w := n.says(entity)) is not None}), [n.path.name for n in names if n.says(entity) is None]
+
+# %% ../../nbs/01_study/08_bids.ipynb #eb7de884
+def volume_group(
+    query:dict, # Entities; keys of a config's volume may stand beside them
+) -> dict: # as in a config
+    "A volume group of the config."
+    kept = {'standardization': 'none', 'std_mask': None, 'frame': None, 'outside': None}
+    said = {k: query.get(k, usual) for k,usual in kept.items()}
+    return {'type': 'volume', 'files': {'suffix': 'dwimap', **{k: v for k,v in query.items() if k not in kept}}, **{k: v for k,v in said.items() if v is not None}}
 
 def bids_config(
     derivatives, # Derivatives folder
@@ -130,19 +146,17 @@ def bids_config(
     group:str='bundles', # Name of the streamlines group
 ) -> dict: # as `create_study` takes it
     "The config of a study from BIDS derivatives."
-    kept = {'standardization': 'none', 'std_mask': None, 'frame': None, 'outside': None}
-    config = {}
-    for name,query in volumes.items():
-        said = {k: query.get(k, usual) for k,usual in kept.items()}
-        config[name] = {'type': 'volume', 'files': {'suffix': 'dwimap', **{k: v for k,v in query.items() if k not in kept}}, **{k: v for k,v in said.items() if v is not None}}
-    query,words = {'suffix': 'tractogram', **(streamlines or {})}, words_of(derivatives, 'tract') if tract != 'none' else []
+    query = {'suffix': 'tractogram', **(streamlines or {})}
+    words = words_of(derivatives, 'tract', query)[0] if tract != 'none' else []
+    if isinstance(query.get('tract'), (list, tuple)): words = list(query['tract'])
     if tract != 'none' and not words:
         raise DataProblem("no tractogram names its tract", expected="names such as sub-01_tract-AF_tractogram.trx", do="choose tract='none'.", file=derivatives)
-    if isinstance(query.get('tract'), str) and query['tract'] != '*': words = [query['tract']]
-    if isinstance(query.get('tract'), (list, tuple)): words = list(query['tract'])
-    if tract == 'groups': return config | {w: {'type': 'streamlines', 'files': {**query, 'tract': w}} for w in words}
-    if tract == 'label': return config | {group: {'type': 'streamlines', 'files': {**query, 'tract': words}, 'file_labels': {'tract': words}}}
-    return config | {group: {'type': 'streamlines', 'files': query}}
+    lines = {'type': 'streamlines', 'files': {**query, 'tract': words} if tract == 'label' else query}
+    if tract == 'label': lines['file_labels'] = {'tract': words}
+    groups = {w: {**lines, 'files': {**query, 'tract': w}} for w in words} if tract == 'groups' else {group: lines}
+    if clash := sorted(set(volumes) & set(groups)):
+        raise DataProblem(f"'{clash[0]}' would be a volume and streamlines", expected="another name for each group", found=', '.join(clash), do="rename the volume.")
+    return {**{name: volume_group(q) for name,q in volumes.items()}, **groups}
 
 # %% ../../nbs/01_study/08_bids.ipynb #fc827115
 @dataclass
@@ -192,4 +206,6 @@ def bids_sources(
     if (split is None) == (not any(given.values())):
         raise DataProblem("the subsets must be said in one way", expected="lists, or split: a column of participants.tsv", found="both" if split else "neither")
     lists = split_of_lists(subjects, given) if split is None else split_of_column(subjects, split)
+    without = words_of(derivatives, 'tract', streamlines)[1] if tract != 'none' else []
+    if without: remarks.append(f"tractograms that do not name their tract are left out: {', '.join(without)}.")
     return BidsSources(Path(derivatives), bids_config(derivatives, volumes, streamlines, tract, group), lists, remarks)

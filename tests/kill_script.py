@@ -66,7 +66,9 @@ def train(folder, study, name="run", workers=0, lazy=False, max_epochs=4, die=No
     "Start the experiment, or resume it if it exists."
     multiprocessing.set_start_method("fork", force=True)  # for the workers: a child of a fork server would use another one
     torch.set_num_threads(1)
-    if own_group: os.setsid()
+    if own_group:
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job that a shell runs in the background begins with Ctrl-C ignored
     if not exchange: checkpoints.exchange_folders = cannot_exchange
     if die: die_at(die, f"{folder}/kills.txt")
     model, sampler, loader = make_parts(study, lazy)

@@ -76,8 +76,11 @@ def read_json(
     path, # A JSON file
 ): # -> what it holds
     "Read a JSON file, naming it when it is not one."
-    try: return json.loads(Path(path).read_text())
-    except json.JSONDecodeError as e: raise ValueError(f"{path} is not valid JSON: {e}. Open it at that line, or restore a copy.") from e
+    def each_once(pairs):
+        if twice := [k for i,(k,_) in enumerate(pairs) if k in dict(pairs[:i])]: raise ValueError(f"the key '{twice[0]}' is there twice")
+        return dict(pairs)
+    try: return json.loads(Path(path).read_text(encoding='utf-8-sig'), object_pairs_hook=each_once)
+    except ValueError as e: raise ValueError(f"{path} is not valid JSON: {e}. Correct it there, or restore a copy.") from e
 
 # %% ../../nbs/00_core/01_files.ipynb #3c7de1fa
 def exchange_folders(

@@ -9,7 +9,6 @@ __all__ = ['MODEL_CLASSES', 'MODEL_FILES', 'bound_arguments', 'as_json', 'MainMo
 # %% ../../nbs/05_models/00_base.ipynb #e8a04342
 import importlib
 import inspect
-import math
 import os
 import pickle
 import pkgutil
@@ -22,6 +21,7 @@ from torch import nn
 from fastcore.basics import patch
 from ..core.errors import DataProblem, did_you_mean
 from ..core.files import atomic_file, exchange_folders, fsync_path, read_json, write_json
+from ..batch.spec import checked_points
 
 # %% ../../nbs/05_models/00_base.ipynb #d94a8b85
 def bound_arguments(
@@ -100,14 +100,7 @@ class MainModelAbstract(nn.Module):
 @patch
 def set_preprocessing(self:MainModelAbstract, step_size=None, nb_points=None, compress_lines=None):
     "Check and keep how lines must be prepared."
-    asked = {k: v for k,v in dict(step_size=step_size, nb_points=nb_points, compress_lines=compress_lines).items() if v is not None and v is not False}
-    if len(asked) > 1: raise ValueError(f"step_size, nb_points and compress_lines exclude each other, found {asked}. Keep one.")
-    for k,v in asked.items():
-        if v is True or not (v > 0 and math.isfinite(v)): raise ValueError(f"{k} must be a number above 0, found {v}")
-    if nb_points and (int(nb_points) != nb_points or nb_points < 2): raise ValueError(f"nb_points must be a whole number of at least 2, found {nb_points}")
-    self.step_size = asked.get('step_size')
-    self.nb_points = int(nb_points) if nb_points else None
-    self.compress_lines = asked.get('compress_lines')
+    for name,value in checked_points(step_size, nb_points, compress_lines).items(): setattr(self, name, value)
 
 # %% ../../nbs/05_models/00_base.ipynb #d576f280
 @patch(as_prop=True)

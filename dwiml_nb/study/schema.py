@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['STANDARDIZATIONS', 'FRAMES', 'SUBSETS', 'FORMAT_VERSION', 'NOT_DEFINED', 'READ_MODES', 'ORIGINS', 'SeveralProblems',
-           'raise_problems', 'VolumeSpec', 'StreamlinesSpec', 'as_list', 'unknown_keys', 'volume_spec', 'three_blocs',
-           'streamlines_spec', 'group_spec', 'read_config', 'read_subject_list', 'read_subject_lists', 'attr_words',
-           'attr_value', 'open_study', 'found_in', 'members', 'StudyFile', 'group_kind', 'group_grid', 'stored_to_vox',
-           'StudyDescription', 'group_notes', 'group_row', 'study_config', 'describe_study', 'columns', 'html_table']
+           'raise_problems', 'VolumeSpec', 'StreamlinesSpec', 'as_list', 'unknown_keys', 'is_name', 'wrong_values',
+           'volume_spec', 'three_blocs', 'streamlines_spec', 'group_spec', 'read_config', 'read_subject_list',
+           'read_subject_lists', 'attr_words', 'attr_value', 'open_study', 'found_in', 'members', 'StudyFile',
+           'group_kind', 'group_grid', 'stored_to_vox', 'StudyDescription', 'group_notes', 'group_row', 'study_config',
+           'describe_study', 'columns', 'html_table']
 
 # %% ../../nbs/01_study/00_schema.ipynb #a86f3b31
 import html
@@ -86,6 +87,29 @@ def unknown_keys(
     return [DataProblem(f"unknown config key '{k}'.{did_you_mean(k, known)}", expected=', '.join(sorted(known)), found=k, group=name)
             for k in group if k not in known]
 
+# %% ../../nbs/01_study/00_schema.ipynb #fa5dccc1
+def is_name(
+    value,
+) -> bool:
+    "Whether HDF5 can use a value as the name of a group or a dataset."
+    return isinstance(value, str) and value not in ('', '.', '..') and '/' not in value
+
+def wrong_values(
+    name:str, # Group
+    group:dict, # Its part of the config
+) -> list: # of `DataProblem`
+    "A problem for each value that is not the kind of thing its key asks for."
+    is_file = lambda v: bool(v) and isinstance(v, (str, dict))
+    words = lambda v: isinstance(v, list) and all(isinstance(w, str) for w in v) and len(set(v)) == len(v)
+    labels = lambda v: isinstance(v, dict) and all(is_name(k) and words(w) for k,w in v.items())
+    files,names = (lambda v: all(map(is_file, as_list(v)))), (lambda v: all(map(is_name, as_list(v))))
+    kinds = {**dict.fromkeys(('files', 'std_mask'), (files, "a path or a query of entities, or a list of them")),
+             **dict.fromkeys(('connectivity_matrix', 'connectivity_labels'), (is_file, "one path, or one query of entities")),
+             'dps_keys': (names, "a name without '/', or a list of them"),
+             'file_labels': (labels, 'an entity and its words, each once, for instance {"tract": ["AF", "CST"]}')}
+    return [DataProblem(f"{key} cannot be read", expected=expected, found=repr(group[key]), group=name)
+            for key,(fits,expected) in kinds.items() if group.get(key) is not None and not fits(group[key])]
+
 # %% ../../nbs/01_study/00_schema.ipynb #875795bd
 def volume_spec(
     name:str, # Group
@@ -128,9 +152,6 @@ def streamlines_spec(
         except (ValueError, TypeError) as e:
             bad.append(DataProblem("connectivity_nb_blocs cannot be read", expected="an int or a list of three", found=e, group=name))
     file_labels = group.get('file_labels') or {}
-    if not isinstance(file_labels, dict) or not all(isinstance(w, list) and len(set(map(str, w))) == len(w) for w in file_labels.values()):
-        bad.append(DataProblem("file_labels cannot be read", expected='an entity and its words, each once, for instance {"tract": ["AF", "CST"]}', found=file_labels, group=name))
-        file_labels = {}
     if both := sorted(set(file_labels) & set(as_list(group.get('dps_keys')))):
         bad.append(DataProblem(f"'{both[0]}' would come from the files' names and from the files", expected="dps_keys or file_labels", group=name))
     return StreamlinesSpec(name, as_list(group.get('files')), as_list(group.get('dps_keys')), matrix, blocs, labels, file_labels), bad
@@ -145,11 +166,11 @@ def group_spec(
         found = group.get('type') if isinstance(group, dict) else group
         return None, [DataProblem(f"a group must say what it is.{did_you_mean(found, ('volume', 'streamlines'))}",
                                   expected="a JSON object with type: 'volume' or 'streamlines'", found=repr(found), group=name)]
+    bad = wrong_values(name, group)
+    if not is_name(name): bad.append(DataProblem(f"{name!r} cannot be the name of a group", expected="a word without '/'", group=name))
+    if bad: return None, bad
     spec,bad = (volume_spec if group['type'] == 'volume' else streamlines_spec)(name, group)
-    if not name or '/' in name: bad.append(DataProblem(f"{name!r} cannot be the name of a group", expected="a word without '/'", group=name))
     if not spec.files: bad.append(DataProblem("no files are listed", expected="files: a path or a list of paths below the subject's folder", group=name))
-    if odd := [f for f in spec.files if not isinstance(f, str) and not (isinstance(f, dict) and f)]:
-        bad.append(DataProblem("a file must be a path, or a query of entities", found=odd, group=name))
     return spec, bad
 
 def read_config(
@@ -176,7 +197,8 @@ def read_subject_list(
     if not isinstance(subjects, (str, os.PathLike)): return [str(s) for s in subjects]
     if not Path(subjects).is_file():
         raise DataProblem("no such subject list", file=subjects, do="give the path of a text file of ids, or a Python list of them.")
-    return Path(subjects).read_text().split()
+    try: return Path(subjects).read_text(encoding='utf-8-sig').split()
+    except UnicodeDecodeError as e: raise DataProblem("the subject list cannot be read", expected="a text file in UTF-8", found=e, file=subjects) from e
 
 def read_subject_lists(
     training, # Each: path of a text file, list of ids, or None

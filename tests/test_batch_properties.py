@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from dwiml_nb.batch.loader import DWIMLBatchLoader, DWIMLBatchLoaderOneInput, slices_of
-from dwiml_nb.batch.sampler import BatchIds, DWIMLBatchIDSampler, keyed_permutation
+from dwiml_nb.batch.sampler import BatchIds, DWIMLBatchIDSampler, keyed_permutation, subjects_that_fit
 from dwiml_nb.batch.spec import ModelSpec
 from dwiml_nb.core.ragged import Ragged
 from dwiml_nb.core.space import Grid, apply_affine, convert
@@ -65,6 +65,7 @@ def test_each_line_once_an_epoch(counts, size, nb_subjects, cycles, passes, epoc
     sampler = make()
     sizes = sampler.line_sizes("training") if units != "nb_streamlines" else [np.ones(n) for n in counts]
     most = min(nb_subjects or len(counts), np.count_nonzero(counts))
+    if budget == "equal" and units != "nb_streamlines" and any(counts): most = subjects_that_fit([o for o in sizes if len(o)], size, most)
     for context, times in (("training", passes), ("validation", 1)):
         batches = list(sampler.batches(context, epoch))
         seen = np.array([[s, i] for b in batches for s, ids in b for i in ids], int).reshape(-1, 2)

@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['UNITS', 'BUDGETS', 'keyed_rng', 'mixed', 'slide', 'slide_inside', 'keyed_permutation', 'BatchIds', 'check_whole',
            'check_word', 'DWIMLBatchIDSampler', 'Hands', 'HandLayout', 'ChunkLayout', 'Pass', 'cut_where_full',
-           'hands_by_size', 'chunks_by_size']
+           'hands_by_size', 'subjects_that_fit', 'chunks_by_size']
 
 # %% ../../nbs/03_batch/01_sampler.ipynb #c88ac0be
+import math
+from numbers import Real
 from typing import Literal
 import numpy as np
 from fastcore.basics import patch
@@ -106,11 +108,12 @@ UNITS = ('nb_streamlines', 'length_mm', 'nb_points')
 BUDGETS = ('proportional', 'equal')
 
 def check_whole(
+    least:int=1, # Smallest number that passes
     **values, # Name and value; None passes
 ):
-    "Refuse what is not a whole number of at least 1."
+    "Refuse what is not a whole number of at least 1, or another least."
     for name,value in values.items():
-        if value is not None and (int(value) != value or value < 1): raise ValueError(f"{name} is a whole number >= 1, found {value!r}")
+        if value is not None and not (isinstance(value, Real) and value >= least and value == value//1): raise ValueError(f"{name} is a whole number >= {least}, found {value!r}")
 
 def check_word(
     name:str, # Of the option
@@ -134,15 +137,16 @@ class DWIMLBatchIDSampler:
         cycles:int=None, # Batches in a row with the same subjects; None: new subjects each batch
         nb_passes:int=1, # How often a training epoch goes through every line; more than 1 suits small studies with random segments
         budget_per_subject:Literal['proportional', 'equal']='proportional', # A subject's share of a batch: by how many lines it has, or the same for each
-        step_size:float=None, # mm, of the model; only for 'nb_points': count the points a model sees; None: the points stored
+        step_size:float=None, # mm, of the model; only for 'nb_points': count the points a model with this step sees; None: the points stored
         seed:int=1234,
     ):
         check_word('batch_size_units', batch_size_units, UNITS); check_word('budget_per_subject', budget_per_subject, BUDGETS)
         if batch_size_validation is None: batch_size_validation = batch_size_training
         check_whole(batch_size_training=batch_size_training, batch_size_validation=batch_size_validation, nb_streamlines_per_chunk=nb_streamlines_per_chunk,
                     nb_subjects_per_batch=nb_subjects_per_batch, cycles=cycles, nb_passes=nb_passes)
+        check_whole(0, seed=seed)
         if cycles and not nb_subjects_per_batch: raise ValueError("cycles needs nb_subjects_per_batch: with all subjects in each batch there is nothing to cycle through")
-        if step_size is not None and (batch_size_units != 'nb_points' or not step_size > 0): raise ValueError(f"step_size is in mm and goes with batch_size_units='nb_points', found {step_size!r} with {batch_size_units!r}")
+        if step_size is not None and (batch_size_units != 'nb_points' or not isinstance(step_size, Real) or not 0 < step_size < math.inf): raise ValueError(f"step_size is in mm and goes with batch_size_units='nb_points', found {step_size!r} with {batch_size_units!r}")
         known = list(dataset.streamline_groups)
         if streamline_group_name not in known:
             raise DataProblem(f"the study has no streamlines group '{streamline_group_name}'", expected=f"one of {known}",
@@ -297,7 +301,7 @@ def line_sizes(self:DWIMLBatchIDSampler,
     subset,group = self.dataset.subset(context), self.streamline_group_name
     if self.batch_size_units == 'nb_points' and self.step_size is None: return [np.asarray(n, np.float64) for n in subset.streamline_lengths(group)]
     mm = [np.nan_to_num(np.asarray(m, np.float64), posinf=0.) for m in subset.streamline_lengths_mm(group)]       # the loader refuses such lines by name
-    return mm if self.batch_size_units == 'length_mm' else [np.maximum(np.ceil(m/self.step_size), 2.) for m in mm]
+    return mm if self.batch_size_units == 'length_mm' else [np.maximum(np.ceil((m*(1 + 1e-6) + 1e-3)/self.step_size), 2.) for m in mm]
 
 @patch
 def batch_size(self:DWIMLBatchIDSampler, context:str) -> int:
@@ -316,6 +320,16 @@ def hands_by_size(
     row = row[hands.cards(np.arange(len(row)))]
     new = cut_where_full(row, np.array([0, len(row)]), np.array([float(budget)]))
     return Hands(subjects, counts, hands.nb_hands, np.r_[np.flatnonzero(new), len(row)])
+
+def subjects_that_fit(
+    sizes, # Arrays, one per subject
+    budget:float, # Of a batch
+    most:int, # Subjects in a batch, if their shares are large enough
+) -> int:
+    "How many subjects can share a batch such that 99 of 100 lines fit an equal share."
+    row = np.concatenate(sizes)
+    typical = np.partition(row, k := int(.99*(len(row) - 1)))[k]
+    return max(1, min(most, int(budget//typical) if typical > 0 else most))
 
 def chunks_by_size(
     subjects, # (S,) subject indices
@@ -358,7 +372,9 @@ def layout(self:DWIMLBatchIDSampler,
         groups = np.array_split(order, -(-len(order)//most))
         if by_number: return HandLayout([Hands(g, counts[g], -(-int(counts[g].sum())//size)) for g in groups], cycles)
         return HandLayout([hands_by_size(g, [sizes[s] for s in g], size) for g in groups], cycles)
-    if not by_number: return chunks_by_size(order, [sizes[s] for s in order], size/most, most, cycles)
+    if not by_number:
+        most = subjects_that_fit([sizes[s] for s in order], size, most)
+        return chunks_by_size(order, [sizes[s] for s in order], size/most, most, cycles)
     most = min(most, size)
     nb = -(-counts[order]//(size//most))
     return ChunkLayout(order, [lambda j,n=int(counts[s]),c=int(c): (n*j//c, n*(j + 1)//c) for s,c in zip(order, nb)], nb, most, cycles)
@@ -399,6 +415,7 @@ def batch(self:DWIMLBatchIDSampler,
 ) -> BatchIds:
     "One batch of an epoch."
     nth = index
+    if index < 0: raise IndexError(f"batches are numbered from 0, found {index}")
     for p in self.epoch_passes(context, epoch):
         if nth < p.nb_batches: break
         nth -= p.nb_batches
@@ -416,6 +433,7 @@ def batches(self:DWIMLBatchIDSampler,
     start:int=0, # First batch wanted
 ): # -> generator of `BatchIds`
     "The batches of an epoch, from `start` on."
+    check_whole(0, start=start)
     for index in range(start, self.nb_batches(context, epoch)): yield self.batch(index, context, epoch)
 
 @patch
@@ -439,4 +457,5 @@ def set_context(self:DWIMLBatchIDSampler,
     context:str, # 'training' or 'validation'
 ):
     "Which subset plain iteration goes through; `batches` needs no context."
+    check_word('context', context, ('training', 'validation', 'testing'))
     self.context = context

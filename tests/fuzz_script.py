@@ -45,8 +45,16 @@ def tiny_tractogram(seed, grid):
                       {"some": np.array([1, 3, 5])})
 
 
+def copy_to(a, b):
+    "All of one HDF5 group to another."
+    b.attrs.update(a.attrs)
+    for name, o in a.items():
+        if isinstance(o, h5py.Group): copy_to(o, b.create_group(name))
+        else: b.create_dataset(name, data=o[()]).attrs.update(o.attrs)
+
+
 def make(folder):
-    "A whole file of each format."
+    "A whole file of each format; of HDF5 also in its oldest form, which dwi_ml writes and which has no checksums of its own."
     grid = Grid(np.diag([2., 2, 2, 1]), (6, 6, 6))
     for kind in FORMATS[1:]: save_tractogram(tiny_tractogram(0, grid), folder / f"whole.{kind}", drop_dps=kind == "tck")
     with zipfile.ZipFile(folder / "whole.trx") as z: members = {name: z.read(name) for name in sorted(z.namelist())}
@@ -62,7 +70,8 @@ def make(folder):
               "bundles": {"type": "streamlines", "files": "lines.trk", "dps_keys": "weight", "connectivity_matrix": "matrix.npy", "connectivity_nb_blocs": 2}}
     time.strftime = lambda *args: "1 January 2026 00:00:00"  # the same bytes each time, so that a seed means the same damage
     create_study(root, folder / "whole.hdf5", config, ["sub-1"], ["sub-2"])
-    assert check_study(folder / "whole.hdf5").ok
+    with h5py.File(folder / "whole.hdf5") as a, h5py.File(folder / "oldest.hdf5", "w") as b: copy_to(a, b)
+    for name in ("whole.hdf5", "oldest.hdf5"): assert check_study(folder / name).ok
 
 
 # ---- damage
@@ -311,15 +320,16 @@ def main_bombs(folder):
 def main(kind, folder, seeds):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    whole = (folder / f"whole.{kind}").read_bytes()
-    where, read = header_places(kind, whole), read_study if kind == "hdf5" else read_tractogram
+    wholes = [(folder / f"{name}.{kind}").read_bytes() for name in (("whole", "oldest") if kind == "hdf5" else ("whole",))]  # in turns, seed by seed
+    places, read = [header_places(kind, whole) for whole in wholes], read_study if kind == "hdf5" else read_tractogram
     faulthandler.enable()
     read(folder / f"whole.{kind}")  # also imports and compiles all there is to import and compile
     limit_memory(MEMORY)
     for seed in seeds:
         with tempfile.TemporaryDirectory(dir=folder) as d:
             path = Path(d) / f"seed{seed}.{kind}"
-            path.write_bytes(damage(kind, whole, where, seed))
+            which = seed % len(wholes)
+            path.write_bytes(damage(kind, wholes[which], places[which], seed))
             print(json.dumps([seed, "begun", ""]), flush=True)
             faulthandler.dump_traceback_later(SECONDS, exit=True)
             print(json.dumps([seed, *outcome(read, path)]), flush=True)

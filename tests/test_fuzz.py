@@ -16,7 +16,7 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("fuzz_script.py")
 SEEDS = range(1000)
-STRIDE = {"hdf5": 11, "trx": 11}  # of the default run
+STRIDE = {"hdf5": 23, "trx": 11}  # of the default run
 LIMIT_S = 1800
 
 

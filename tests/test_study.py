@@ -26,7 +26,7 @@ from dwiml_nb.study.schema import SUBSETS, describe_study, group_grid
 from dwiml_nb.study.toy import toy_study
 
 REFERENCE = Path(__file__).parent/'data'/'dwi_ml_study'
-OURS = {'/': {'groups_config_json', 'dwiml_nb_format', 'dwiml_nb_version'}, 'volume': {'frame'}, 'streamlines': {'report'}}       # docs/file_format.md
+OURS = {'/': {'remove_invalid', 'groups_config_json', 'dwiml_nb_format', 'dwiml_nb_version'}, 'volume': {'frame'}, 'streamlines': {'report'}}       # docs/file_format.md
 quiet = pytest.mark.filterwarnings('ignore:.*oblique')
 
 

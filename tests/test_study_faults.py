@@ -32,7 +32,7 @@ from dwiml_nb.core.ragged import Ragged
 from dwiml_nb.core.space import Grid
 from dwiml_nb.core.tractograms import Tractogram, save_tractogram
 from dwiml_nb.data.dataset import MultiSubjectDataset
-from dwiml_nb.study import parts
+from dwiml_nb.study import grow, parts
 from dwiml_nb.study.create import create_study
 from dwiml_nb.study.grow import add_subjects, repack_study
 from dwiml_nb.study.schema import SUBSETS, attr_words, open_study
@@ -522,6 +522,59 @@ def test_leftovers_of_the_dead_are_tidied(sources, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [f".other.{DEAD}.partial.hdf5", ".study.1.partial.hdf5", "study.hdf5", "study.json"]
 
 
+# ---- other subjects' files
+
+@pytest.mark.parametrize("what", ["a source is touched", "a part cannot be read"])
+def test_an_addition_cut_short_goes_on(tmp_path, monkeypatch, what):
+    "It has moved its part beside the others; whatever is found out about that part later, the others stay."
+    sources, study = make_sources(tmp_path / "in"), tmp_path / "study.hdf5"
+    create(sources, study); add(sources, study, "c")
+    def cut_short(*args, **options): raise OSError("cut short")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="cut short"):
+        patch.setattr(grow, "linked_root", cut_short)
+        add(sources, study, "d")
+    assert {p.name for p in (tmp_path / "study.subjects").iterdir()} == {"study.hdf5", "c.hdf5", "d.hdf5"}
+    old, made = content(study), grow.finished_parts
+    def touched(*args, **options):
+        os.utime(sources / "d" / "fa.nii.gz")
+        return made(*args, **options)
+    if what == "a source is touched": monkeypatch.setattr(grow, "finished_parts", touched)
+    else: monkeypatch.setattr(parts, "finished_part", lambda *args: None)
+    add(sources, study, "d")
+    new = content(study)
+    assert subjects_of(new) == set("abcd") and all(of_subject(new, s) == of_subject(old, s) for s in "abc")
+    assert {p.name for p in (tmp_path / "study.subjects").iterdir()} == {"study.hdf5", "c.hdf5", "d.hdf5", "d-1.hdf5"}
+
+
+@pytest.mark.parametrize("act", ["repack", "replace"])
+@pytest.mark.parametrize("other", ["old.hdf5", "study.hdf5.bak"])
+def test_studies_that_share_a_folder(sources, tmp_path, act, other):
+    "A root was renamed and its name given to another study, or was copied: what it links to is kept."
+    study, other = tmp_path / "study.hdf5", tmp_path / other
+    create(sources, study); add(sources, study, "c")
+    old = content(study)
+    if other.suffix == ".bak": shutil.copy(study, other)
+    else: study.rename(other); (tmp_path / "study.json").unlink(); create(sources, study)
+    add(sources, study, "d")
+    with pytest.warns(UserWarning, match=f"study.subjects stays, because {other.name} may need it"):
+        repack_study(study) if act == "repack" else create(sources, study, nb_points=3, overwrite=True)
+    assert content(other) == old and not (tmp_path / "study.subjects" / "d.hdf5").exists()
+    if act == "replace": add(sources, study, "d")
+    assert content(other) == old
+    other.unlink()
+    repack_study(study)
+    assert subjects_of(content(study)) == set("abd") | ({"c"} if act == "repack" and other.suffix == ".bak" else set())
+
+
+def test_files_that_cannot_be_read_are_kept(sources, tmp_path):
+    "A file beside the study that is damaged may be a root that links to the same files."
+    study, other = tmp_path / "study.hdf5", tmp_path / "other.hdf5"
+    create(sources, study); add(sources, study, "c")
+    other.write_bytes(study.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match="study.subjects stays, because other.hdf5 may need it"): repack_study(study)
+    assert {p.name for p in (tmp_path / "study.subjects").iterdir()} == {"study.hdf5", "c.hdf5"}
+
+
 # ---- what growing refuses
 
 def test_what_does_not_fit_is_refused(tmp_path):
@@ -596,7 +649,7 @@ def test_float16(tmp_path):
     for lazy in (True, False):
         half, full = (MultiSubjectDataset(p, lazy=lazy).load_data() for p in (study, tmp_path / "full.hdf5"))
         a, b = (d.training.get_volume(0, "fa") for d in (half, full))
-        assert a.dtype == torch.float32 and 0 < float((a - b).abs().max()) <= max(r.rounding["fa"] for r in create(sources, study, volume_dtype="float16", overwrite=True).reports)
+        assert a.dtype == torch.float32 and 0 < float((a - b).abs().max()) <= max(r.rounding["fa"][0] for r in create(sources, study, volume_dtype="float16", overwrite=True).reports)
         half.close(); full.close()
         if lazy: add(sources, study, "c")
     with h5py.File(study) as f: assert f["a/fa/data"].dtype == np.float16

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_volume', 'write_streamlines', 'SteadyFile', 'steady_hdf5', 'StudyOptions', 'SubjectReport', 'add_group',
            'add_subject', 'part_mark', 'make_part', 'finished_part', 'locked', 'parts_folder', 'is_alive',
-           'remove_partials', 'in_worker', 'reports_in_turn', 'make_parts']
+           'remove_partials', 'in_worker', 'reports_in_turn', 'Part', 'place_parts', 'make_parts']
 
 # %% ../../nbs/01_study/04_parts.ipynb #9a4bb7c0
 import hashlib
@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -126,7 +127,7 @@ class SubjectReport:
     "What was written for one subject."
     subject:str # Id
     volumes:dict = field(default_factory=dict) # group -> shape
-    rounding:dict = field(default_factory=dict) # group stored as float16 -> largest error
+    rounding:dict = field(default_factory=dict) # group stored as float16 -> largest error, and as a share of its feature's largest value
     lines:dict = field(default_factory=dict) # group -> `LinesReport`
     remarks:list = field(default_factory=list) # Sentences worth reading
     problems:list = field(default_factory=list) # `DataProblem`s: with any, there is no part
@@ -137,7 +138,7 @@ class SubjectReport:
     def from_json(cls, text:str):
         "The report that `to_json` told."
         told = json.loads(text)
-        told['volumes'] = {g: tuple(shape) for g,shape in told['volumes'].items()}
+        for key in ('volumes', 'rounding'): told[key] = {g: tuple(v) for g,v in told[key].items()}
         return cls(**{**told, 'lines': {g: LinesReport(**n) for g,n in told['lines'].items()}})
 
 # %% ../../nbs/01_study/04_parts.ipynb #aa275656
@@ -153,10 +154,10 @@ def add_group(
     if isinstance(spec, VolumeSpec):
         if not src.files[spec.name]: return report.remarks.append(here + "no file, so no group.")
         data,warn = volume_of(src, spec)
-        data,error = rounded(data, options.volume_dtype)
+        data,*cost = rounded(data, options.volume_dtype)
         write_volume(parent, spec.name, data, src.grid, spec.frame)
         report.volumes[spec.name] = data.shape
-        if options.volume_dtype != 'float32': report.rounding[spec.name] = error
+        if options.volume_dtype != 'float32': report.rounding[spec.name] = tuple(cost)
     else:
         stored,(matrix,labels) = lines_of(src, spec, options), connectivity_of(src, spec)
         write_streamlines(parent, spec.name, stored, src.grid, matrix, labels, spec.connectivity_nb_blocs)
@@ -276,7 +277,9 @@ def in_worker():
     "How a process that makes subjects begins."
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
-    if parent: threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    if not parent: return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 def reports_in_turn(
     jobs:dict, # path of a part -> the other arguments of `make_part`
@@ -295,19 +298,39 @@ def reports_in_turn(
     finally: pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/01_study/04_parts.ipynb #c1ecd4ca
+@dataclass
+class Part:
+    "Where a subject's part is, or will be."
+    path:Path # Where
+    mark:str # From `part_mark`
+    report:SubjectReport = None # None: it is still to be made
+
+def place_parts(
+    folder:Path, # Hidden folder: what is not finished will be made here
+    sources:Sources,
+    options:StudyOptions,
+    moved:Path=None, # Another folder where finished parts may lie
+) -> dict: # id -> `Part`
+    "What is finished, and where the rest will be made."
+    parts,there = {}, list(moved.glob('*.hdf5')) if moved and moved.is_dir() else []
+    for s,src in sources.subjects.items():
+        here,mark = folder/f'{s}.hdf5', part_mark(src, sources.specs, options)
+        looks = ((p, finished_part(p, mark)) for p in [*(p for p in there if p.name.startswith(s)), here])
+        path,report = next((look for look in looks if look[1]), (here, None))
+        parts[s] = Part(path, mark, report)
+    return parts
+
+# %% ../../nbs/01_study/04_parts.ipynb #d94842fe
 def make_parts(
-    paths:dict, # id -> where its part is or will be
+    parts:dict, # From `place_parts`
+    folder:Path, # Hidden folder
     sources:Sources,
     options:StudyOptions,
     n_procs:int=1, # Processes
 ) -> list: # of `SubjectReport`, in the order of the lists
     "Make the parts that are not there yet."
-    subjects = sources.subjects
-    marks = {s: part_mark(src, sources.specs, options) for s,src in subjects.items()}
-    reports = {s: finished_part(paths[s], marks[s]) for s in subjects}
-    jobs = {paths[s]: (src, sources.specs, options, marks[s]) for s,src in subjects.items() if reports[s] is None}
-    for p in {f for p in jobs for f in p.parent.glob('*.hdf5')} - {paths[s] for s in subjects if reports[s]}: p.unlink()
-    made,taken = reports_in_turn(jobs, n_procs), sum(r is not None for r in reports.values())
-    what = f"creating study ({taken} of {len(reports)} subjects were finished before)" if taken else "creating study"
-    for s in progress(list(reports), what, unit='subject'): reports[s] = reports[s] or next(made)
-    return list(reports.values())
+    for p in set(folder.glob('*.hdf5')) - {part.path for part in parts.values() if part.report}: p.unlink()
+    made = reports_in_turn({part.path: (sources.subjects[s], sources.specs, options, part.mark) for s,part in parts.items() if not part.report}, n_procs)
+    taken = sum(part.report is not None for part in parts.values())
+    what = f"creating study ({taken} of {len(parts)} subjects were finished before)" if taken else "creating study"
+    return [part.report or next(made) for part in progress(list(parts.values()), what, unit='subject')]

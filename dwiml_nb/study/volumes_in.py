@@ -117,12 +117,13 @@ VOLUME_DTYPES = ('float32', 'float16')
 def rounded(
     data, # (X, Y, Z, F) float32
     dtype:str='float16', # One of `VOLUME_DTYPES`
-) -> tuple: # the values in that type, the largest error
+) -> tuple: # the values in that type, the largest error, the same as a share of its feature's largest value
     "Values in the type they are stored in, and what that costs."
     if dtype not in VOLUME_DTYPES: raise DataProblem("volumes cannot be stored in this type", expected=' or '.join(VOLUME_DTYPES), found=dtype)
-    if dtype == 'float32': return data.astype(np.float32, copy=False), 0.
-    largest,limit = float(np.abs(data).max(initial=0)), float(np.finfo(np.float16).max)
-    if largest > limit: raise DataProblem("the values are too large for float16", expected=f"at most {limit:g}", found=f"{largest:g}",
+    if dtype == 'float32': return data.astype(np.float32, copy=False), 0., 0.
+    peaks,limit = np.abs(data).max((0, 1, 2), initial=0), float(np.finfo(np.float16).max)            # one peak a feature
+    if (largest := peaks.max()) > limit: raise DataProblem("the values are too large for float16", expected=f"at most {limit:g}", found=f"{largest:g}",
                                           do="standardise the group, or store float32.")
     out = data.astype(np.float16)
-    return out, max((float(np.abs(a.astype(np.float32) - b).max(initial=0)) for a,b in zip(out, data)), default=0.)
+    errors = np.max([np.abs(a.astype(np.float32) - b).max((0, 1)) for a,b in zip(out, data)], 0)
+    return out, float(errors.max()), float((errors/np.where(peaks > 0, peaks, 1)).max())

@@ -204,7 +204,7 @@ def test_bad_lines_are_refused_by_number(toy):
     def short(lines): lines[2] = lines[2][:1]
     with pytest.raises(DataProblem, match=rf"subject {toy.training.subjects[1]}, group bundles: 1 lines have NaN or infinite coordinates \(ids \[8\]\).*To do"):
         loader.load_lines_voxmm(spoiled(nan), 1, np.array([3, 8, 5]))
-    with pytest.raises(DataProblem, match=r"1 lines have fewer than 2 points \(ids \[5\]\).*Found: 1 points.*remove_invalid"):
+    with pytest.raises(DataProblem, match=r"1 lines have fewer than 2 points \(ids \[5\]\).*Found: 1 points.*create_study leaves such lines out"):
         loader.load_lines_voxmm(spoiled(short), 1, np.array([3, 8, 5]))
 
 

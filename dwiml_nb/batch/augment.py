@@ -7,7 +7,9 @@ __all__ = ['Augmentation', 'draw_splits', 'split_lengths', 'draw_reverse', 'draw
            'displaced', 'Draws', 'draw', 'augment']
 
 # %% ../../nbs/03_batch/02_augment.ipynb #324d3921
+import math
 from dataclasses import dataclass
+from numbers import Real
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,12 +30,14 @@ class Augmentation:
     split_ratio:float = 0. # Share of lines cut in two
 
     def __post_init__(self):
+        between = lambda v,least,most: isinstance(v, Real) and least <= v <= most and math.isfinite(v)
         for name in ('split_ratio', 'reverse_ratio', 'off_track_ratio'):
-            if not 0 <= getattr(self, name) <= 1: raise ValueError(f"{name} is a share between 0 and 1, found {getattr(self, name)}")
+            if not between(getattr(self, name), 0, 1): raise ValueError(f"{name} is a share between 0 and 1, found {getattr(self, name)!r}")
         for name in ('off_track_mm', 'widen_mm'):
-            if not getattr(self, name) >= 0: raise ValueError(f"{name} is a length in mm, found {getattr(self, name)}")
+            if not between(getattr(self, name), 0, math.inf): raise ValueError(f"{name} is a length in mm, found {getattr(self, name)!r}")
         for name in ('segment_mm', 'lead_mm', 'off_track_corr_mm'):
-            if getattr(self, name) is not None and not getattr(self, name) > 0: raise ValueError(f"{name} is a length in mm above 0, found {getattr(self, name)}")
+            v = getattr(self, name)
+            if v is not None and not (between(v, 0, math.inf) and v > 0): raise ValueError(f"{name} is a length in mm above 0, found {v!r}")
 
     @property
     def nothing(self) -> bool:
@@ -122,7 +126,7 @@ class Draws:
     shift_mm:Tensor = None # (S, 3) how each line is moved as a whole
     sigma_mm:Tensor = None # (S,) off-track deviation
     noise_seed:int = None # Of the generator of the displacements themselves
-    split:Tensor = None # (lines of the batch,) where each is cut in two, 0: nowhere; all else counts parts
+    split:Tensor = None # (lines of the batch,) where each is cut in two, 0: nowhere; all else counts parts. Of lines with a step, or as stored
     forward_seed:int = None # Of the white noise on what the model sees
     loss_seed:int = None # Of the white noise on the targets
 

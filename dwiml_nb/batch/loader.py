@@ -8,17 +8,18 @@ __all__ = ['DWIMLStreamlinesBatchLoader', 'IdsPerSubject', 'slices_of', 'slices_
 
 # %% ../../nbs/03_batch/03_loader.ipynb #181e1cca
 import math
+from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor
 from fastcore.basics import patch
 from ..core.errors import DataProblem, did_you_mean
-from ..core.ragged import Ragged
+from ..core.ragged import Ragged, as_ragged
 from ..core.space import Grid, same_grid, to_vox_matrix
-from ..core.lines import all_but_last, compress, resample_nb_points, resample_step
+from ..core.lines import all_but_last, compress, resample_nb_points, resample_step, split
 from ..core.volume import sample_neighborhood
 from .spec import spec_of
-from .sampler import BatchIds, keyed_rng
+from .sampler import BatchIds, check_whole, keyed_rng
 from .augment import Augmentation, Draws, augment, displaced, draw
 
 # %% ../../nbs/03_batch/03_loader.ipynb #da02c903
@@ -119,7 +120,8 @@ class DWIMLBatchLoader:
         lead_mm:float=None, # How far ahead the target aims; None: 5 mm
         seed:int=1234,
     ):
-        if not (noise_mm_forward >= 0 and noise_mm_loss >= 0): raise ValueError(f"noise is a standard deviation in mm, found {noise_mm_forward} and {noise_mm_loss}")
+        if not (0 <= noise_mm_forward < math.inf and 0 <= noise_mm_loss < math.inf): raise ValueError(f"noise is a standard deviation in mm, found {noise_mm_forward} and {noise_mm_loss}")
+        check_whole(0, seed=seed)
         self.dataset,self.spec,self.streamline_group_name,self.seed = dataset,spec_of(model),known_group(streamline_group_name, dataset.streamline_groups, 'streamlines'),int(seed)
         self.noise_mm_forward,self.noise_mm_loss,self.spaces = noise_mm_forward,noise_mm_loss,{}
         self.augmentation = Augmentation(reverse_ratio, segment_mm, widen_mm, off_track_mm, off_track_corr_mm, lead_mm=lead_mm, split_ratio=split_ratio)
@@ -180,11 +182,12 @@ def load_lines_voxmm(self:DWIMLBatchLoader,
     ids, # (n,) streamline ids
 ) -> Ragged: # (P, 3) voxmm
     "The chosen lines of one subject, as stored, in mm; lines that nobody can learn from are refused."
-    lines,who = subset.get_lines(subject, self.streamline_group_name, ids), subset.subject(subject).subj_id
+    lines = subset.get_lines(subject, self.streamline_group_name, ids)
     if len(lines) and int(lines.lengths.min()) < 2:
-        self.refuse_lines(lines.lengths < 2, ids, who, "have fewer than 2 points", expected="lines with a direction", found=f"{int(lines.lengths.min())} points", do="build the study again with remove_invalid.")
+        self.refuse_lines(lines.lengths < 2, ids, subset.subjects[subject], "have fewer than 2 points", expected="lines with a direction", found=f"{int(lines.lengths.min())} points",
+                          do="create the study again from its source: create_study leaves such lines out.")
     if not math.isfinite(lines.data.sum()) and len(wrong := lines.line_index[~lines.data.isfinite().all(1)]):
-        self.refuse_lines(torch.zeros(len(lines), dtype=torch.bool).index_fill(0, wrong, True), ids, who, "have NaN or infinite coordinates", expected="finite coordinates",
+        self.refuse_lines(torch.zeros(len(lines), dtype=torch.bool).index_fill(0, wrong, True), ids, subset.subjects[subject], "have NaN or infinite coordinates", expected="finite coordinates",
                           found=f"{len(wrong)} points that are not", do="remove these lines from the source and build the study again.")
     return lines.with_data(lines.data*self.space_of(subset, subject)[0])
 
@@ -196,7 +199,21 @@ def as_model_wants(self:DWIMLBatchLoader,
     spec = self.spec
     if spec.step_size: return resample_step(lines, spec.step_size)
     if spec.nb_points: return resample_nb_points(lines, spec.nb_points)
-    return compress(lines, spec.compress_lines) if spec.compress_lines else lines
+    return compress(lines, spec.compress_lines) if spec.compress_lines and spec.compress_lines != self.dataset.compress else lines      # twice would add two tolerances up
+
+# %% ../../nbs/03_batch/03_loader.ipynb #f48550db
+@patch
+def made_by(self:DWIMLBatchLoader,
+    batch_ids, # (subject index, ids) pairs
+    subset:str, # Of the batch
+    draws:Draws,
+) -> dict: # name -> value
+    "What a batch depends on besides ids and draws: who its subjects are, and the options that it goes through."
+    own,a,spec = self.dataset.subset(subset), self.augmentation, self.spec
+    said = dict(subjects=[own.subject(s).subj_id if s < len(own) else None for s,_ in batch_ids], streamline_group_name=self.streamline_group_name,
+                step_size=spec.step_size, nb_points=spec.nb_points, compress_lines=spec.compress_lines, streamline_space=spec.streamline_space)
+    if subset == 'training': said |= dict(noise_mm_forward=self.noise_mm_forward, noise_mm_loss=self.noise_mm_loss)
+    return said if draws.sigma_mm is None else said | dict(off_track_corr_mm=a.off_track_corr_mm, lead_mm=a.lead_mm)
 
 # %% ../../nbs/03_batch/03_loader.ipynb #7aa2f716
 @patch
@@ -208,13 +225,15 @@ def load_batch_streamlines(self:DWIMLBatchLoader,
     ids_per_subj = slices_of(batch_ids)
     subset = self.dataset.subset(ids_per_subj.subset)
     parts = [self.load_lines_voxmm(subset, s, ids) for s,ids in batch_ids]
-    lines = self.as_model_wants(parts[0] if len(parts) == 1 else Ragged.cat(parts))
+    lines,cut_first = parts[0] if len(parts) == 1 else Ragged.cat(parts), self.spec.nb_points or self.spec.compress_lines
+    if not cut_first: lines = self.as_model_wants(lines)
     if draws is None: draws = self.draw_batch(lines.lengths, ids_per_subj)
-    if draws.split is not None: ids_per_subj = slices_after_split(ids_per_subj, draws.split)
+    history = dict(ids=batch_ids, draws=draws, made_by=self.made_by(batch_ids, ids_per_subj.subset, draws), to_rasmm={s: self.space_of(subset, s)[1] for s in ids_per_subj})
+    if draws.split is not None: lines,ids_per_subj = split(lines, draws.split)[0], slices_after_split(ids_per_subj, draws.split)
+    if cut_first: lines = self.as_model_wants(lines)
     ids_per_subj.draws = draws
-    walked,targets = augment(lines, draws, self.augmentation, self.spec.step_size)
+    walked,targets = augment(lines, replace(draws, split=None), self.augmentation, self.spec.step_size)
     same,walked = targets is walked, self.to_model_space(walked, ids_per_subj)
-    history = dict(ids=batch_ids, draws=draws, to_rasmm={s: self.space_of(subset, s)[1] for s in ids_per_subj})
     return Batch(walked, ids_per_subj, walked if same else self.to_model_space(targets, ids_per_subj), history)
 
 @patch
@@ -238,13 +257,6 @@ def noise_seed(self:DWIMLBatchLoader,
     kept = getattr(ids_per_subj.draws, f'{purpose}_seed')
     return int(keyed_rng(self.seed, f'noise {purpose}', ids_per_subj.epoch, ids_per_subj.index).integers(2**62)) if kept is None else kept
 
-@patch
-def replay(self:DWIMLBatchLoader,
-    history:dict, # Of a batch
-) -> Batch:
-    "The same batch again, from its history alone."
-    return self.load_batch_streamlines(history['ids'], history['draws'])
-
 # %% ../../nbs/03_batch/03_loader.ipynb #f3fdb5fc
 @patch
 def scale_per_line(self:DWIMLBatchLoader,
@@ -265,15 +277,29 @@ def to_model_space(self:DWIMLBatchLoader,
     if self.spec.streamline_space == 'voxmm': return lines
     return lines.with_data(lines.data*self.scale_per_line(ids_per_subj, len(lines)).repeat_interleave(lines.lengths)[:, None])
 
+# %% ../../nbs/03_batch/03_loader.ipynb #6110b5cf
+@patch
+def replay(self:DWIMLBatchLoader,
+    history:dict, # Of a batch
+) -> Batch:
+    "The same batch again, from its history alone; refused where it would be another one."
+    ids,draws,then = history['ids'], history['draws'], history['made_by']
+    now = self.made_by(ids, slices_of(ids).subset, draws)
+    other = [k for k in then if now.get(k) != then[k]]
+    if other: raise DataProblem("this loader would make another batch of that history", expected={k: then[k] for k in other}, found={k: now.get(k) for k in other},
+                                do="load the same subjects, and make the loader with the same options.")
+    return self.load_batch_streamlines(ids, draws)
+
 # %% ../../nbs/03_batch/03_loader.ipynb #d934db10
 @patch
 def add_white_noise(self:DWIMLBatchLoader,
-    lines:Ragged, # In the model's space
+    lines:Ragged, # In the model's space; or a list
     ids_per_subj:IdsPerSubject,
     sigma_mm:float,
     purpose:str, # 'forward' or 'loss'
 ) -> Ragged:
     "Lines with every point displaced on its own; validation lines as they are."
+    lines = as_ragged(lines)
     if not sigma_mm or ids_per_subj.subset != 'training': return lines
     scale = 1. if self.spec.streamline_space == 'voxmm' else self.scale_per_line(ids_per_subj, len(lines)).to(lines.device).repeat_interleave(lines.lengths)[:, None]
     return displaced(lines, sigma_mm, self.noise_seed(ids_per_subj, purpose), scale)
@@ -331,18 +357,19 @@ def inputs_of_subject(self:DWIMLBatchLoaderOneInput,
     for group in self.input_groups:
         grid = subset.grid(subject, group)
         if own != grid and not same_grid(own, grid, atol=1e-3):
-            raise DataProblem("the streamlines and the input volume lie on different grids", expected=own, found=grid, subject=subset.subject(subject).subj_id,
-                              group=group, do="resample the volume to the grid of the streamlines and create the study again.")
+            raise DataProblem("the streamlines and the input volume lie on different grids", expected=f"{own}, affine {own.affine[:3].round(3).tolist()}",
+                              found=f"{grid}, affine {grid.affine[:3].round(3).tolist()}", subject=subset.subjects[subject], group=group, do="resample the volume to the grid of the streamlines and create the study again.")
         parts.append(sample_neighborhood(subset.get_volume(subject, group, points.device), points, self.spec.vectors.to(points.device), self.spec.legacy_half_voxel))
     if len(parts) == 1: return parts[0]
     return torch.cat([p.reshape(len(points), len(self.spec.vectors), -1) for p in parts], 2).flatten(1)
 
 @patch
 def load_batch_inputs(self:DWIMLBatchLoaderOneInput,
-    lines:Ragged, # (P, 3) in the model's space, on any device
+    lines:Ragged, # (P, 3) in the model's space, on any device; or a list
     ids_per_subj:IdsPerSubject,
 ) -> Ragged: # (P, K*F) neighbour by neighbour, on the lines' device
     "The input at each point and its neighbours."
+    lines = as_ragged(lines)
     subset,ends = self.dataset.subset(ids_per_subj.subset), lines.offsets.tolist()
     parts = [self.inputs_of_subject(subset, s, lines.data[ends[which.start]:ends[which.stop]]) for s,which in ids_per_subj.items() if which.stop > which.start]
     if not parts: return lines.with_data(lines.data.new_zeros(0, len(self.spec.vectors)*self.nb_features))

@@ -7,6 +7,7 @@ __all__ = ['query_of', 'dwiml_bids_sources', 'dwiml_hdf5_check', 'dwiml_hdf5_ext
 
 # %% ../../nbs/11_cli/05_study_tools.ipynb #0b637166
 import json
+import shlex
 import sys
 from .common import Param, call_parse, plain_problems, switch
 from ..core.errors import DataProblem
@@ -44,7 +45,8 @@ def dwiml_bids_sources(
         name,query = query_of(streamlines or 'bundles')
         sources = bids_sources(derivatives, dict(map(query_of, volume or [])), query, tract, training, validation, testing, split, participants, name)
         folder = sources.write(out_folder)
-        print(sources, f"\ndwiml_create_hdf5_dataset {derivatives} study.hdf5 {' '.join(str(folder/n) for n in ('config.json', 'training.txt', 'validation.txt', 'testing.txt'))}")
+        files = [str(folder/n) for n in ('config.json', 'training.txt', 'validation.txt', 'testing.txt')]
+        print(sources, shlex.join(['dwiml_create_hdf5_dataset', derivatives, 'study.hdf5', *files]), sep='\n')
 
 # %% ../../nbs/11_cli/05_study_tools.ipynb #9e716b08
 @call_parse

@@ -6,6 +6,7 @@
 __all__ = ['IMAGES', 'open_group', 'extract_volume', 'extract_lines', 'extract_data']
 
 # %% ../../nbs/02_data/04_extract.ipynb #106b939f
+import warnings
 from pathlib import Path
 import nibabel as nib
 import numpy as np
@@ -51,7 +52,10 @@ def extract_lines(
     path, # .trk, .trx, .tck; .npy for the connectivity matrix, .nii.gz for its labels
 ):
     "Write streamlines with their data, or what is kept beside them."
-    if Path(path).suffix.lower() in FORMATS: return save_tractogram(lines.as_tractogram(), path, drop_dps=True)
+    if Path(path).suffix.lower() in FORMATS:
+        tractogram = lines.as_tractogram()
+        if Path(path).suffix.lower() == '.tck' and tractogram.dps: warnings.warn(f"a .tck has no room for data per streamline: {', '.join(tractogram.dps)} left out.", stacklevel=3)
+        return save_tractogram(tractogram, path, drop_dps=True)
     matrix,_,_,labels = lines.get_connectivity_matrix_and_info()
     value,what = (matrix, "connectivity matrix") if str(path).endswith('.npy') else (labels, "label volume")
     if value is None: raise DataProblem(f"the group has no {what}", expected="a .trk, .trx or .tck for the streamlines", found=Path(path).name, file=lines.file.path,

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'CHECK_APART', 'StudyReport', 'noting', 'file_size', 'check_stored', 'blocks', 'mapping_hindrance',
-           'check_attribute', 'check_grid', 'check_volume_group', 'LineTable', 'line_runs', 'measure_lines',
-           'PointCounts', 'check_points', 'check_beside', 'check_streamlines_group', 'check_group', 'linked_subject',
-           'check_root', 'check_agreeing', 'check_study', 'limit_memory', 'check_apart']
+           'check_attribute', 'check_grid', 'remark_missing', 'check_volume_group', 'LineTable', 'check_places',
+           'line_runs', 'measure_lines', 'PointCounts', 'check_points', 'check_beside', 'check_streamlines_group',
+           'check_group', 'linked_subject', 'check_root', 'check_nb_points', 'check_grids', 'check_agreeing', 'opened',
+           'check_study', 'limit_memory', 'check_apart']
 
 # %% ../../nbs/01_study/09_check.ipynb #59ef4d6f
 import html
@@ -24,7 +25,7 @@ import numpy as np
 from ..core.errors import DataProblem
 from ..core.space import Grid, same_grid
 from .files import hdf5_descriptor, stamp_of
-from .schema import SUBSETS, attr_value, attr_words, group_kind, html_table, columns, study_config, stored_to_vox
+from .schema import FORMAT_VERSION, FRAMES, SUBSETS, attr_value, attr_words, group_kind, html_table, columns, open_study, study_config, stored_to_vox
 
 # %% ../../nbs/01_study/09_check.ipynb #234a41f0
 @dataclass
@@ -152,6 +153,18 @@ def check_grid(
             report.problems.append(DataProblem("'voxel_order' does not agree with the affine", expected=grid.voxel_order, found=order, **where))
         return grid
 
+# %% ../../nbs/01_study/09_check.ipynb #ea563d51
+def remark_missing(
+    report:StudyReport, # Gets the remark
+    attrs, # HDF5 attributes
+    usual:dict, # attribute -> what is taken when it is not there
+    where:dict={}, # subject, group
+):
+    "A remark on attributes that readers can do without."
+    if gone := [k for k in usual if k not in attrs]:
+        them = 'it' if len(gone) == 1 else 'them'
+        report.remarks.append(DataProblem(f"no attribute {', '.join(map(repr, gone))}", do=f"write {them} for dwi_ml; here this is taken: {', '.join(usual[k] for k in gone)}.", **where))
+
 # %% ../../nbs/01_study/09_check.ipynb #19a8d120
 def check_volume_group(
     report:StudyReport, # Gets the problems
@@ -167,6 +180,8 @@ def check_volume_group(
     if said is not None and said != data.shape[3]:
         report.problems.append(DataProblem("'nb_features' does not agree with the data", expected=data.shape[3], found=int(said), **where))
     grid = check_grid(report, group, data.shape[:3], where)
+    if (frame := attr_value(group.attrs, 'frame')) not in (None, *FRAMES):
+        report.problems.append(DataProblem("the frame of the directions is unknown", expected=' or '.join(FRAMES), found=frame, **where))
     with noting(report, "the values", **where):
         bad = sum(int((~np.isfinite(b)).any(-1).sum()) for _,b in blocks(data))
         if bad: raise DataProblem("the volume holds NaN or infinite values", expected="finite numbers", found=f"{bad} of {math.prod(data.shape[:3])} voxels")
@@ -207,6 +222,21 @@ class LineTable:
         if not self.astray and self.total != self.nb_rows:
             bad.append(DataProblem("the lengths do not add up to the rows of the data", expected=self.nb_rows, found=self.total))
         return bad
+
+# %% ../../nbs/01_study/09_check.ipynb #ba29dfd8
+def check_places(
+    starts, # (S,) first rows, all of them within the data
+    lengths, # (S,) points
+    nb_rows:int, # Of `data`
+):
+    "Refuse lines that share points, and points that no line has."
+    order = np.argsort(starts, kind='stable')
+    starts,ends = starts[order].astype(np.int64), (starts + lengths)[order].astype(np.int64)
+    reached = np.maximum.accumulate(np.append(0, ends))[:-1]
+    shared = int(((starts < reached) & (ends > starts)).sum())
+    unused = nb_rows - int(np.maximum(0, ends - np.maximum(starts, reached)).sum())
+    if shared or unused: raise DataProblem("offsets and lengths do not share out the points", expected="each row of the data in one line",
+                                           found=f"{shared} lines that begin within another line, {unused} of {nb_rows} rows in no line", do="create the study again.")
 
 # %% ../../nbs/01_study/09_check.ipynb #5761cb46
 def line_runs(
@@ -305,6 +335,8 @@ def check_beside(
             check_stored(dps[k])
             if len(dps[k].shape) != 2 or dps[k].shape[0] != nb_lines:
                 raise DataProblem(f"the data per streamline '{k}' does not fit", expected=f"({nb_lines}, columns)", found=dps[k].shape)
+            if bad := sum(int((~np.isfinite(b)).any(1).sum()) for _,b in blocks(dps[k])):
+                report.remarks.append(DataProblem(f"the data per streamline '{k}' hold NaN or infinite values", found=f"{bad} of {nb_lines} lines", **where))
     if 'connectivity_matrix' not in group: return
     with noting(report, "the connectivity matrix", **where):
         shape,kind,blocs = group['connectivity_matrix'].shape, attr_value(group.attrs, 'connectivity_matrix_type'), group.attrs.get('connectivity_nb_blocs')
@@ -335,12 +367,14 @@ def check_streamlines_group(
     dimensions = check_attribute(report, group, 'dimensions', (3,), where)
     grid = check_grid(report, group, dimensions, where)
     if grid is None: return None
+    remark_missing(report, group.attrs, {'space': 'Space.VOX', 'origin': 'Origin.TRACKVIS', 'voxel_order': f"{grid.voxel_order}, as the affine says"}, where)
     table = LineTable(shapes['data'][0])
     with noting(report, "the points", **where):
         counts = check_points(group, grid, table)
         bad,said = counts.problems(lines[0])
-        for p in table.problems() + bad: report.problems.append(DataProblem(p.problem, p.expected, p.found, p.do, **where))
+        for p in (unfit := table.problems()) + bad: report.problems.append(DataProblem(p.problem, p.expected, p.found, p.do, **where))
         report.remarks += [DataProblem(p.problem, p.expected, p.found, p.do, **where) for p in said]
+        if not table.in_order and not unfit: check_places(group['offsets'][()], group['lengths'][()], table.nb_rows)
     check_beside(report, group, lines[0], grid, where)
     for k,n in (('streamlines', lines[0]), ('points', shapes['data'][0])): report.looked_at[k] = report.looked_at.get(k, 0) + n
     return grid
@@ -350,7 +384,7 @@ def check_group(
     report:StudyReport, # Gets the problems
     subject, # HDF5 group of a subject
     name:str, # Of the group
-) -> tuple: # kind, number of features or None, `Grid` or None
+) -> tuple: # kind, number of features or dict of the columns of data per streamline, `Grid`; None for what is not known
     "A group of a subject, of either kind."
     where = dict(subject=subject.name.strip('/'), group=name)
     with noting(report, "the group", **where):
@@ -362,7 +396,9 @@ def check_group(
         if why := mapping_hindrance(group['data']):
             report.remarks.append(DataProblem(f"the data cannot be mapped into memory: {why}", do="it is read, but slower; dwiml_hdf5_repack mends that.", **where))
         grid = (check_volume_group if kind == 'volume' else check_streamlines_group)(report, group, where)
-        return kind, group['data'].shape[-1] if kind == 'volume' else None, grid
+        dps = group.get('data_per_streamline')
+        widths = {k: d.shape[1] for k in dps if len(getattr(d := dps.get(k), 'shape', None) or ()) == 2} if isinstance(dps, h5py.Group) else {}
+        return kind, group['data'].shape[-1] if kind == 'volume' else widths, grid
     return None, None, None
 
 def linked_subject(
@@ -379,7 +415,7 @@ def linked_subject(
     if not isinstance(group, h5py.Group): raise DataProblem("a subject must be an HDF5 group", found=type(group).__name__)
     return group
 
-# %% ../../nbs/01_study/09_check.ipynb #e8872c6a
+# %% ../../nbs/01_study/09_check.ipynb #cd14d070
 def check_root(
     report:StudyReport, # Gets the problems
     file, # HDF5 file
@@ -396,46 +432,88 @@ def check_root(
     there = list(file)
     for i in sorted(set(ids) - set(there)): report.problems.append(DataProblem("a listed subject is not in the file", expected=i, found=', '.join(there[:8]), subject=i))
     for i in sorted(set(there) - set(ids)): report.remarks.append(DataProblem("no list names this subject", do="readers leave it out.", subject=i))
+    remark_missing(report, file.attrs, {'chosen_subjs': 'the subjects of the three lists', **{k: 'not defined' for k in ('step_size', 'nb_points', 'compress')}})
+    if len(set_ := [k for k in ('step_size', 'nb_points', 'compress') if attr_value(file.attrs, k) is not None]) > 1:
+        report.problems.append(DataProblem("the root says that points were resampled in several ways", expected="one of step_size, nb_points, compress", found=' and '.join(set_)))
+    with noting(report, "the version"):
+        if (version := attr_value(file.attrs, 'dwiml_nb_format') or 0) > FORMAT_VERSION:
+            raise DataProblem("the study was written by a later version of this library", expected=f"dwiml_nb_format of at most {FORMAT_VERSION}", found=version, do="upgrade dwiml_nb.")
     with noting(report, "the config"):
         if study_config(file.attrs) is None: report.remarks.append(DataProblem("the config cannot be read", do="reading needs none of it."))
     return [i for i in dict.fromkeys(ids) if i in there]
 
+# %% ../../nbs/01_study/09_check.ipynb #af32b474
+def check_nb_points(
+    report:StudyReport, # Gets the problem
+    lengths, # HDF5 dataset: points of each line
+    nb_points:int, # That the root says
+    where:dict, # subject, group
+):
+    "Whether all lines have the number of points that the root says."
+    with noting(report, "the lengths", **where):
+        if odd := sum(int((b != nb_points).sum()) for _,b in blocks(lengths)):
+            raise DataProblem("lines have another number of points than the root says", expected=f"nb_points {nb_points}", found=f"{odd} lines of other lengths")
+
+# %% ../../nbs/01_study/09_check.ipynb #e8872c6a
+def check_grids(
+    report:StudyReport, # Gets the problems
+    subject:str, # Id
+    grids:dict, # group -> `Grid`
+):
+    "Whether the groups of a subject lie on one grid."
+    for g,grid in grids.items():
+        if same_grid(grid, (one := next(iter(grids.values()))), 1e-3): continue
+        say = (lambda x: x.affine.tolist()) if grid.dimensions == one.dimensions else (lambda x: x)
+        report.problems.append(DataProblem("groups of one subject lie on different grids", expected=say(one), found=say(grid),
+                                           do="points and volumes would not fit: create the study again.", subject=subject, group=g))
+
+# %% ../../nbs/01_study/09_check.ipynb #cace1f5b
 def check_agreeing(
     report:StudyReport, # Gets the problems
-    found:dict, # subject -> {group: (kind, nb_features, `Grid`)}
+    found:dict, # subject -> {group: (kind, number of features or columns of data per streamline, `Grid`)}
 ):
     "What must be alike in all subjects."
-    first = next(iter(found), None)
-    for s,groups in found.items():
-        for g in sorted(found[first].keys() - groups.keys()):
-            report.problems.append(DataProblem("the group is missing", expected=f"as in {first}: {', '.join(found[first])}", found=', '.join(groups) or 'none', subject=s, group=g))
-        for g in sorted(groups.keys() - found[first].keys()): report.remarks.append(DataProblem(f"{first} has no such group", do="readers leave it out.", subject=s, group=g))
-        for g in groups.keys() & found[first].keys():
-            for what,a,b in zip(('kind', 'number of features'), found[first][g], groups[g]):
-                if None not in (a, b) and a != b: report.problems.append(DataProblem(f"another {what} than in {first}", expected=a, found=b, subject=s, group=g))
+    names,first = dict.fromkeys(g for groups in found.values() for g,(kind,*_) in groups.items() if kind), next(iter(found), None)
+    for g in names:
+        have = [s for s in found if g in found[s]]
+        if first not in have and 2*len(have) < len(found):
+            report.remarks += [DataProblem(f"{first} has no such group", do="readers leave it out.", subject=s, group=g) for s in have]
+        else: report.problems += [DataProblem("the group is missing", expected=f"as in {have[0]}", found=', '.join(found[s]) or 'none', subject=s, group=g) for s in found if g not in found[s]]
+        like = found[have[0]][g]
+        for s in have[1:]:
+            for what,a,b in zip(('another kind', 'another number of features' if like[0] == 'volume' else 'other data per streamline'), like, found[s][g]):
+                if None not in (a, b) and a != b: report.problems.append(DataProblem(f"{what} than in {have[0]}", expected=a, found=b, subject=s, group=g))
     orders = {}
     for s,groups in found.items():
-        grids = {g: grid for g,(_,_,grid) in groups.items() if grid is not None}
-        for g,grid in grids.items():
-            if not same_grid(grid, (one := next(iter(grids.values()))), 1e-3):
-                report.problems.append(DataProblem("groups of one subject lie on different grids", expected=one, found=grid, do="points and volumes would not fit: create the study again.", subject=s, group=g))
+        check_grids(report, s, grids := {g: grid for g,(_,_,grid) in groups.items() if grid is not None})
         for order in {grid.voxel_order for grid in grids.values()}: orders.setdefault(order, []).append(s)
     if len(orders) > 1: report.problems.append(DataProblem("voxel orders differ", expected="the same in all subjects", found='; '.join(f"{o} in {', '.join(s[:5])}" for o,s in orders.items())))
 
-# %% ../../nbs/01_study/09_check.ipynb #cace1f5b
+# %% ../../nbs/01_study/09_check.ipynb #9ce07e73
+def opened(
+    path:Path, # A study, or what should be one
+) -> h5py.File: # open for reading
+    "Open a file to check it, or say why it cannot be."
+    if path.is_dir(): raise DataProblem("this is a folder", expected="a study file, .hdf5", file=path, do="give the path of the file.")
+    if not path.is_file(): raise DataProblem("no such file", file=path, do="check the path.")
+    try: return h5py.File(path, 'r')
+    except OSError: open_study(path).close(); raise
+
+# %% ../../nbs/01_study/09_check.ipynb #ca7cf6fe
 def check_study(
     path, # A study, or what should be one
 ) -> StudyReport:
     "Everything that is wrong with a study; nothing is raised."
     start,report = time.time(), StudyReport(Path(path))
     with noting(report, "the file"):
-        if not report.path.is_file(): raise DataProblem("no such file", file=path, do="check the path.")
-        with h5py.File(report.path, 'r') as file:
-            found = {}
+        with opened(report.path) as file:
+            found,nb_points = {}, attr_value(file.attrs, 'nb_points')
             for s in check_root(report, file):
                 with noting(report, "the subject", s):
                     subject = linked_subject(file, s)
-                    found[s] = {g: kind for g in subject if (kind := check_group(report, subject, g))[0]}
+                    found[s] = {g: check_group(report, subject, g) for g in subject}
+                    for g,(kind,*_) in found[s].items():
+                        if kind == 'streamlines' and nb_points is not None: check_nb_points(report, subject[g]['lengths'], nb_points, dict(subject=s, group=g))
             check_agreeing(report, found)
             report.looked_at = {'subjects': len(found), **report.looked_at}
     report.seconds = time.time() - start

@@ -79,6 +79,9 @@ def said_by_us(
 def plain_problems():
     "Within this, a problem with the data, the options or the system ends the command with its sentence and status 1."
     try: yield
+    except KeyboardInterrupt as e:
+        print('Interrupted' + f": {e}."*bool(str(e)), file=sys.stderr)
+        sys.exit(130)
     except (DataProblem, OSError) as e: sys.exit(f"Error: {e}")
     except (ValueError, RuntimeError) as e:
         if not said_by_us(e): raise

@@ -51,7 +51,7 @@ def dwiml_hdf5_add_subjects(
     validation:str=None, # Text file of new validation subjects
     testing:str=None, # Text file of new testing subjects
     config:str=None, # JSON, where the study's own does not fit these folders
-    remove_invalid:Param("Leave out streamlines that leave the volume", action='store_true')=False,
+    remove_invalid:Param("Leave out streamlines that leave the volume; as the study was made when not given", action='store_true')=False,
     refuse_invalid:Param("Add nothing if a streamline leaves its volume", action='store_true')=False,
     skip_enforce_files_presence:Param("Files that are missing only warn", action='store_true')=False,
     n_procs:int=1, # Subjects made at the same time
@@ -61,7 +61,7 @@ def dwiml_hdf5_add_subjects(
     "Add subjects to a study; each becomes a file beside it."
     with plain_problems(), warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)                  # the summary tells them
-        summary = add_subjects(hdf5_file, ready_folder, training, validation, testing, config, 'refuse' if refuse_invalid else remove_invalid,
+        summary = add_subjects(hdf5_file, ready_folder, training, validation, testing, config, 'refuse' if refuse_invalid else remove_invalid or None,
                                skip_enforce_files_presence, n_procs, dry_run)
         print(summary if verbose or dry_run else '\n'.join([summary.headline(), *summary.warnings]))
 

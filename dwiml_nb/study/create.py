@@ -30,7 +30,7 @@ from ..core.errors import DataProblem
 from ..core.files import atomic_file, progress
 from ..core.ragged import Ragged
 from ..core.space import convert
-from ..core.tractograms import Tractogram, load_tractogram, save_tractogram
+from ..core.tractograms import Tractogram, check_names, load_tractogram, save_tractogram
 from .lines_in import lines_in_file, place_points
 from .parts import StudyOptions, make_parts, parts_folder, place_parts, remove_partials, steady_hdf5
 from .schema import (FORMAT_VERSION, NOT_DEFINED, SUBSETS, VolumeSpec, columns, group_grid, group_kind, html_table, open_study, raise_problems)
@@ -114,7 +114,7 @@ def followed(
 # %% ../../nbs/01_study/05_create.ipynb #e4a556fd
 def save_copies(
     subject, # HDF5 group of a subject
-    folder, # Where to put `{subject}_{group}.nii.gz` and `.trk`
+    folder, # Where to put `{subject}_{group}.nii.gz` and `.trk` (or `.trx`)
 ):
     "Save each group of a subject as an image or a tractogram."
     for g in subject:
@@ -123,7 +123,9 @@ def save_copies(
         else:
             lines = Ragged.from_lengths(torch.from_numpy(group['data'][()]), torch.from_numpy(group['lengths'][()]))
             dps = {k: v[()] for k,v in group['data_per_streamline'].items()}
-            save_tractogram(Tractogram(convert(lines, grid, 'vox', 'rasmm').to(torch.float32), grid, dps), f'{path}.trk')
+            try: check_names(dps, '.trk'); kind = '.trk'
+            except DataProblem: kind = '.trx'                               # has room for more names, and for longer ones
+            save_tractogram(Tractogram(convert(lines, grid, 'vox', 'rasmm').to(torch.float32), grid, dps), path + kind)
 
 def assemble(
     path, # File to make
@@ -299,7 +301,7 @@ def told_plainly(
 ):
     "Within this, a full disk is a `DataProblem`, and Ctrl-C tells what is kept."
     try: yield
-    except KeyboardInterrupt: raise KeyboardInterrupt(f"no study was written; {kept_parts(path)}") from None
+    except KeyboardInterrupt: raise KeyboardInterrupt(f"nothing was written to {path.name}; {kept_parts(path)}") from None
     except OSError as e:
         if e.errno not in DISK_FULL and not any(os.strerror(n) in str(e) for n in DISK_FULL): raise
         raise DataProblem("the disk is full", expected=f"room for {needed/1e6:.1f} MB or so", found=f"{shutil.disk_usage(path.parent).free/1e6:.1f} MB free after tidying up",
@@ -396,7 +398,7 @@ def create_study(
     sources = check_sources(root, config, training, validation, testing, skip_missing)
     if dry_run: return plan_study(path, sources, options)
     check_room(path.parent, sources.volume_bytes//(2 if volume_dtype == 'float16' else 1)*2)
-    text = json.dumps(config, indent=1) if isinstance(config, dict) else Path(config).read_text()
+    text = json.dumps(config, indent=1) if isinstance(config, dict) else Path(config).read_text(encoding='utf-8-sig')
     is_copy = not isinstance(config, dict) and path.with_suffix('.json').exists() and path.with_suffix('.json').samefile(config)
     with nullcontext() if is_copy else atomic_file(path.with_suffix('.json')) as copy:          # takes its name after the study has
         if copy: copy.write_text(text)

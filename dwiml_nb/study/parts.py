@@ -27,7 +27,7 @@ import torch
 import dwiml_nb
 from ..core.errors import DataProblem
 from ..core.files import atomic_file, progress
-from .lines_in import LineOptions, LinesReport, StoredLines, connectivity_of, lines_of
+from .lines_in import LineOptions, LinesReport, StoredLines, connectivity_of, label_remarks, lines_of
 from .schema import FORMAT_VERSION, VolumeSpec, raise_problems
 from .sources import Sources, SubjectSources, placed
 from .volumes_in import VOLUME_DTYPES, rounded, volume_of
@@ -161,7 +161,7 @@ def add_group(
     else:
         stored,(matrix,labels) = lines_of(src, spec, options), connectivity_of(src, spec)
         write_streamlines(parent, spec.name, stored, src.grid, matrix, labels, spec.connectivity_nb_blocs)
-        report.lines[spec.name],warn = stored.report, stored.report.remarks()
+        report.lines[spec.name],warn = stored.report, stored.report.remarks() + label_remarks(matrix, labels)
     report.remarks += [here + w + '.' for w in warn]
 
 def add_subject(

@@ -70,7 +70,7 @@ class MultiSubjectDataset:
         cache_size:int=None, # Bytes of volumes a device keeps; a quarter of its free memory when not given
         read_mode:str='map', # 'map': through memory; 'pread': by system calls, for files that others may cut short while they are read
     ):
-        self.file,self.lazy,self.cache = StudyFile(hdf5_file, read_mode), lazy, VolumeCache(cache_size)
+        self.cache,self.file,self.lazy = VolumeCache(cache_size), StudyFile(hdf5_file, read_mode), lazy
         self.subsets = None
         with naming("the study is damaged", do="see what dwiml_hdf5_check says of the file.", file=self.file.path): self.read_root(self.file.handle.attrs)
 

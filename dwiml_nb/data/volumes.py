@@ -8,6 +8,7 @@ __all__ = ['free_memory', 'exact_device', 'VolumeCache', 'MRIData']
 # %% ../../nbs/02_data/00_volumes.ipynb #9098e3f4
 import os
 from collections import OrderedDict
+from numbers import Real
 from pathlib import Path
 import numpy as np
 import torch
@@ -45,6 +46,7 @@ class VolumeCache:
     def __init__(self,
         size:int=None, # Bytes a device keeps; a quarter of its free memory when not given
     ):
+        if size is not None and not (isinstance(size, Real) and size >= 0 and size == size//1): raise ValueError(f"the size of a cache is a whole number of bytes, found {size!r}")
         self.size,self.lock = size, OwnLock()
         self.kept,self.budgets,self.loading = {}, {}, {}
 
@@ -134,5 +136,5 @@ class MRIData:
         with told_of(self.file, self.name):
             self.rows.check()
             if on_cpu and (tensor := self.over_map()) is not None: return tensor
-            return self.cache.get(self.name, device, self.read)
+        return self.cache.get(self.name, device, self.read)          # a device that is full or not there is no fault of the file
     def __repr__(self): return f"MRIData({self.name}: {self.grid}, {self.nb_features} features, {'lazy' if self.is_lazy else 'in memory'})"

@@ -1,8 +1,10 @@
 """Properties of batches: who is in them, what is done to lines and can be replayed, and the way from a file to a batch and back."""
 import json
+import os
 import tracemalloc
 from types import SimpleNamespace
 
+import h5py
 import nibabel as nib
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from dwiml_nb.batch.loader import DWIMLBatchLoader, DWIMLBatchLoaderOneInput, slices_of
 from dwiml_nb.batch.sampler import BatchIds, DWIMLBatchIDSampler, keyed_permutation, subjects_that_fit
 from dwiml_nb.batch.spec import ModelSpec
+from dwiml_nb.core.errors import DataProblem
+from dwiml_nb.core.lines import resample_step
 from dwiml_nb.core.ragged import Ragged
 from dwiml_nb.core.space import Grid, apply_affine, convert
 from dwiml_nb.core.tractograms import Tractogram, load_tractogram, save_tractogram
@@ -176,6 +180,17 @@ def test_a_split_loses_nothing(studies, ids, ratio, seed):
     assert len(after.lines) == n + int(cuts.sum()) == sum(w.stop - w.start for w in after.ids_per_subj.values())
 
 
+@pytest.mark.parametrize("spec", [ModelSpec(nb_points=12), ModelSpec(compress_lines=0.1)])
+def test_parts_are_prepared_like_lines(studies, spec):
+    "Lines are cut as stored, and each part gets the points that the model wants."
+    ids = [(0, np.arange(30)), (1, np.arange(20))]
+    make = lambda spec, seed=3: DWIMLBatchLoader(studies[1], spec, "bundles", split_ratio=1.0, seed=seed)
+    made, stored, whole = make(spec).load_batch_streamlines(ids), make(ModelSpec()).load_batch_streamlines(ids), studies[1].training.get_lines(0, "bundles", np.arange(30))
+    assert len(made) == len(stored) == 2 * 50 and len(whole.data) == len(stored.lines[stored.ids_per_subj[0]].data)  # all of more than 12 points: no point lost
+    assert same(made.lines, make(spec).as_model_wants(stored.lines)) and (spec.nb_points is None or set(made.lines.lengths.tolist()) == {12})
+    assert same(make(spec, 4).replay(made.history).lines, made.lines)
+
+
 @quick
 @given(ids_of, st.sampled_from([ModelSpec(), ModelSpec(step_size=0.7), ModelSpec(nb_points=9), ModelSpec(compress_lines=0.1), ModelSpec(step_size=1.5, streamline_space="vox", uses_last_point=False)]),
        st.sampled_from(["input", ["wm_mask", "input"]]))
@@ -210,6 +225,42 @@ def test_one_worker_is_four(studies):
             assert same(a.lines, b.lines) and same(a.targets, b.targets) and a.history["draws"] == b.history["draws"]
             torch.testing.assert_close(a.inputs.data, b.inputs.data, atol=1e-6, rtol=0)
             assert same(loader.add_noise_streamlines_forward(*a), loader.add_noise_streamlines_forward(*b)) and dict(a.ids_per_subj) == dict(b.ids_per_subj)
+
+
+def told_by_a_worker(loader, ids):
+    "What is raised here when a worker cannot load the batch."
+    with pytest.raises(DataProblem) as told: next(iter(DataLoader(Ids(), sampler=[ids], batch_size=None, collate_fn=loader.load_batch_streamlines, num_workers=1)))
+    return str(told.value)
+
+
+def test_a_worker_names_what_is_wrong(tmp_path):
+    path = toy_study(tmp_path)
+    with h5py.File(path, "r+") as f:
+        lengths = f["sub-01/bundles/lengths"][()]
+        lengths[7] = 1
+        f["sub-01/bundles/lengths"][...] = lengths
+    dataset = MultiSubjectDataset(path, lazy=True).load_data()
+    loader = DWIMLBatchLoader(dataset, ModelSpec(step_size=1.0), "bundles")
+    said = told_by_a_worker(loader, [(0, [3, 7, 5])])
+    assert "subject sub-01, group bundles: 1 lines have fewer than 2 points (ids [7])" in said and "Found: 1 points" in said
+    loader.load_batch_streamlines([(0, [3, 5])])
+    os.utime(path, (1, 1))  # somebody writes into the study
+    assert "has changed" in (said := told_by_a_worker(loader, [(0, [3, 5])])) and str(path) in said
+    dataset.close()
+
+
+def test_a_point_budget_is_never_exceeded():
+    "Lengths that a step divides: single precision may make one point more of them."
+    rng = np.random.default_rng(0)
+    for step in (1.0, 0.5, 0.25):
+        mm = [rng.integers(2, 60, 400) * step + rng.normal(0, 2e-5, 400)]
+        subset = SimpleNamespace(subjects=["a"], nb_streamlines=lambda group: np.array([400]), streamline_lengths_mm=lambda group: mm)
+        sampler = DWIMLBatchIDSampler(SimpleNamespace(streamline_groups=["g"], subset=lambda name: subset), "g", 500, None, "nb_points", step_size=step)
+        towards = rng.normal(size=(400, 3)); towards *= (mm[0] / np.linalg.norm(towards, axis=1))[:, None]
+        lines = resample_step(Ragged.from_list([torch.from_numpy(100 + np.linspace(0, 1, 30)[:, None] * v).float() for v in towards]), step)
+        come = lines.lengths.numpy()
+        assert (come <= sampler.line_sizes("training")[0]).all() and (come > np.ceil(mm[0] / step)).any()
+        for b in sampler.batches(): assert sum(come[ids].sum() for _, ids in b) <= 500
 
 
 # ---- several input groups, from training to tracking

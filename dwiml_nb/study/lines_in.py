@@ -86,7 +86,7 @@ class LineOptions:
         if len(given) > 1: raise DataProblem("points can be placed in one way only", expected="one of step_size, nb_points and compress", found=given)
         for k,v in given.items():
             if not isinstance(v, Integral if k == 'nb_points' else Real):
-                raise DataProblem(f"{k} must be a {'whole ' if k == 'nb_points' else ''}number", expected="a number, not a word", found=repr(v))
+                raise DataProblem(f"{k} must be a {'whole ' if k == 'nb_points' else ''}number", expected="a count of points" if k == 'nb_points' else "millimetres", found=repr(v))
             if not 0 < v < np.inf or (k == 'nb_points' and v < 2):
                 raise DataProblem(f"{k} must be positive", expected="2 or more" if k == 'nb_points' else "a number of mm above 0", found=v)
         if self.remove_invalid not in (True, False, 'refuse'):
@@ -221,4 +221,4 @@ def label_remarks(
     there = np.unique(labels[labels != 0])
     largest = int(there.max(initial=0))
     if len(matrix) in (len(there), len(there) + 1, largest, largest + 1): return []
-    return [f"the connectivity matrix has {len(matrix)} rows, but the label image has {len(there)} labels up to {largest}; do they belong together?"]
+    return [f"the connectivity matrix has {len(matrix)} rows, but the label image has {len(there)} labels up to {largest}; check that they belong together"]

@@ -306,7 +306,7 @@ def check_subject(
         else:
             b,w = check_tractograms(src, spec)
             bad += b + check_connectivity(src, spec); warn += w
-    if src.grid is None and not bad:
+    if specs and src.grid is None and not bad:
         bad.append(DataProblem("no image and no tractogram of the subject is there", do="take it out of its list, or bring its files.", subject=src.subject, file=src.folder))
     return bad, warn
 

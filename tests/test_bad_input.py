@@ -20,6 +20,7 @@ from dwiml_nb.core.space import grid_of
 from dwiml_nb.core.tractograms import Tractogram, load_tractogram, save_tractogram
 from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.study import create
+from dwiml_nb.study.check import check_study
 from dwiml_nb.study.create import create_study
 from dwiml_nb.study.schema import SUBSETS, describe_study
 from dwiml_nb.study.toy import toy_study
@@ -100,7 +101,39 @@ def test_config_that_is_not_json(folder):
     with pytest.raises(ValueError, match='config.json is not valid JSON'): folder.create(config=folder/'config.json')
     assert list(folder.out.iterdir()) == []
 
+@pytest.mark.parametrize('group,key,value', [('input', 'std_mask', 5), ('input', 'files', [['a.nii.gz']]), ('streamlines', 'connectivity_matrix', ['connectivity.npy']),
+                                             ('streamlines', 'connectivity_matrix', 7), ('streamlines', 'dps_keys', {'weight': 1}), ('streamlines', 'dps_keys', 'a/b'),
+                                             ('streamlines', 'file_labels', {'tract': [1, 2]})])
+def test_values_of_the_wrong_kind(folder, group, key, value):
+    folder.config[group][key] = value
+    folder.refused(f'group {group}: {key} cannot be read', 'Expected', 'Found')
+
+def test_config_files(folder):
+    text = json.dumps(folder.config)
+    (folder/'twice.json').write_text(text[:-1] + ', "input": ' + json.dumps(folder.config['wm_mask']) + '}')
+    with pytest.raises(ValueError, match="the key 'input' is there twice"): folder.create(config=folder/'twice.json')
+    (folder/'latin.json').write_bytes('{"é": {}}'.encode('latin1'))
+    with pytest.raises(ValueError, match='not valid JSON'): folder.create(config=folder/'latin.json')
+    assert list(folder.out.iterdir()) == []
+    (folder/'mark.json').write_text(text, encoding='utf-8-sig'); (folder/'mark.txt').write_text('subj-01', encoding='utf-8-sig')
+    folder.made(config=folder/'mark.json', training=folder/'mark.txt')
+
 # ---- files
+
+def test_missing_mask(folder):
+    "Without its mask an image would be standardised in another way than those of the others: that is refused, also when files may miss."
+    folder.config['input']['std_mask'] = 'masks/wm.nii.gz'
+    del folder.config['wm_mask']
+    (folder/'subj-02/masks/wm.nii.gz').unlink()
+    folder.refused('subject subj-02', 'group input', 'no such file', 'wm.nii.gz', skip_missing=True)
+
+def test_missing_labels(folder):
+    "A matrix goes with its labels."
+    folder.config['streamlines'] |= {'connectivity_labels': 'masks/regions.nii.gz'}
+    del folder.config['streamlines']['connectivity_nb_blocs']
+    summary = folder.made(skip_missing=True)
+    assert sum('connectivity.npy is left out with its labels' in w for w in summary.warnings) == 4
+    with h5py.File(summary.path) as f: assert 'connectivity_matrix' not in f['subj-01/streamlines']
 
 def test_missing_files(folder):
     folder.config['streamlines']['files'] = ['bundles/c*.trk']
@@ -142,6 +175,12 @@ def test_not_the_right_kind_of_file(folder):
     folder.config['input']['files'] = ['anat/fa.nii.gz']; folder.config['streamlines']['files'] = ['anat/fa.nii.gz']
     folder.refused('not a tractogram', parts=4)
 
+@pytest.mark.parametrize('values,says', [(np.zeros((21, 20, 15), np.complex64), 'no plain numbers'), (np.zeros((21, 20, 15, 0), np.float32), 'none of length 0'),
+                                         (np.zeros((21, 20, 15), [(c, np.uint8) for c in 'RGB']), 'no plain numbers')])
+def test_images_without_plain_numbers(folder, values, says):
+    nib.save(nib.Nifti1Image(values, nib.load(folder/'subj-02/anat/fa.nii.gz').affine), folder/'subj-02/anat/fa.nii.gz')
+    folder.refused(says, 'subject subj-02', 'group input', 'fa.nii.gz', 'Expected', 'Found')
+
 # ---- grids, features, frames
 
 def test_grids_of_one_subject(folder):
@@ -152,7 +191,8 @@ def test_grids_of_one_subject(folder):
 
 def test_tractogram_of_another_image(folder):
     shutil.copy(folder/'subj-01/bundles/bundle_a.trk', folder/'subj-02/bundles/bundle_a.trk')
-    folder.refused('does not fit the reference image', 'subject subj-02', 'group streamlines', 'bundle_a.trk', 'Expected', 'Found', 'To do')
+    refused = folder.refused('does not fit the reference image', 'subject subj-02', 'group streamlines', 'bundle_a.trk', 'Expected', 'Found', 'To do')
+    assert refused.expected != refused.found
 
 def test_voxel_orders(folder):
     def flip(d, a):
@@ -178,11 +218,40 @@ def test_data_per_streamline(folder):
     folder.config['streamlines']['dps_keys'] = ['color', 'weight']
     folder.refused("no data per streamline 'color'", "Did you mean 'colour'?", 'bundle_a.trk', parts=8)
 
+def test_width_of_data_per_streamline(folder):
+    folder.config['streamlines']['dps_keys'] = ['weight']
+    for x in 'ab':
+        old = load_tractogram(folder/f'subj-03/bundles/bundle_{x}.trk')
+        save_tractogram(Tractogram(old.lines, old.grid, {'weight': np.ones((len(old), 3))}), folder/f'subj-03/bundles/bundle_{x}.trk')
+    folder.refused("the width of the data per streamline 'weight' differs", '3 in subj-03', 'group streamlines')
+
+def test_data_that_float32_cannot_hold(folder):
+    folder.config['streamlines'] = {'type': 'streamlines', 'files': 'bundles/bundle_a.*', 'dps_keys': ['id']}
+    from trx.trx_file_memmap import load, save
+    for i in range(1, 5):
+        path = folder/f'subj-0{i}/bundles/bundle_a.trk'
+        save_tractogram(load_tractogram(path), path.with_suffix('.trx')); path.unlink()
+        trx = load(str(path.with_suffix('.trx')))
+        trx.data_per_streamline = {'id': np.arange(60)[:, None] + (2**24 if i == 3 else 0)}
+        save(trx, str(folder/'new.trx')); trx.close()
+        os.replace(folder/'new.trx', path.with_suffix('.trx'))
+    folder.refused("the data per streamline 'id' do not fit into float32", 'subject subj-03', 'bundle_a.trx', 'Found: 16777217')
+
+def test_empty_tractogram_beside_full_ones(folder):
+    old = load_tractogram(folder/'subj-02/bundles/bundle_a.trk')
+    for x in 'ab': save_tractogram(old[:0], folder/f'subj-02/bundles/bundle_{x}.trk')
+    with pytest.warns(UserWarning, match='no streamline is left'): summary = folder.create()
+    with h5py.File(summary.path) as f: assert f['subj-02/streamlines/data_per_streamline/colour'].shape[0] == 0
+    assert check_study(summary.path).ok
+
 def test_connectivity(folder):
     np.save(folder/'subj-02/connectivity.npy', np.zeros((27, 27)))
     folder.refused('wrong shape', 'Expected: (64, 64)', 'Found: (27, 27)', 'subject subj-02')
     np.save(folder/'subj-02/connectivity.npy', np.full((64, 64), np.nan))
     folder.refused('the connectivity matrix holds NaN', 'subject subj-02', 'group streamlines')
+    np.save(folder/'subj-02/connectivity_2.npy', np.zeros((64, 64)))
+    folder.config['streamlines']['connectivity_matrix'] = 'connectivity*.npy'
+    folder.refused('several files match', 'subject subj-02', 'connectivity.npy, connectivity_2.npy')
 
 # ---- contents
 
@@ -253,6 +322,8 @@ def test_a_study_of_that_name(folder):
     with pytest.raises(DataProblem, match='extension .hdf5'): folder.create(hdf5_file=folder.out/'study.h5')
     with pytest.raises(DataProblem, match='one way only'): folder.create(step_size=1, nb_points=4, overwrite=True)
     with pytest.raises(DataProblem, match='must be positive'): folder.create(step_size=0, overwrite=True)
+    with pytest.raises(DataProblem, match='nb_points must be a whole number'): folder.create(nb_points=2.5, overwrite=True)
+    with pytest.raises(DataProblem, match='step_size must be a number'): folder.create(step_size='1', overwrite=True)
 
 def full_disk(where, size_kb):
     "Mount a small file system at a folder, if that is allowed here."

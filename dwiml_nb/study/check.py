@@ -397,7 +397,8 @@ def check_group(
             report.remarks.append(DataProblem(f"the data cannot be mapped into memory: {why}", do="it is read, but slower; dwiml_hdf5_repack mends that.", **where))
         grid = (check_volume_group if kind == 'volume' else check_streamlines_group)(report, group, where)
         dps = group.get('data_per_streamline')
-        widths = {k: d.shape[1] for k in dps if len(getattr(d := dps.get(k), 'shape', None) or ()) == 2} if isinstance(dps, h5py.Group) else {}
+        shapes = {k: d.shape for k in dps if len(getattr(d := dps.get(k), 'shape', None) or ()) == 2} if isinstance(dps, h5py.Group) else {}
+        widths = {k: w for k,(_,w) in shapes.items()} if not shapes or any(n for n,_ in shapes.values()) else None       # no line says nothing
         return kind, group['data'].shape[-1] if kind == 'volume' else widths, grid
     return None, None, None
 

@@ -68,7 +68,8 @@ def config_problems(
     asked = {g: kind(s) for g,s in specs.items()}
     if groups is not None and asked != groups: return [DataProblem("the config does not make the groups of the study", expected=groups, found=asked)]
     pairs = [(g, key, v, meaning_of(specs[g])[key]) for g,spec in (theirs or {}).items() for key,v in meaning_of(spec).items()]
-    return [DataProblem(f"{key} is not that of the study", expected=v, found=new, group=g) for g,key,v,new in pairs if new != v]
+    told = lambda v: 'not given' if v is None or v == {} or v == [] else v
+    return [DataProblem(f"{key} is not that of the study", expected=told(v), found=told(new), group=g) for g,key,v,new in pairs if new != v]
 
 # %% ../../nbs/01_study/06_grow.ipynb #a2e4b2e2
 def growth_problems(

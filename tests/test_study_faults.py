@@ -607,6 +607,38 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with h5py.File(study) as f: assert f.attrs["step_size"] == .5 and f["d/lines"].file.filename.endswith("study.subjects/d.hdf5")
 
 
+def test_tracts_by_name_and_subjects_without_lines_are_added(tmp_path):
+    "The numbers of the tracts are columns that no file holds; a subject without tractograms has none to compare."
+    sources, study = make_sources(tmp_path / "in"), tmp_path / "study.hdf5"
+    for s in "abcd":
+        for tract in ("AF", "CST"): shutil.copy(sources / s / "all.trk", sources / s / f"{s}_tract-{tract}_tractogram.trk")
+        (sources / s / "all.trk").unlink()
+    config = {**CONFIG, "lines": {**CONFIG["lines"], "file_labels": {"tract": ["AF", "CST"]}}}
+    create_study(sources, study, config, ["a"])
+    add(sources, study, "b")
+    swapped = {**config, "lines": {**config["lines"], "file_labels": {"tract": ["CST", "AF"]}}}
+    with pytest.raises(DataProblem, match="file_labels is not that of the study"): add(sources, study, "c", config=swapped)
+    for p in (sources / "c").glob("*.trk"): p.unlink()
+    add(sources, study, "c", skip_missing=True)
+    with h5py.File(study) as f:
+        assert [f[f"{s}/lines/data_per_streamline/tract"][()].ravel().tolist() for s in "abc"] == [[0] * 3 + [1] * 3] * 2 + [[]]
+    shutil.move(study, tmp_path / "other.hdf5"); (tmp_path / "study.json").unlink()
+    create_study(sources, study, config, ["c"], skip_missing=True)                               # without lines itself, it asks for no widths
+    add(sources, study, "d")
+
+
+def test_lines_that_leave_the_volume_are_treated_alike(tmp_path):
+    sources, study = make_sources(tmp_path / "in"), tmp_path / "study.hdf5"
+    for s in "ab":
+        lines = Ragged.from_list([torch.full((3, 3), 1.) + torch.arange(3)[:, None] * far for far in (.5, 50.)])
+        save_tractogram(Tractogram(lines, Grid(np.eye(4), (4, 4, 4)), {"weight": np.ones((2, 1))}), sources / s / "all.trk")
+    create_study(sources, study, CONFIG, ["a"], remove_invalid=True)
+    with pytest.raises(DataProblem, match="remove_invalid is not that of the study"): add(sources, study, "b", remove_invalid=False)
+    with pytest.raises(DataProblem, match="streamlines leave the volume"): add(sources, study, "b", remove_invalid="refuse")
+    add(sources, study, "b")
+    with h5py.File(study) as f: assert [len(f[f"{s}/lines/lengths"]) for s in "ab"] == [1, 1]
+
+
 def test_a_study_by_dwi_ml_grows(tmp_path):
     "Its config is a printed dict; its file is not touched."
     reference = Path(__file__).parent / "data" / "dwi_ml_study"

@@ -210,7 +210,7 @@ def made_by(self:DWIMLBatchLoader,
 ) -> dict: # name -> value
     "What a batch depends on besides ids and draws: who its subjects are, and the options that it goes through."
     own,a,spec = self.dataset.subset(subset), self.augmentation, self.spec
-    said = dict(subjects=[own.subject(s).subj_id if s < len(own) else None for s,_ in batch_ids], streamline_group_name=self.streamline_group_name,
+    said = dict(subjects=[None if not isinstance(s, str) and s >= len(own) else own.subject(s).subj_id for s,_ in batch_ids], streamline_group_name=self.streamline_group_name,
                 step_size=spec.step_size, nb_points=spec.nb_points, compress_lines=spec.compress_lines, streamline_space=spec.streamline_space)
     if subset == 'training': said |= dict(noise_mm_forward=self.noise_mm_forward, noise_mm_loss=self.noise_mm_loss)
     return said if draws.sigma_mm is None else said | dict(off_track_corr_mm=a.off_track_corr_mm, lead_mm=a.lead_mm)

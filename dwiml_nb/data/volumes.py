@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 from ..core.errors import DataProblem
 from ..core.space import Grid
 from ..study.files import OwnLock
@@ -52,7 +53,9 @@ class VolumeCache:
 
     def budget(self, device) -> int: # bytes
         "What a device may keep."
-        if device not in self.budgets: self.budgets[device] = free_memory(device)//4 if self.size is None else self.size
+        if device not in self.budgets:
+            worker = get_worker_info()                          # of a DataLoader: its brothers have caches of their own
+            self.budgets[device] = free_memory(device)//4//(worker.num_workers if worker else 1) if self.size is None else self.size
         return self.budgets[device]
     def used(self, device) -> int: # bytes
         "What a device keeps now."

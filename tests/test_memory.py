@@ -87,7 +87,8 @@ def check_flat(curve, warm_up, most=50*MIB):
     before,after = ([c for c in curve if (c[0] < warm_up) == early] for early in (True, False))
     memory = [m for _,m,_ in after]
     assert max(memory) - min(memory) <= 2*most and abs(np.mean(memory[-5:]) - np.mean(memory[:5])) <= most, [f"{b}: {m/MIB:.0f} MiB" for b,m,_ in curve]
-    assert max(n for *_,n in after) <= max(n for *_,n in before) + 2, [f"{b}: {n}" for b,_,n in curve]      # batches on their way hold descriptors
+    held = [n for *_,n in after]                                       # batches on their way hold some, now more, now fewer
+    assert abs(np.mean(held[-10:]) - np.mean(held[:10])) <= 3 and max(held) <= max(n for *_,n in before) + 12, [f"{b}: {n}" for b,_,n in curve]
 
 
 @pytest.mark.parametrize('read_mode', ['map', 'pread'])

@@ -7,7 +7,8 @@ __all__ = ['GAP_BYTES', 'is_contiguous', 'mapped_address', 'gather_lines', 'line
            'StoredRows']
 
 # %% ../../nbs/02_data/00_stored.ipynb #2e5a85f0
-import math, os
+import math
+import os
 import h5py
 import numba
 import numpy as np

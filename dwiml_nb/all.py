@@ -62,6 +62,10 @@ from .models.rnn import *           # Stacked GRUs or LSTMs over lines of differ
 from .models.learn2track import *   # A recurrent model that remembers where a streamline has been ([Poulin et al. 2017](https://doi.org/10.1007/978-3-319-66182-7_62)).
 from .models.checks import *        # One call tells whether a new model or direction getter keeps its promises.
 
+# %% ../nbs/all.ipynb #bec6a930
+from .tracking.seeds import *     # Where tracking starts: points drawn inside a mask.
+from .tracking.tracker import *   # A model walks through the volume, all lines at once.
+
 # %% ../nbs/all.ipynb #c38d9ac2
 from .training.monitors import *      # Means that can stop in the middle of an epoch, and the epoch worth keeping.
 from .training.loggers import *       # One line of JSON a batch and one an epoch, on disk the moment it is known.
@@ -70,10 +74,8 @@ from .training.schedules import *     # The learning rate of every step, as a fu
 from .training.control import *       # Stop a training from a button, a Ctrl-C or another thread, and watch it without touching it.
 from .training.trainer import *       # One loop that trains any model, can be stopped or killed at any instant, and goes on as if nothing had happened.
 
-# %% ../nbs/all.ipynb #bec6a930
-from .tracking.seeds import *     # Where tracking starts: points drawn inside a mask.
-from .tracking.tracker import *   # A model walks through the volume, all lines at once.
-from .tracking.track import *     # From an experiment's folder to a tractogram file.
+# %% ../nbs/all.ipynb #c0ffee02
+from .runs.track import *   # From an experiment's folder to a tractogram file.
 
 # %% ../nbs/all.ipynb #535c42d9
 from .viz.theme import *     # The same colours in every picture: 3-D, matplotlib and plotly.

@@ -268,7 +268,7 @@ def test_a_point_budget_is_never_exceeded():
 @pytest.mark.filterwarnings("ignore")
 def test_several_input_groups_train_resume_and_track(studies, tmp_path):
     from dwiml_nb.models.learn2track import Learn2TrackModel
-    from dwiml_nb.tracking.track import track_from_model
+    from dwiml_nb.runs.track import track_from_model
     from dwiml_nb.training.loggers import read_logs
     from dwiml_nb.training.trainer import DWIMLTrainerOneInput, trainer_from_folder
     torch.manual_seed(0)

@@ -365,7 +365,7 @@ def test_command_defaults_are_the_functions():
     from dwiml_nb.cli.study import dwiml_create_hdf5_dataset
     from dwiml_nb.cli.tracking import dwiml_track_from_model
     from dwiml_nb.study.create import create_study
-    from dwiml_nb.tracking.track import track_from_model
+    from dwiml_nb.runs.track import track_from_model
     other = dict(step_size="step_mm", theta="theta_deg", min_length="min_length_mm", max_length="max_length_mm", eos_stop="eos_threshold", rng_seed="seed",
                  input_group="input_group_name", in_custom_seeds="seeds", skip_enforce_files_presence="skip_missing")
     for command, functions in ((dwiml_track_from_model, (track_from_model, Tracker)), (dwiml_create_hdf5_dataset, (create_study,))):

@@ -75,7 +75,8 @@ from .training.control import *       # Stop a training from a button, a Ctrl-C 
 from .training.trainer import *       # One loop that trains any model, can be stopped or killed at any instant, and goes on as if nothing had happened.
 
 # %% ../nbs/all.ipynb #c0ffee02
-from .runs.track import *   # From an experiment's folder to a tractogram file.
+from .runs.track import *    # From an experiment's folder to a tractogram file.
+from .runs.resume import *   # A training goes on from its folder alone: the study, the classes and their arguments are in it.
 
 # %% ../nbs/all.ipynb #535c42d9
 from .viz.theme import *     # The same colours in every picture: 3-D, matplotlib and plotly.

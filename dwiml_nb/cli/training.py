@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from .common import Param, call_parse, plain_problems
 from ..training.loggers import export_csv
-from ..training.trainer import trainer_from_folder
+from ..runs.resume import trainer_from_folder
 from ..viz.plots import figure_png, plot_logs
 
 # %% ../../nbs/12_cli/03_training.ipynb #c7fe7052

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'DWIMLTrainer', 'choose_device', 'has_own', 'one_ahead', 'on_device', 'JustTheIds', 'calm_worker',
-           'DWIMLTrainerOneInput', 'rows_of_outputs', 'loss_and_weight', 'NotFinite', 'trainer_from_folder']
+           'DWIMLTrainerOneInput', 'rows_of_outputs', 'loss_and_weight', 'NotFinite']
 
 # %% ../../nbs/07_training/05_trainer.ipynb #e8583e1e
 import inspect
@@ -28,7 +28,7 @@ from ..core.files import fsync_path, progress, write_json
 from ..core.lines import all_but_last
 from ..core.ragged import Ragged
 from ..batch.sampler import keyed_rng
-from .checkpoints import (Checkpoint, check_same, checkpoint_parts, class_path, clear_folder, flush_folder, import_class,
+from .checkpoints import (Checkpoint, check_same, checkpoint_parts, class_path, clear_folder, flush_folder,
                                            load_weights, read_checkpoint, write_folder, write_model)
 from .control import TrainingControl, only_one, stop_on_signals
 from .loggers import PHASES, ExperimentLogs
@@ -613,22 +613,3 @@ def check_not_ended(self:DWIMLTrainer):
     if self.monitor.is_patience_reached:
         raise DataProblem(f"the run has ended: {self.monitor.n_bad} epochs in a row were not better than epoch {self.monitor.best_epoch}", expected=f"fewer than patience={self.patience}",
                           found=self.monitor.n_bad, file=self.experiment_folder, do=f"give new_patience (more than {self.monitor.n_bad}) to train on.")
-
-# %% ../../nbs/07_training/05_trainer.ipynb #3e709ead
-def trainer_from_folder(
-    experiments_path,
-    experiment_name:str,
-    hdf5_file=None, # Where the study is now, if it moved
-    **kwargs, # new_patience, new_max_epochs, nb_cpu_processes, device
-) -> DWIMLTrainer:
-    "Build a run again from its folder, ready to go on."
-    checkpoint = read_checkpoint(Path(experiments_path)/experiment_name)
-    kept = checkpoint.params
-    do = f"in the notebook or script that defines it, build the model and call {kept['trainer']['class'].rpartition('.')[2]}.init_from_checkpoint(model, …)."
-    classes = {part: import_class(kept[part]['class'], do) for part in ('trainer', 'model', 'sampler', 'loader', 'dataset')}
-    dataset = classes['dataset'](hdf5_file or kept['dataset']['hdf5_file'], lazy=kept['dataset']['lazy'])
-    dataset.load_data(load_testing=False)
-    model = classes['model'].load_model_from_params_and_state(checkpoint.folder/'model')
-    sampler = classes['sampler'](dataset, **kept['sampler']['params'])
-    loader = classes['loader'](dataset, model, **kept['loader']['params'])
-    return classes['trainer'].init_from_checkpoint(model, experiments_path, experiment_name, sampler, loader, **kwargs)

@@ -11,19 +11,25 @@ import warnings
 from pathlib import Path
 
 import h5py
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dwiml_nb.batch.loader import DWIMLBatchLoaderOneInput
+from dwiml_nb.core.errors import DataProblem
 from dwiml_nb.core.space import convert
 from dwiml_nb.core.tractograms import load_tractogram, save_tractogram
 from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.data.stored import mapped_address
+from dwiml_nb.models.learn2track import Learn2TrackModel
+from dwiml_nb.study.check import check_study
 from dwiml_nb.study.create import create_study
 from dwiml_nb.study.schema import SUBSETS, describe_study, group_grid
 from dwiml_nb.study.toy import toy_study
+from dwiml_nb.tracking.tracker import Tracker
 
 REFERENCE = Path(__file__).parent/'data'/'dwi_ml_study'
 OURS = {'/': {'remove_invalid', 'groups_config_json', 'dwiml_nb_format', 'dwiml_nb_version'}, 'volume': {'frame'}, 'streamlines': {'report'}}       # docs/file_format.md
@@ -336,3 +342,38 @@ def test_forked_children_open_the_file_for_themselves(toy):
     loader = torch.utils.data.DataLoader([0, 1, 2, 3], batch_size=1, num_workers=2, collate_fn=lambda _: ask(dataset)[0])
     for there in loader: np.testing.assert_array_equal(here[0], there)
     dataset.close()
+
+# ---- one judgement of grids
+
+@pytest.mark.parametrize('change, opens', [(2e-5, 'quietly'), (5e-4, 'with a warning'), (5e-3, 'not at all')])
+def test_grids_are_judged_alike_from_checking_to_tracking(toy, tmp_path, change, opens):
+    "One entry of the affine of the input and of the mask differs: batches, tracking and the check agree, and nothing that opened before is refused."
+    study = shutil.copy(toy, tmp_path/'study.hdf5')
+    with h5py.File(study, 'r+') as f:
+        for s in f:
+            for g in ('input', 'wm_mask'): f[s][g].attrs['affine'] = f[s][g].attrs['affine'] + change*np.outer([1, 0, 0, 0], [g == 'input', 0, 0, 0])
+    dataset = MultiSubjectDataset(study, lazy=True).load_data()
+    model = Learn2TrackModel(dataset.nb_features['input'], rnn_layer_sizes=[4], step_size=1.)
+    loader = DWIMLBatchLoaderOneInput(dataset, model, 'input', 'bundles')
+    def load(): loader.load_batch_inputs(*loader.load_batch_streamlines([(0, [0, 1])]))
+    def track(): Tracker(model, dataset, dataset.testing.subjects[0], 'input', 'wm_mask', step_mm=1.)
+    report = check_study(study)
+    assert bool(report.problems) == (opens == 'not at all') and any('not quite the same' in p.problem for p in report.remarks) == (opens == 'with a warning')
+    for f in (load, track):
+        if opens == 'quietly':
+            with warnings.catch_warnings(): warnings.simplefilter('error'); f()
+        elif opens == 'with a warning':
+            with pytest.warns(UserWarning, match='not quite the same.*mm apart'): f()
+        else:
+            with pytest.raises(DataProblem, match='grid'): f()
+    dataset.close()
+
+def test_images_whose_headers_differ_by_rounding_make_a_study(tmp_path):
+    sources = shutil.copytree(REFERENCE/'sources', tmp_path/'sources')
+    for file in sources.glob('*/masks/wm.nii.gz'):
+        image = nib.load(file); affine = image.affine.copy(); affine[:3, 3] += (5e-4, -5e-4, 5e-4)          # less than 1e-3 mm, more than 1e-5
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), affine), file)
+    assert check_study(build(tmp_path, sources).path).ok
+    affine[0, 0] += 1e-3                                                                                    # 1e-3 mm a voxel is too much over the volume
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), affine), file)
+    with pytest.raises(DataProblem, match='images of one subject lie on different grids'): build(tmp_path, sources, 'other.hdf5')

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from ..core.errors import DataProblem, did_you_mean
 from ..core.ragged import Ragged, as_ragged
-from ..core.space import Grid, same_grid, to_vox_matrix
+from ..core.space import Grid, fits_grid, to_vox_matrix
 from ..core.lines import all_but_last, compress, resample_nb_points, resample_step, split
 from ..core.volume import sample_neighborhood
 from .spec import spec_of
@@ -356,7 +356,7 @@ def inputs_of_subject(self:DWIMLBatchLoaderOneInput,
     if self.spec.streamline_space == 'voxmm': points = points / self.space_of(subset, subject)[0].to(points)
     for group in self.input_groups:
         grid = subset.grid(subject, group)
-        if own != grid and not same_grid(own, grid, atol=1e-3):
+        if own != grid and not fits_grid(grid, own, "the grids of input and streamlines", subject=subset.subjects[subject], group=group):
             raise DataProblem("the streamlines and the input volume lie on different grids", expected=f"{own}, affine {own.affine[:3].round(3).tolist()}",
                               found=f"{grid}, affine {grid.affine[:3].round(3).tolist()}", subject=subset.subjects[subject], group=group, do="resample the volume to the grid of the streamlines and create the study again.")
         parts.append(sample_neighborhood(subset.get_volume(subject, group, points.device), points, self.spec.vectors.to(points.device), self.spec.legacy_half_voxel))

@@ -20,7 +20,7 @@ from dipy.core.geometry import cart2sphere
 from dipy.reconst.shm import real_sh_descoteaux, smooth_pinv, sph_harm_ind_list
 from .errors import DataProblem
 from .files import atomic_file, write_json
-from .space import grid_of, same_grid
+from .space import fits_grid, grid_of
 from .sphere import sphere_vertices
 
 # %% ../../nbs/00_core/09_sh.ipynb #eed48122
@@ -316,7 +316,9 @@ def fit_sh_files(
     for file in (out, peaks):
         if file is not None and Path(file).exists() and not overwrite: raise DataProblem("the file exists already", file=file, do="choose another name, or ask to overwrite it.")
     img,mask_img = nib.load(dwi), nib.load(mask)
-    if len(img.shape) == 4 and not same_grid(grid_of(img), grid_of(mask_img), atol=1e-3): raise DataProblem("the brain mask is on another grid than the DWI", expected=grid_of(img), found=grid_of(mask_img), file=mask)
+    if len(img.shape) == 4 and not fits_grid(grid_of(mask_img), grid_of(img), "the grids of brain mask and DWI", file=mask):
+        raise DataProblem("the brain mask is on another grid than the DWI", expected=grid_of(img), found=grid_of(mask_img),
+                          file=mask)
     brain,gradients = np.asarray(mask_img.dataobj) > 0, read_gradients(bvals, bvecs, img.affine, convention)
     raw = fit_attenuation(img.dataobj, *gradients, brain, order, shell)
     write_fit(raw, brain, img.affine, out, choose_shell(gradients[0], shell)[2], convention_of_bvecs=convention)

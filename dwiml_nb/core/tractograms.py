@@ -22,7 +22,7 @@ from nibabel.streamlines.trk import encode_value_in_name
 from .errors import DataProblem, naming
 from .files import atomic_file
 from .ragged import Ragged, as_ragged
-from .space import Grid, grid_of
+from .space import Grid, fits_grid, grid_of
 
 # %% ../../nbs/00_core/08_tractograms.ipynb #36d1389c
 @dataclass
@@ -217,7 +217,8 @@ def matching_grid(
     if own is None: return reference
     dummy = own.dimensions in ((0, 0, 0), (1, 1, 1))
     if not dummy and own.dimensions != reference.dimensions: expected,found = reference,own
-    elif not np.allclose(own.affine, reference.affine, rtol=0, atol=1e-3): expected,found = reference.affine.tolist(), own.affine.tolist()
+    elif not fits_grid(Grid(own.affine, reference.dimensions), reference, "the grids of tractogram and image", file=path):
+        expected,found = reference.affine.tolist(), own.affine.tolist()
     else: return reference
     raise DataProblem("the tractogram's header does not fit the reference image", expected=expected, found=found, file=path,
                       do="check that both come from the same space; convert one to the other's if not.")

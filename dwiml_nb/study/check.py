@@ -23,7 +23,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 from ..core.errors import DataProblem
-from ..core.space import Grid, same_grid
+from ..core.space import Grid, almost_same_grid, corners_apart, same_grid
 from .files import hdf5_descriptor, stamp_of
 from .schema import FORMAT_VERSION, FRAMES, SUBSETS, attr_value, attr_words, group_kind, html_table, columns, open_study, study_config, stored_to_vox
 
@@ -463,7 +463,12 @@ def check_grids(
 ):
     "Whether the groups of a subject lie on one grid."
     for g,grid in grids.items():
-        if same_grid(grid, (one := next(iter(grids.values()))), 1e-3): continue
+        if same_grid(grid, (one := next(iter(grids.values())))): continue
+        if almost_same_grid(grid, one):
+            report.remarks.append(DataProblem("groups of one subject lie on grids that are not quite the same",
+                                              expected="corners at one place", found=f"{corners_apart(grid, one):.2g} mm apart",
+                                              do="nothing; they are read as one grid.", subject=subject, group=g))
+            continue
         say = (lambda x: x.affine.tolist()) if grid.dimensions == one.dimensions else (lambda x: x)
         report.problems.append(DataProblem("groups of one subject lie on different grids", expected=say(one), found=say(grid),
                                            do="points and volumes would not fit: create the study again.", subject=subject, group=g))

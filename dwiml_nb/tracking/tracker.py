@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ..core.errors import DataProblem
 from ..core.files import progress
 from ..core.ragged import Ragged
-from ..core.space import Grid, convert, inside, same_grid
+from ..core.space import Grid, convert, fits_grid, inside
 from ..core.lines import lengths_of, reverse, unit
 from ..core.volume import sample_nearest, sample_neighborhood
 from ..core.tractograms import Tractogram
@@ -206,7 +206,7 @@ class Tracker:
         "A volume of the subject that lies on the input's grid and has as many features as it should."
         groups = known_groups(group, dataset.volume_groups, 'volume')
         for g in groups:
-            if not same_grid(grid := self.subset.grid(self.subject, g), self.grid):
+            if not fits_grid(grid := self.subset.grid(self.subject, g), self.grid, f"the grids of {what} and input", subject=self.subj_id, group=g):
                 raise DataProblem("the volume lies on another grid than the input", expected=self.grid, found=grid, subject=self.subj_id, group=g, do="resample it to the input's grid.")
         volumes = [self.subset.get_volume(self.subject, g, self.model.device) for g in groups]
         volume = volumes[0] if len(volumes) == 1 else torch.cat(volumes, 3)

@@ -12,13 +12,13 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test install kernels system check pages shipped docs tests fastcore2 wheel quick-demo readme lab clean
+.PHONY: demo test install kernels system check pages docs tests fastcore2 wheel quick-demo readme lab clean
 
 demo: export OMP_NUM_THREADS = $(shell nproc 2>/dev/null || echo 2)
 demo: $(VENV)/.ready kernels
 	$(BIN)/dwiml_demo --out demo
 
-test: install system check wheel fastcore2 pages docs shipped quick-demo tests
+test: install system check wheel fastcore2 pages docs quick-demo tests
 
 install: $(VENV)/.ready kernels
 	$(PY) -m pip check
@@ -40,11 +40,8 @@ check:  # pages, modules and README in step; who imports whom; names that do not
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/ruff check --quiet --no-cache --output-format concise .
 
-pages:  # execute every page once; the outputs are kept for the site
+pages:  # execute every page once; the outputs are kept for the site, the coverage is printed
 	$(PY) tools/run_pages.py
-
-shipped:  # execute the pages on the installed modules, with coverage
-	$(PY) tools/run_pages.py --shipped
 
 docs: build/pages.done
 	$(PY) tools/build_docs.py

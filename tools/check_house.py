@@ -1,5 +1,5 @@
 """Cheap checks of the house: modules and README in step with the pages, no module without a page,
-imports only from pages before and in cells of their own.
+imports only from pages before and in cells of their own, no name used before its cell.
 
 The last lines tell how the pages are written (docs/contributing.md says what is aimed at); they are figures, not conditions.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from build_docs import readme
 from nbdev.process import NBProcessor
-from run_pages import EXPORTS, ROOT
+from run_pages import EXPORTS, ROOT, bound_names
 
 
 def contents():
@@ -75,6 +75,25 @@ def mixed_cells(pages):
     return problems
 
 
+def early_names(pages):
+    "Lesson cells that use a name before the cell that exports it (what they use by way of others shows when the pages run)."
+    problems = []
+    for path, cells in pages.values():
+        cells = [(number, cell) for number, cell in enumerate(cells, 1) if cell.cell_type == "code"]
+        exported, bound = {}, set()
+        for number, cell in reversed(cells):
+            if cell.directives_.keys() & EXPORTS: exported |= {name: number for name in bound_names(cell.source) or []}
+        for number, cell in cells:
+            if cell.directives_.keys() & EXPORTS: continue
+            nodes = [node for top in cell.parsed_() or [] for node in ast.walk(top)]
+            bound |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+            bound |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+            used = {node.id for node in nodes if isinstance(node, ast.Name)} - bound
+            problems += [f"{path.relative_to(ROOT)}, cell {number} uses {name}, which cell {exported[name]} exports: move one of them"
+                         for name in sorted(used & exported.keys()) if exported[name] > number]
+    return problems
+
+
 def writing(pages):
     "How the pages are written: length of exported cells, how many definitions an example follows, how many tests hide."
     lengths, followed, hidden, shown = [], [], 0, 0
@@ -99,7 +118,7 @@ def writing(pages):
 
 def main():
     problems, pages = out_of_step(), read_pages()
-    problems += orphans(pages) + backward_imports(pages) + mixed_cells(pages)
+    problems += orphans(pages) + backward_imports(pages) + mixed_cells(pages) + early_names(pages)
     if (ROOT / "README.md").read_text(encoding="utf-8") != readme(): problems.append("README.md is not what nbs/index.ipynb says: run `make readme`")
     print(*problems, sep="\n", file=sys.stderr)
     writing(pages)

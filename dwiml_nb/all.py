@@ -8,6 +8,8 @@ __all__ = []
 # %% ../nbs/all.ipynb #4f9551d7
 from .core.errors import *          # One way to say what is wrong with somebody's data: what was expected, what was found, what to do.
 from .core.files import *           # A file under its final name is always whole.
+from .core.folders import *         # Pull the plug at any instant: a folder under its final name is whole, the old one or the new one.
+from .core.registry import *        # A name becomes an object: what you registered, what this library has, what you trust, and nothing else.
 from .core.ragged import *          # Streamlines of different lengths as one tensor, without a Python loop.
 from .core.space import *           # Where a coordinate lives: four spaces, one grid, conversions in both directions.
 from .core.kernels import *         # Plain loops, compiled: one source, a form for several threads and a form for one.

@@ -11,9 +11,9 @@ import torch
 
 from dwiml_nb.batch.loader import DWIMLBatchLoaderOneInput
 from dwiml_nb.batch.sampler import DWIMLBatchIDSampler
+from dwiml_nb.core import folders
 from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.models.learn2track import Learn2TrackModel
-from dwiml_nb.training import checkpoints
 from dwiml_nb.training.trainer import DWIMLTrainerOneInput
 
 OPTIONS = dict(learning_rates="0.01*2 0.005", lr_schedule="cosine-warmup", optimizer="AdamW", clip_grad=1.0, device="cpu", seed=5)
@@ -48,7 +48,7 @@ def make_parts(study, lazy):
 def die_at(wanted, diary):
     "SIGKILL this process when a step of writing a folder is done, for instance ('checkpoint', 'flush', 0): its first time."
     name_wanted, step_wanted, times = wanted
-    count, real = itertools.count(), checkpoints.write_folder_steps
+    count, real = itertools.count(), folders.write_folder_steps
 
     def steps(folder, parts):
         for step in real(folder, parts):
@@ -56,7 +56,7 @@ def die_at(wanted, diary):
                 with open(diary, "a") as f: f.write(f"{name_wanted}: {step}\n")
                 os.kill(os.getpid(), signal.SIGKILL)
             yield step
-    checkpoints.write_folder_steps = steps
+    folders.write_folder_steps = steps
 
 
 def cannot_exchange(*folders): raise OSError("no exchange of names here")
@@ -69,7 +69,7 @@ def train(folder, study, name="run", workers=0, lazy=False, max_epochs=4, die=No
     if own_group:
         os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a job that a shell runs in the background begins with Ctrl-C ignored
-    if not exchange: checkpoints.exchange_folders = cannot_exchange
+    if not exchange: folders.exchange_folders = cannot_exchange
     if die: die_at(die, f"{folder}/kills.txt")
     model, sampler, loader = make_parts(study, lazy)
     Recorder.pause, Recorder.order = pause, f"{folder}/{name}.order.jsonl"

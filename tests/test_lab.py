@@ -4,7 +4,7 @@ import pytest
 
 @pytest.mark.browser
 def test_a_page_runs_in_jupyterlab(browser, lab):
-    page = lab.open(browser, "00_core/02_ragged.ipynb")
+    page = lab.open(browser, "00_core/04_ragged.ipynb")
     lab.run_all(page)
     prompts = page.locator(".jp-CodeCell .jp-InputPrompt").all_text_contents()
     assert prompts and all(prompt.strip("[]: ") for prompt in prompts), "every code cell has run"

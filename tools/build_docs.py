@@ -30,7 +30,7 @@ PLOTLY = "application/vnd.plotly.v1+json"
 # ---- one page: notebook → Markdown → HTML
 
 def html_path(source):
-    "Where a source file (relative to the repository) lies in the site, as nbdev names it: nbs/00_core/02_ragged.ipynb → 00_core/ragged.html."
+    "Where a source file (relative to the repository) lies in the site, as nbdev names it: nbs/00_core/04_ragged.ipynb → 00_core/ragged.html."
     source = Path(source)
     if source.suffix == ".ipynb":
         from nbdev.doclinks import _nbpath2html

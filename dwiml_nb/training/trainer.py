@@ -25,11 +25,13 @@ from torch.utils.data import DataLoader, Dataset
 from fastcore.basics import patch
 from ..core.errors import DataProblem, did_you_mean
 from ..core.files import fsync_path, progress, write_json
+from ..core.folders import clear_folder, flush_folder, write_folder
+from ..core.registry import class_path
 from ..core.lines import all_but_last
 from ..core.ragged import Ragged
 from ..batch.sampler import keyed_rng
-from .checkpoints import (Checkpoint, check_same, checkpoint_parts, class_path, clear_folder, flush_folder,
-                                           load_weights, read_checkpoint, write_folder, write_model)
+from .checkpoints import (Checkpoint, check_same, checkpoint_parts, load_weights, read_checkpoint,
+                                           write_model)
 from .control import TrainingControl, only_one, stop_on_signals
 from .loggers import PHASES, ExperimentLogs
 from .monitors import BestEpochMonitor, WeightedMean

@@ -45,6 +45,9 @@ from .data.extract import *       # What went into a study comes out of it again
 
 # %% ../nbs/all.ipynb #8911a334
 from .batch.spec import *      # What a loader must know of a model, and nothing more.
+from .batch.order import *     # Chance that is a function of the numbers that name it, and a shuffled order that is stored nowhere.
+from .batch.layouts import *   # How the lines of an epoch are shared among batches, without making the batches.
+from .batch.weights import *   # How often each line comes: a number per line decides, and the count that comes of it is exact.
 from .batch.sampler import *   # Which streamlines make the next batch: every line exactly once an epoch, in an order that only the seed decides.
 from .batch.augment import *   # Chance drawn first, applied second: any batch can be made again.
 from .batch.loader import *    # From ids to what a model sees: streamlines, resampled and augmented, and the volume under them.

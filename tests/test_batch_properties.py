@@ -2,6 +2,7 @@
 import json
 import os
 import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
@@ -12,9 +13,12 @@ import torch
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from torch.utils.data import DataLoader, Dataset
 
+from dwiml_nb.batch.layouts import subjects_that_fit
 from dwiml_nb.batch.loader import DWIMLBatchLoader, DWIMLBatchLoaderOneInput, slices_of
-from dwiml_nb.batch.sampler import BatchIds, DWIMLBatchIDSampler, keyed_permutation, subjects_that_fit
+from dwiml_nb.batch.order import keyed_permutation
+from dwiml_nb.batch.sampler import BatchIds, DWIMLBatchIDSampler
 from dwiml_nb.batch.spec import ModelSpec
+from dwiml_nb.batch.weights import LINE_WEIGHTS
 from dwiml_nb.core.errors import DataProblem
 from dwiml_nb.core.lines import resample_step
 from dwiml_nb.core.ragged import Ragged
@@ -108,6 +112,49 @@ def test_cycles_keep_their_subjects(counts, size, nb_subjects, cycles, budget, s
     layout = sampler_of(counts, size, seed=seed, nb_subjects_per_batch=nb_subjects, cycles=cycles, budget_per_subject=budget).epoch_passes("training", 0)[0]
     for run in range(layout.nb_full): assert len(set.union(*who[run * cycles:(run + 1) * cycles])) <= nb_subjects
     assert len(who) - layout.nb_full * cycles < cycles * (len(layout.short) + 1)
+
+
+@quick
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=4), st.sampled_from(["nb_streamlines", "length_mm", "nb_points"]),
+       st.sampled_from(["proportional", "equal"]), st.sampled_from([(None, None), (2, None), (2, 3)]), numbers)
+def test_a_line_comes_as_often_as_its_weight_says(counts, units, budget, subjects, seed):
+    rng = np.random.default_rng(seed)
+    weights = [rng.choice([0., .1, .5, 1, 2, 7.3], n) + 1e-9*(np.arange(n) == 0) for n in counts]
+    options = dict(batch_size_units=units, budget_per_subject=budget, nb_subjects_per_batch=subjects[0], cycles=subjects[1], seed=seed % 1000)
+    sampler = sampler_of(counts, 40 if units == "nb_streamlines" else 400, line_weights=lambda subset, subject, group: weights[subject], **options)
+    assert sampler.repeats
+    for epoch in (0, 3):
+        drawn = [[] for _ in counts]
+        for b in sampler.batches(epoch=epoch):
+            mm = sampler.line_sizes("training") if units != "nb_streamlines" else [np.ones(n) for n in counts]
+            assert sum(mm[s][ids].sum() for s, ids in b) <= sampler.batch_size("training") + 1e-6 or b.nb_streamlines == 1      # of what was drawn
+            for s, ids in b: drawn[s].append(ids)
+        for n, w, ids in zip(counts, weights, drawn):
+            times, mean = np.bincount(np.concatenate([*ids, np.zeros(0, int)]), minlength=n), w*n/w.sum() if n else w
+            assert len(times) == n and times.sum() == n and (times >= np.floor(mean - 1e-9)).all() and (times <= np.ceil(mean + 1e-9)).all()
+    once, equal = (sampler_of(counts, 400, line_weights=w, **options) for w in (None, lambda subset, subject, group: np.full(counts[subject], .3)))
+    for context in ("training", "validation"): assert plain(once.batches(context)) == plain(equal.batches(context))      # equal weights are none
+
+
+def test_weights_from_a_study():
+    "A key, a registered name and a function are asked for the same; lines that repeat in a batch load as they are; only training batches are weighted."
+    study = MultiSubjectDataset(Path(__file__).parent/"data"/"dwi_ml_study"/"study_v1.hdf5", lazy=True).load_data()
+    group = study.streamline_groups[0]
+    own = [study.training.streamlines_of(s, group).get_dps()["weight"] for s in range(len(study.training))]
+    f = lambda subset, subject, group: own[subject][:, 0]
+    LINE_WEIGHTS.register("of_the_test", f)
+    samplers = [DWIMLBatchIDSampler(study, group, 30, line_weights=w) for w in ("weight", "of_the_test", f)]
+    assert [s.params["line_weights"] for s in samplers] == ["weight", "of_the_test", "of_the_test"] and "repeat" in repr(samplers[0])
+    assert plain(samplers[0].batches()) == plain(samplers[1].batches()) == plain(samplers[2].batches()) != plain(DWIMLBatchIDSampler(study, group, 30).batches())
+    loader = DWIMLBatchLoader(study, ModelSpec(step_size=1.0), group, segment_mm=5.0, off_track_mm=1.0)
+    for batch in (*samplers[0].batches(), BatchIds([(0, np.array([3, 1, 3, 3]))])):
+        alone = [study.training.get_lines(s, group, [i]).data for s, ids in batch for i in ids]
+        assert torch.equal(Ragged.cat([study.training.get_lines(s, group, ids) for s, ids in batch]).data, torch.cat(alone))
+        assert len(loader.load_batch_streamlines(batch)) == batch.nb_streamlines
+    with pytest.raises(DataProblem, match=f"group {group}: no data per streamline 'wieght'.*Did you mean 'weight'.*LINE_WEIGHTS"): DWIMLBatchIDSampler(study, group, line_weights="wieght")
+    with pytest.raises(DataProblem, match=f"subject subj-0., group {group}: the weights of the lines, 'colour', cannot be used.*one number for each of .* lines"):
+        list(DWIMLBatchIDSampler(study, group, line_weights="colour").batches())
+    study.close()
 
 
 def test_params_make_the_same_sampler():

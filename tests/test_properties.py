@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 from torch.nn.utils.rnn import pack_sequence
 
 from dwiml_nb.batch.augment import Augmentation, augment, draw
-from dwiml_nb.batch.sampler import keyed_rng
+from dwiml_nb.batch.order import keyed_rng
 from dwiml_nb.core.lines import all_but_last, cut, directions, lengths_of, previous_directions, resample_nb_points, resample_step, reverse
 from dwiml_nb.core.ragged import Ragged
 from dwiml_nb.core.space import SPACES, Grid, convert

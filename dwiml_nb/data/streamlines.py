@@ -161,12 +161,13 @@ def lengths_mm(self:SFTData) -> np.ndarray: # (S,) float64
 @patch
 def get_dps(
     self:SFTData,
-    ids=None, # Line numbers
+    ids=None, # Line numbers; all when not given
+    keys=None, # Names wanted; all when not given
 ) -> dict: # name -> (n, k) array
     "Data per streamline of some lines."
-    ids = line_numbers(ids, self.nb_streamlines)
-    if self.dps_kept is not None: return {k: rows[ids] for k,rows in self.dps_kept.items()}
-    with told_of(self.file, self.name): return {k: self.parts[f'data_per_streamline/{k}'].take(ids) for k in self.dps_keys}
+    ids,keys = line_numbers(ids, self.nb_streamlines), self.dps_keys if keys is None else keys
+    if self.dps_kept is not None: return {k: self.dps_kept[k][ids] for k in keys}
+    with told_of(self.file, self.name): return {k: self.parts[f'data_per_streamline/{k}'].take(ids) for k in keys}
 
 @patch
 def as_tractogram(

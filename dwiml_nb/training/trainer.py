@@ -29,7 +29,7 @@ from ..core.folders import clear_folder, flush_folder, write_folder
 from ..core.registry import class_path
 from ..core.lines import all_but_last
 from ..core.ragged import Ragged
-from ..batch.sampler import keyed_rng
+from ..batch.order import keyed_rng
 from .checkpoints import (Checkpoint, check_same, checkpoint_parts, load_weights, read_checkpoint,
                                            write_model)
 from .control import TrainingControl, only_one, stop_on_signals

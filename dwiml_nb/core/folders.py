@@ -62,10 +62,7 @@ def write_folder_steps(
     folder,new = Path(folder), beside(folder, 'new')
     clear_folder(new); yield 'clear leftovers'
     new.mkdir(parents=True); yield 'make folder'
-    for name,write in parts.items():
-        try: write(new/name)
-        except Exception: clear_folder(new); raise                  # a full disk: leave the old one alone, and nothing half-written
-        yield f'write {name}'
+    for name,write in parts.items(): write(new/name); yield f'write {name}'
     flush_folder(new); yield 'flush'
     yield from swap_steps(folder)
 
@@ -73,8 +70,11 @@ def write_folder(
     folder, # What it shall be called
     parts:dict, # file or folder name -> function that writes it
 ):
-    "Write a folder anew as a whole."
-    for _ in write_folder_steps(folder, parts): pass
+    "Write a folder anew as a whole, or leave it as it was."
+    try:
+        for _ in write_folder_steps(folder, parts): pass
+    except BaseException:                                             # a full disk, Ctrl-C
+        clear_folder(beside(folder, 'new')); raise
 
 # %% ../../nbs/00_core/02_folders.ipynb #0e06cbca
 def whole_folder(

@@ -24,8 +24,8 @@ from fastcore.basics import patch
 from .errors import DataProblem, did_you_mean
 
 # %% ../../nbs/00_core/03_registry.ipynb #5fddba8d
-brought_in = {}                                                       # what was trusted, in words -> name of the module
-trusted = ContextVar('trusted', default=frozenset())                  # names of the modules that are trusted here
+brought_in = {}                                        # what was ever trusted, in words -> name of the module
+trusted = ContextVar('trusted', default=frozenset())   # names of the modules that are trusted just now
 
 def words_of(
     trust, # Names of packages, paths of .py files: one, several or none
@@ -39,8 +39,8 @@ def name_of(
     "The module's name, without importing it."
     name = Path(word).stem if word.endswith('.py') else word
     if all(part.isidentifier() for part in name.split('.')): return name
-    raise DataProblem(f"'{word}' cannot be trusted", expected="the name of a package, or a .py file with a name that Python can import",
-                      do="give one of these, or rename the file.")
+    raise DataProblem(f"'{word}' cannot be trusted", do="give one of these, or rename the file.",
+                      expected="the name of a package, or a .py file with a name that Python can import")
 
 # %% ../../nbs/00_core/03_registry.ipynb #e98b3c87
 def same_file(a, b) -> bool: # Paths, or None
@@ -53,12 +53,14 @@ def import_file(
     name:str, # What the module is called
 ) -> str: # its name among the loaded modules
     "Import one file, unless it is there already."
-    if not Path(path).is_file(): raise DataProblem("there is no such file to trust", file=path, do="check the path.")
+    if not Path(path).is_file():
+        raise DataProblem("there is no such file to trust", file=path, do="check the path.")
     for there in ('__main__', name):
         if same_file(getattr(sys.modules.get(there), '__file__', None), path): return there
-    spec = importlib.util.find_spec(name) if name not in sys.modules else sys.modules[name].__spec__
-    if name in sys.modules or spec is not None and not same_file(spec.origin, path):
-        raise DataProblem(f"this file would hide the module '{name}'", found=getattr(spec, 'origin', None), file=path, do="rename the file.")
+    other = sys.modules[name].__spec__ if name in sys.modules else importlib.util.find_spec(name)
+    if name in sys.modules or other and not same_file(other.origin, path):
+        raise DataProblem(f"this file would hide the module '{name}'", file=path, do="rename the file.",
+                          found=other and other.origin)
     spec = importlib.util.spec_from_file_location(name, Path(path).absolute())
     sys.modules[name] = importlib.util.module_from_spec(spec)
     try: spec.loader.exec_module(sys.modules[name])
@@ -72,13 +74,16 @@ def bring_in(
     "Import what is trusted."
     if word in brought_in: return brought_in[word]
     name = brought_in[word] = name_of(word)
-    try: brought_in[word] = import_file(word, name) if word.endswith('.py') else importlib.import_module(name).__name__
-    except DataProblem: del brought_in[word]; raise
-    except (Exception, SystemExit) as e:
+    try:
+        if word.endswith('.py'): brought_in[word] = import_file(word, name)
+        else: importlib.import_module(name)
+    except BaseException as e:
         del brought_in[word]
-        do = "check the name; a file is given with its path: folder/file.py." if isinstance(e, ModuleNotFoundError) else \
-             "correct it; what a script does when it runs belongs under `if __name__ == '__main__':`."
-        raise DataProblem(f"'{word}' is trusted but cannot be imported", found=f"{type(e).__name__}: {e}", do=do) from e
+        if isinstance(e, (DataProblem, KeyboardInterrupt)): raise
+        do = "correct it; what a script does when it runs belongs under `if __name__ == '__main__':`."
+        if isinstance(e, ModuleNotFoundError): do = "check the name; a file is given as folder/file.py."
+        found = f"{type(e).__name__}: {e}"
+        raise DataProblem(f"'{word}' is trusted but cannot be imported", found=found, do=do) from e
     return brought_in[word]
 
 # %% ../../nbs/00_core/03_registry.ipynb #901e723a
@@ -86,7 +91,7 @@ def bring_in(
 def trusting(
     trust=(), # Names of packages, paths of .py files: one, several or none
 ):
-    "Within this, files may name classes of these. They are imported at once, so that what they register is there."
+    "Within this, files may name classes of these. They are imported at once, so what they register is there."
     before = trusted.set(trusted.get() | {bring_in(word) for word in words_of(trust)})
     try: yield
     finally: trusted.reset(before)
@@ -94,12 +99,14 @@ def trusting(
 # %% ../../nbs/00_core/03_registry.ipynb #78164df6
 def words_of_environment() -> list: # of str
     "What `DWIML_TRUST` names, separated by commas or as in PATH."
-    return [word.strip() for word in re.split(f'[,{re.escape(os.pathsep)}]', os.environ.get('DWIML_TRUST', '')) if word.strip()]
+    words = re.split(f'[,{re.escape(os.pathsep)}]', os.environ.get('DWIML_TRUST', ''))
+    return [word.strip() for word in words if word.strip()]
 
 def places_of_installation() -> list: # of folders
-    "Where packages are installed: of `sys.path`, what Python's site and PYTHONPATH name, but not the working directory."
-    named = [*site.getsitepackages(), *(sysconfig.get_path(o) for o in ('purelib', 'platlib')),
-             *os.environ.get('PYTHONPATH', '').split(os.pathsep), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
+    "Those of `sys.path` that Python's site or PYTHONPATH name, but not the working directory."
+    named = [*site.getsitepackages(), sysconfig.get_path('purelib'), sysconfig.get_path('platlib'),
+             *os.environ.get('PYTHONPATH', '').split(os.pathsep)]
+    if site.ENABLE_USER_SITE: named.append(site.getusersitepackages())
     real = {os.path.realpath(folder) for folder in named if folder} - {os.path.realpath(os.curdir)}
     return [folder for folder in sys.path if folder and os.path.realpath(folder) in real]
 
@@ -108,21 +115,24 @@ def plugins() -> dict: # name of the package -> its entry points
     "What installed distributions announce; nothing is imported."
     found = {}
     for one in metadata.distributions(path=places_of_installation()):
-        for point in one.entry_points.select(group='dwiml_nb.plugins'): found.setdefault(point.module.split('.')[0], []).append(point)
+        for point in one.entry_points.select(group='dwiml_nb.plugins'):
+            found.setdefault(point.module.split('.')[0], []).append(point)
     return found
 
 # %% ../../nbs/00_core/03_registry.ipynb #bfb5175a
 loaded_plugins = set()
 
 def bring_in_trusted():
-    "Import what `DWIML_TRUST` and the installed plugins name; once, and not before a name is looked up that is not known."
+    "Import what `DWIML_TRUST` and the plugins name, once; called when a name is looked up that is not known."
     for word in words_of_environment(): bring_in(word)
     for package,points in plugins().items():
         if package in loaded_plugins: continue
         loaded_plugins.add(package)
         try:
             for point in points: point.load()
-        except Exception as e: warnings.warn(f"the plugin {package} cannot be imported, {type(e).__name__}: {e}. Correct it, or remove the package.")
+        except Exception as e:
+            warnings.warn(f"the plugin {package} cannot be imported, {type(e).__name__}: {e}. "
+                          "Correct it, or remove the package.")
 
 def allowed() -> set: # of names of modules
     "Whose classes a file may name, beside those that are here."
@@ -159,8 +169,10 @@ class Registry(Mapping):
         if self.find(name) is None: bring_in_trusted()
         if (full := self.find(name)) is not None: return self.entries[full]
         same = [known for known in self.entries if known.rpartition('.')[2] == name]
-        if same: raise ValueError(f"there is more than one {self.what} '{name}': {', '.join(same)}. Give the name in full.")
-        raise ValueError(f"unknown {self.what} '{name}'. It is one of {', '.join(self.entries)}.{did_you_mean(name, self.entries)}")
+        if same: raise ValueError(f"more than one {self.what} is called '{name}': {', '.join(same)}. "
+                                  "Give the name in full.")
+        raise ValueError(f"unknown {self.what} '{name}'. It is one of {', '.join(self.entries)}."
+                         f"{did_you_mean(name, self.entries)}")
 
     def __contains__(self, name):
         if self.find(name) is None: bring_in_trusted()
@@ -179,7 +191,8 @@ def same_definition(
     if a is b: return True
     names = [getattr(o, '__qualname__', None) for o in (a, b)]
     modules = [getattr(o, '__module__', None) for o in (a, b)]
-    return names[0] is not None and names[0] == names[1] and (modules[0] == modules[1] or '__main__' in modules)
+    if names[0] is None or names[0] != names[1]: return False
+    return modules[0] == modules[1] or '__main__' in modules
 
 @patch
 def register(self:Registry,
@@ -192,7 +205,8 @@ def register(self:Registry,
     if self.base and not (isinstance(obj, type) and issubclass(obj, self.base)):
         raise TypeError(f"a {self.what} is a class that inherits from {self.base.__name__}, found {obj!r}")
     if name in self.entries and not same_definition(self.entries[name], obj):
-        raise ValueError(f"there is a {self.what} '{name}' already, {self.entries[name]!r}. Choose another name.")
+        raise ValueError(f"the {self.what} '{name}' is there already: {self.entries[name]!r}. "
+                         "Choose another name.")
     self.entries[name] = obj
     return obj
 
@@ -241,13 +255,16 @@ def class_here(
     known = {class_path(o): o for o in sorted(family(base), key=is_current)}
     if path in known: return known[path]
     module,_,name = path.rpartition('.')
-    same = {k: o for k,o in known.items() if o.__qualname__ == name}
-    files = {brought_in[word] for word in brought_in if word.endswith('.py')}
-    of_files = {k: o for k,o in same.items() if o.__module__ in files and module.rpartition('.')[2] in ('', '__main__', o.__module__)}
-    if not of_files and module not in ('', '__main__') and is_on_this_machine(module.split('.')[0]): return None
-    same = of_files or same
-    if len(same) > 1: raise DataProblem(f"there is more than one {base.__name__} '{name}' here", expected=path, found=', '.join(same),
-                                        do="load it with the class itself, or give the path in full.")
+    same = {k: o for k,o in known.items() if o.__name__ == name}
+    files = {module for word,module in brought_in.items() if word.endswith('.py')}
+    by_file = {k: o for k,o in same.items()
+               if o.__module__ in files and module.split('.')[-1] in ('', '__main__', o.__module__)}
+    elsewhere = module not in ('', '__main__') and is_on_this_machine(module.split('.')[0])
+    if elsewhere and not by_file: return None
+    same = by_file or same
+    if len(same) > 1:
+        raise DataProblem(f"more than one {base.__name__} here is called '{name}'", found=', '.join(same),
+                          do="load it with the class itself, or keep only one of them.")
     return next(iter(same.values()), None)
 
 # %% ../../nbs/00_core/03_registry.ipynb #8cdb65dc
@@ -274,15 +291,19 @@ def check_allowed(
 ):
     "Refuse a class of a module that nobody has allowed; nothing is imported."
     package,*rest = path.split('.')
-    if package in ('', '__main__') or not rest:
-        raise DataProblem(f"the class {path} cannot be imported here", expected="a class in an installed module",
-                          found="none; it was probably defined in a notebook or a script", do=f"{do} Or give the script: --trust script.py.".strip())
+    if package in ('', '__main__') or not rest or '<locals>' in rest:
+        close = did_you_mean(path.rpartition('.')[2], [o.__name__ for o in family(base)])
+        raise DataProblem(f"the class {path} cannot be imported here.{close}",
+                          expected="a class in an installed module",
+                          found="none; it was probably defined in a notebook or a script",
+                          do=f"{do} Or give the script: --trust script.py.".strip())
     if not all(name.isidentifier() for name in rest) or '__main__' in rest:
         raise DataProblem(f"{path!r} is no path of a class", expected="module.Class", do=do)
     if any(f'{path}.'.startswith(f'{name}.') for name in allowed()): return
-    raise DataProblem(f"{path} is a class of '{package}', which was not allowed to run here", found=f"a record that names it as a {base.__name__}",
-                      do=f"if you trust it, say so: --trust {package}, or --trust and the .py file that it is in (trust=… in Python); "
-                         f"or import it first.{' Or ' if do else ''}{do}")
+    raise DataProblem(f"{path} is a class of '{package}', which was not allowed to run here",
+                      found=f"a record that names it as a {base.__name__}",
+                      do=f"if you trust it, say so: --trust {package}, or --trust and its .py file "
+                         f"(trust=… in Python); or import it first.{' Or ' if do else ''}{do}")
 
 # %% ../../nbs/00_core/03_registry.ipynb #3fe7cde6
 MOVED = {}        # path in older records -> path now
@@ -294,7 +315,9 @@ def class_named(
     trust=(), # Names of packages, paths of .py files that are allowed besides
 ) -> type:
     "The class that a file names, if it is here, of this library, or of what is trusted."
-    if not isinstance(path, str): raise DataProblem(f"a {base.__name__} is named by no text", expected="module.Class", found=repr(path)[:80], do=do)
+    def wrong(problem, found, expected="a class in an installed module"):
+        return DataProblem(problem, expected, found, do)
+    if not isinstance(path, str): raise wrong(f"a {base.__name__} is named by no text", repr(path)[:80])
     path = MOVED.get(path, path)
     with trusting(trust):
         if (cls := class_here(path, base)) is not None: return cls
@@ -303,8 +326,7 @@ def class_named(
         check_allowed(path, base, do)
         try: cls = imported_class(path)
         except (Exception, SystemExit) as e:
-            raise DataProblem(f"the class {path} cannot be imported here", expected="a class in an installed module",
-                              found=f"{type(e).__name__}: {e}", do=do) from e
-    if cls is None: raise DataProblem(f"the class {path} cannot be imported here", expected="a class in an installed module", found="none", do=do)
-    if not issubclass(cls, base): raise DataProblem(f"{path} is not what belongs here", expected=f"a child of {class_path(base)}", found=f"{class_path(cls)}", do=do)
-    return cls
+            raise wrong(f"the class {path} cannot be imported here", f"{type(e).__name__}: {e}") from e
+    if cls is None: raise wrong(f"the class {path} cannot be imported here", "no class of that name")
+    if issubclass(cls, base): return cls
+    raise wrong(f"{path} is not what belongs here", class_path(cls), f"a child of {class_path(base)}")

@@ -17,7 +17,7 @@ from ..training.trainer import DWIMLTrainer
 
 # %% ../../nbs/08_runs/01_resume.ipynb #cd75633f
 PARTS = {'trainer': DWIMLTrainer, 'model': MainModelAbstract, 'sampler': DWIMLBatchIDSampler,
-         'loader': DWIMLBatchLoader, 'dataset': MultiSubjectDataset}                            # what a record names -> the parent of each
+         'loader': DWIMLBatchLoader, 'dataset': MultiSubjectDataset}      # what a record names -> its parent
 
 def trainer_from_folder(
     experiments_path,
@@ -29,7 +29,8 @@ def trainer_from_folder(
     "Build a run again from its folder, ready to go on."
     checkpoint = read_checkpoint(Path(experiments_path)/experiment_name)
     kept = checkpoint.params
-    do = "in the notebook or script that defines it, build the model and call init_from_checkpoint(model, …) of the trainer's class."
+    do = ("in the notebook or script that defines it, build the model and call "
+          f"{str(kept['trainer']['class']).rpartition('.')[2]}.init_from_checkpoint(model, …).")
     with trusting(trust):
         classes = {part: class_named(kept[part]['class'], base, do) for part,base in PARTS.items()}
         dataset = classes['dataset'](hdf5_file or kept['dataset']['hdf5_file'], lazy=kept['dataset']['lazy'])
@@ -37,4 +38,5 @@ def trainer_from_folder(
         model = classes['model'].load_model_from_params_and_state(checkpoint.folder/'model')
         sampler = classes['sampler'](dataset, **kept['sampler']['params'])
         loader = classes['loader'](dataset, model, **kept['loader']['params'])
-        return classes['trainer'].init_from_checkpoint(model, experiments_path, experiment_name, sampler, loader, **kwargs)
+        again = classes['trainer'].init_from_checkpoint
+        return again(model, experiments_path, experiment_name, sampler, loader, **kwargs)

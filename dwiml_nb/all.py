@@ -44,7 +44,8 @@ from .data.dataset import *       # A study, opened for learning: three subsets,
 from .data.extract import *       # What went into a study comes out of it again, as files that any viewer opens.
 
 # %% ../nbs/all.ipynb #8911a334
-from .batch.spec import *      # What a loader must know of a model, and nothing more.
+from .batch.spec import *      # What the rest of the library asks of a model, read once, in one place.
+from .batch.inputs import *    # What a model sees at a point: the one place where it is computed, for batches and for tracking.
 from .batch.order import *     # Chance that is a function of the numbers that name it, and a shuffled order that is stored nowhere.
 from .batch.layouts import *   # How the lines of an epoch are shared among batches, without making the batches.
 from .batch.weights import *   # How often each line comes: a number per line decides, and the count that comes of it is exact.
@@ -69,7 +70,9 @@ from .models.checks import *        # One call tells whether a new model or dire
 
 # %% ../nbs/all.ipynb #bec6a930
 from .tracking.seeds import *     # Where tracking starts: points drawn inside a mask.
-from .tracking.tracker import *   # A model walks through the volume, all lines at once.
+from .tracking.stops import *      # Why a line ends: the tracker's own reasons, and rules of your own.
+from .tracking.propagate import *  # A step of every line at once, again and again, until the last one has ended.
+from .tracking.tracker import *    # A model walks through the volume, all lines at once.
 
 # %% ../nbs/all.ipynb #c38d9ac2
 from .training.monitors import *      # Means that can stop in the middle of an epoch, and the epoch worth keeping.

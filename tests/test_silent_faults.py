@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from dwiml_nb.batch.inputs import InputsAt
 from dwiml_nb.batch.loader import DWIMLBatchLoader, DWIMLBatchLoaderOneInput, slices_of
 from dwiml_nb.batch.sampler import BatchIds, DWIMLBatchIDSampler
 from dwiml_nb.batch.spec import ModelSpec
@@ -30,7 +31,8 @@ from dwiml_nb.models.learn2track import Learn2TrackModel
 from dwiml_nb.models.rnn import StackedRNN
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.tracking.seeds import checked_seeds, seeds_from_mask
-from dwiml_nb.tracking.tracker import Tracker, Walk, propagate
+from dwiml_nb.tracking.propagate import Walk, propagate
+from dwiml_nb.tracking.tracker import Tracker
 from dwiml_nb.training.loggers import read_logs
 from dwiml_nb.training.trainer import DWIMLTrainer
 
@@ -110,7 +112,8 @@ def one_subject(sizes=(2.0, 2, 2), dimensions=(30, 12, 10), **volumes):
     grid = Grid(np.diag([*sizes, 1.0]), dimensions)
     volumes = {"input": torch.randn(*dimensions, 4, generator=torch.Generator().manual_seed(2)), **volumes}
     subset = SimpleNamespace(subjects=["sub-01"], grid=lambda s, g: grid, get_volume=lambda s, g, device="cpu": volumes[g])
-    return SimpleNamespace(volume_groups=list(volumes), testing=subset, training=None, validation=None), grid
+    nb_features = {name: volume.shape[3] for name, volume in volumes.items()}
+    return SimpleNamespace(volume_groups=list(volumes), nb_features=nb_features, testing=subset, training=None, validation=None), grid
 
 
 @pytest.mark.parametrize("sizes,space", [((2.0, 2, 2), "voxmm"), ((1.0, 2, 3), "voxmm"), ((2.0, 2, 2), "vox")])
@@ -459,7 +462,7 @@ def test_legacy_half_voxel_reaches_loader_and_tracker(toy):
     moved = lines.with_data(lines.data - 0.5 * torch.tensor(toy.training.grid(0, "input").voxel_sizes).float())
     torch.testing.assert_close(b.load_batch_inputs(moved, who).data, a.load_batch_inputs(lines, who).data, atol=1e-4, rtol=0)
     dataset, grid = one_subject()
-    walks = [Walk(SimpleNamespace(legacy_half_voxel=o), torch.randn(30, 12, 10, 4, generator=torch.Generator().manual_seed(1)), grid) for o in (False, True)]
+    walks = [Walk(None, InputsAt(dataset.testing, 0, {"": ["input"]}, ModelSpec(legacy_half_voxel=o), grid), grid) for o in (False, True)]
     at = torch.tensor([[20.3, 11.1, 7.7]])
     torch.testing.assert_close(walks[1].inputs(at - 1), walks[0].inputs(at), atol=1e-4, rtol=0)
 
@@ -498,7 +501,7 @@ def test_trackers_say_what_is_wrong():
     make = lambda model=None, **kw: Tracker(model or Straight(), dataset, "sub-01", "input", **kw)
     with pytest.raises(DataProblem, match="group input: a tracking mask cannot be this volume. Expected: 1 features. Found: 4"): make(tracking_mask_group="input")
     with pytest.raises(DataProblem, match="peaks cannot be this volume. Expected: 3 features. Found: 2"): make(first_direction="peaks:peaks")
-    with pytest.raises(DataProblem, match="the model's input cannot be this volume. Expected: 7 features. Found: 4"): make(Learn2TrackModel(7, rnn_layer_sizes=[3], step_size=1.0))
+    with pytest.raises(DataProblem, match="the model was made for another volume. Expected: 7 features. Found: 4"): make(Learn2TrackModel(7, rnn_layer_sizes=[3], step_size=1.0))
     with pytest.raises(ValueError, match="theta_deg"): make(theta_deg=0)
     with pytest.raises(ValueError, match="batch_size"): make(batch_size=-3)
     with pytest.raises(ValueError, match="min_length_mm"): make(min_length_mm=50, max_length_mm=40)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Augmentation', 'draw_splits', 'split_lengths', 'draw_reverse', 'draw_segments', 'draw_shifts', 'draw_off_track',
-           'displaced', 'Draws', 'draw', 'augment']
+           'displaced', 'Draws', 'draw', 'augment', 'real_ends']
 
 # %% ../../nbs/03_batch/06_augment.ipynb #324d3921
 import math
@@ -157,13 +157,32 @@ def augment(
     draws:Draws,
     options:Augmentation,
     step_mm:float=None, # Distance between points, for the targets of off-track lines
+    prepare=None, # Function of the lines, called once they are cut in two: what each part must look like
 ) -> tuple: # Ragged: the lines walked; Ragged: the target lines
     "The lines as drawn: cut, turned, moved, pushed off track. White noise comes later, after the volume was sampled."
     if draws.split is not None: lines,_ = split(lines, draws.split)
+    if prepare is not None: lines = prepare(lines)
     if draws.start is not None: lines = cut(lines, draws.start, draws.kept)
     if draws.turned is not None: lines = reverse(lines, draws.turned)
-    if draws.shift_mm is not None: lines = lines.with_data(lines.data + draws.shift_mm.to(lines.data).repeat_interleave(lines.lengths, dim=0))
+    if draws.shift_mm is not None:
+        lines = lines.with_data(lines.data + draws.shift_mm.to(lines.data).repeat_interleave(lines.lengths, dim=0))
     if draws.sigma_mm is None: return lines, lines
     drift = wandering_noise(lines, draws.sigma_mm, options.off_track_corr_mm, torch.Generator().manual_seed(draws.noise_seed))
     walked = lines.with_data(lines.data + drift.data)
     return walked, lead_back_targets(lines, walked, step_mm, options.lead_mm or 5.)
+
+# %% ../../nbs/03_batch/06_augment.ipynb #4b6a145c
+def real_ends(
+    lengths:Tensor, # (S,) points of each line before anything was drawn
+    draws:Draws,
+) -> Tensor: # (S', 2) bool: first point, last point
+    "Which ends of the augmented lines are ends of streamlines, and not cuts."
+    ends = torch.ones(len(lengths), 2, dtype=torch.bool)
+    if draws.split is not None:
+        parts,lengths = 1 + (draws.split > 0).long(), split_lengths(lengths, draws.split)
+        last = parts.cumsum(0) - 1                                                 # the last part of each line
+        ends = torch.zeros(len(lengths), 2, dtype=torch.bool)
+        ends[last - parts + 1, 0],ends[last, 1] = True, True
+    if draws.start is not None:
+        ends = ends & torch.stack([draws.start == 0, draws.start + draws.kept == lengths], 1)
+    return ends if draws.turned is None else torch.where(draws.turned[:, None], ends.flip(1), ends)

@@ -22,7 +22,7 @@ from ..core.errors import DataProblem, did_you_mean
 from ..core.files import read_json, write_json
 from ..core.folders import whole_folder, write_folder
 from ..core.registry import Registry, class_named, class_path, trusting
-from ..batch.spec import checked_points
+from ..batch.spec import checked_points, not_written
 
 # %% ../../nbs/05_models/00_base.ipynb #d94a8b85
 def bound_arguments(
@@ -94,9 +94,11 @@ class MainModelAbstract(nn.Module):
         self.streamline_space,self.legacy_half_voxel = streamline_space, bool(legacy_half_voxel)
         self.context = 'training'
 
+    @not_written
     def forward(self, *args, **kwargs):
         raise NotImplementedError(f"{type(self).__name__} has no forward(inputs, streamlines). "
                                   "Write one: one tensor a line comes in, outputs for compute_loss go out.")
+    @not_written
     def compute_loss(self, outputs, target_streamlines):
         raise NotImplementedError(f"{type(self).__name__} has no compute_loss(outputs, target_streamlines). "
                                   "Write one: it returns a loss, or (loss, n).")
@@ -117,6 +119,34 @@ def device(self:MainModelAbstract) -> torch.device:
 def move_to(self:MainModelAbstract, device): return self.to(device)
 @patch
 def set_context(self:MainModelAbstract, context:str): self.context = context
+
+# %% ../../nbs/05_models/00_base.ipynb #13001487
+@patch
+@not_written
+def tracking_step(self:MainModelAbstract, inputs, previous_dirs, state=None):
+    raise NotImplementedError(f"{type(self).__name__} has no tracking_step(inputs, previous_dirs, state), so it cannot track. "
+                              "Write one: it returns (outputs, state).")
+
+@patch
+@not_written
+def get_tracking_directions(self:MainModelAbstract, outputs, algo='det', eos_threshold=None, previous_dirs=None, draws=None):
+    raise NotImplementedError(f"{type(self).__name__} has no get_tracking_directions(outputs, …), so it cannot track. "
+                              "Write one, or use a direction getter: it returns one direction per line, NaN where it ends.")
+
+@patch
+def warm_up(self:MainModelAbstract, inputs, lines):
+    "The state after the last point of the lines; a model without memory has none."
+    return None
+
+@patch
+def select_state(self:MainModelAbstract,
+    state, # None, or tensors whose second dimension is the lines, nested in lists or tuples
+    keep, # bool mask or line numbers
+):
+    "The state of some of the lines."
+    if state is None: return None
+    if isinstance(state, torch.Tensor): return state[:, keep]
+    return type(state)(self.select_state(o, keep) for o in state)
 
 # %% ../../nbs/05_models/00_base.ipynb #a75c28f4
 @patch(as_prop=True)

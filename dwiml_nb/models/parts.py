@@ -8,10 +8,10 @@ __all__ = ['ModelWithNeighborhood', 'ModelWithOneInput', 'ModelWithPreviousDirec
 # %% ../../nbs/05_models/02_parts.ipynb #e35ac393
 from typing import Literal
 from torch import Tensor
-from fastcore.basics import patch
 from ..core.ragged import Ragged
 from ..core.lines import previous_directions, unit
 from ..core.volume import neighborhood_vectors
+from ..batch.spec import InputSpec
 from ..directions.registry import direction_getter
 from .base import MainModelAbstract
 from .embeddings import CNNEmbedding, embedding
@@ -53,6 +53,9 @@ class ModelWithOneInput(ModelWithNeighborhood):
         else:
             self.input_embedding_layer = self.make_input_embedding(input_embedding_key, input_embedded_size, nb_cnn_filters, kernel_size)
             self.computed_input_embedded_size = self.input_embedding_layer.output_size
+
+    @property
+    def input_specs(self) -> dict: return {'': InputSpec(self.nb_features, self.neighborhood_vectors)}
 
     def make_input_embedding(self, key, size, nb_cnn_filters, kernel_size):
         "The embedding layer for F features at K places."
@@ -117,23 +120,3 @@ class ModelWithDirectionGetter(MainModelAbstract):
     def get_tracking_directions(self, outputs, algo='det', eos_threshold=None, previous_dirs=None, draws=None):
         "One direction per line, (n, 3); NaN where it ends."
         return self.direction_getter.get_tracking_directions(outputs, algo, eos_threshold, previous_dirs, draws)
-
-# %% ../../nbs/05_models/02_parts.ipynb #85a166d0
-@patch
-def tracking_step(self:ModelWithDirectionGetter, inputs, previous_dirs, state=None):
-    raise NotImplementedError(f"{type(self).__name__} has no tracking_step(inputs, previous_dirs, state), so it cannot track. Write one: it returns (outputs, state).")
-
-@patch
-def warm_up(self:ModelWithDirectionGetter, inputs, lines):
-    "The state after the last point of the lines; a model without memory has none."
-    return None
-
-@patch
-def select_state(self:ModelWithDirectionGetter,
-    state, # None, or tensors whose second dimension is the lines, nested in lists or tuples
-    keep:Tensor, # bool mask or line numbers
-):
-    "The state of some of the lines."
-    if state is None: return None
-    if isinstance(state, Tensor): return state[:, keep]
-    return type(state)(self.select_state(o, keep) for o in state)

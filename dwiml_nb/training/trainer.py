@@ -175,8 +175,7 @@ def on_device(
     def end(both):
         using = torch.cuda.current_stream(device)
         using.wait_stream(copying)
-        for r in (both[1].lines, both[1].targets, both[1].inputs):
-            if r is not None: r.data.record_stream(using); r.offsets.record_stream(using)
+        for t in both[1].tensors(): t.record_stream(using)
         return both[1]
     return one_ahead(batches, begin, end)
 
@@ -253,7 +252,7 @@ class DWIMLTrainerOneInput(DWIMLTrainer):
         return self.batch_loader.load_batch_inputs(lines, ids_per_subj),
 
     def inputs_of_batch(self, batch, seen) -> tuple:
-        return super().inputs_of_batch(batch, seen) if batch.inputs is None else (batch.inputs,)
+        return super().inputs_of_batch(batch, seen) if batch.inputs is None else batch.inputs
 
 # %% ../../nbs/07_training/05_trainer.ipynb #46e67fa9
 def rows_of_outputs(

@@ -20,6 +20,7 @@ from .core.tractograms import *     # `.trk`, `.tck` and `.trx` files in and out
 from .core.sh import *              # A diffusion signal as a handful of numbers per voxel, the same numbers for every subject.
 from .core.phantom import *         # Subject folders made from nothing but a seed: bundles, a diffusion signal around them, and the truth to score against.
 from .core.human_bundles import *   # Five people's real streamlines from the installed dipy wheel, with a diffusion signal simulated around them.
+from .core.options import *         # An option is said once, by the part that needs it; help, checks and records find it there.
 
 # %% ../nbs/all.ipynb #c5d7131d
 from .study.entities import *  # A file is found by what its name says, not by how its name is written.
@@ -54,11 +55,11 @@ from .batch.augment import *   # Chance drawn first, applied second: any batch c
 from .batch.loader import *    # From ids to what a model sees: streamlines, resampled and augmented, and the volume under them.
 
 # %% ../nbs/all.ipynb #dd3f1e5f
-from .directions.base import *         # The last part of a tracking model: features become directions, a loss, and a place to go.
-from .directions.axis import *         # A first step without a sign: which way a bundle runs, not which way to go.
-from .directions.regression import *   # The direction itself as three numbers.
-from .directions.sphere import *       # A direction as one choice among K vertices.
-from .directions.registry import *     # `dg_key` and `dg_args`, as they stand in a model's `parameters.json`, become a direction getter.
+from .directions.ends_starts import *   # Where a line ends, and which way it sets out: two parts that any direction getter can have.
+from .directions.base import *          # The last part of a tracking model: features become directions, a loss, and a place to go.
+from .directions.regression import *    # The direction itself as three numbers.
+from .directions.sphere import *        # A direction as one choice among K vertices.
+from .directions.registry import *      # `dg_key` and `dg_args`, as they stand in a model's `parameters.json`, become a direction getter.
 
 # %% ../nbs/all.ipynb #8a96e338
 from .models.base import *          # What the library needs to know of a model, and how a model is kept in a folder and found again.

@@ -12,29 +12,24 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from ..core.ragged import Ragged
 from ..core.lines import unit
-from .base import DirectionGetter
-from .axis import axis_losses, main_axis
+from .base import DIRECTION_GETTERS, DirectionGetter
 
 # %% ../../nbs/04_directions/02_regression.ipynb #4ab6a86d
+@DIRECTION_GETTERS.register()
 class CosineRegressionDG(DirectionGetter):
     "Three numbers per row, trained by the cosine of the angle to the target."
     key = 'cosine-regression'
     def __init__(self,
         input_size:int, # D, features per row
-        dropout:float=0., # Share of hidden units dropped in training
-        add_eos:bool=False, # One more output: the logit of "the line ends here"
-        eos_weight:float=1., # How much the end counts beside the direction
+        *,
         normalize_targets:float=None, # Length given to target directions; None leaves them
         normalize_outputs:float=False, # Length given to output directions; False leaves them
-        axis_head:bool=False, # Six more outputs: the axis of the bundle, for first steps
-        axis_weight:float=1., # How much the axis counts beside the direction
-        second_step_weight:float=0., # With an axis head: how much the step after the first counts besides
+        **parts, # How it ends and starts
     ):
-        super().__init__(input_size, 3 + bool(add_eos) + 6*bool(axis_head), dropout, add_eos, eos_weight)
+        super().__init__(input_size, **parts)
         self.normalize_targets,self.normalize_outputs = normalize_targets,normalize_outputs
-        self.axis_head,self.axis_weight,self.second_step_weight = bool(axis_head), float(axis_weight), float(second_step_weight)
 
-    def forward(self, 
+    def forward(self,
         x:Tensor, # (M, D)
     ) -> Tensor: # (M, 3 [+1] [+6]): direction, end, axis
         rows = super().forward(x)
@@ -43,26 +38,18 @@ class CosineRegressionDG(DirectionGetter):
 
 # %% ../../nbs/04_directions/02_regression.ipynb #87d96380
 @patch
-def direction_terms(self:CosineRegressionDG,
-    rows:Tensor, # (M, 3+) outputs of the rows that have a direction
-    dirs:Ragged, # (M, 3) target steps
-) -> list: # of (loss of each row, rows that count)
-    "The cosine loss, and the axis loss if there is one."
-    target = dirs.data if self.normalize_targets is None else float(self.normalize_targets)*unit(dirs.data)
-    cosine = 1 - F.cosine_similarity(rows[:, :3], target.to(rows.dtype), dim=1)
-    if not self.axis_head: return [(cosine, None)]
-    terms = [(cosine, dirs.point_index > 0), (self.axis_weight*axis_losses(rows[:, -6:], target.to(rows.dtype)), None)]
-    return terms + [(self.second_step_weight*cosine, dirs.point_index == 1)]*(self.second_step_weight > 0)
+def target_steps(self:CosineRegressionDG, dirs:Ragged) -> Ragged: # (D, 3)
+    "The steps, of the length that was asked for."
+    if self.normalize_targets is None: return dirs
+    return dirs.with_data(float(self.normalize_targets)*unit(dirs.data))
 
-# %% ../../nbs/04_directions/02_regression.ipynb #286d7aca
 @patch
-def det_directions(self:CosineRegressionDG,
-    rows:Tensor, # (M, 3+)
-    previous_dirs:Tensor=None, # (M, 3) the step that led here, 0 where none; None: no row has one
-) -> Tensor: # (M, 3)
-    "The three numbers, or the main axis at a first point."
-    if not self.axis_head: return rows[:, :3]
-    if previous_dirs is None: return main_axis(rows[:, -6:])
-    first = ~previous_dirs[:, :3].any(1)
-    if not bool(first.any()): return rows[:, :3]
-    return rows[:, :3].index_put((first,), main_axis(rows[first, -6:]))
+def direction_terms(self:CosineRegressionDG,
+    rows:Tensor, # (D, 3)
+    dirs:Ragged, # (D, 3) target steps
+) -> Tensor: # (D,)
+    "One minus the cosine of the angle between them."
+    return 1 - F.cosine_similarity(rows, dirs.data.to(rows.dtype), dim=1)
+
+@patch
+def det_directions(self:CosineRegressionDG, rows:Tensor) -> Tensor: return rows # (M, 3)

@@ -12,72 +12,47 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from ..core.ragged import Ragged
 from ..core.sphere import sphere_vertices, nearest_vertex
-from .base import DirectionGetter, mean_of
+from .base import DIRECTION_GETTERS, DirectionGetter
+from .ends_starts import EndClass
 
 # %% ../../nbs/04_directions/03_sphere.ipynb #9e109a4c
+@DIRECTION_GETTERS.register()
 class SphereClassificationDG(DirectionGetter):
     "Scores for the K vertices of a sphere, trained by cross-entropy."
     key = 'sphere-classification'
+    end_part = EndClass
     def __init__(self,
         input_size:int, # D, features per row
-        dropout:float=0., # Share of hidden units dropped in training
-        add_eos:bool=False, # One more class, the last: the line ends here
-        eos_weight:float=1., # Must stay 1: the end is a class like the others
+        *,
         sphere:str='symmetric724', # One of dipy's spheres
+        **parts, # How it ends and starts; eos_weight must stay 1, as the end is a class like the others
     ):
         vertices = sphere_vertices(sphere)
-        super().__init__(input_size, len(vertices) + bool(add_eos), dropout, add_eos, eos_weight)
-        if self.eos_weight != 1: raise ValueError(f"the end is one of the classes here and cannot be weighted: eos_weight must be 1, found {eos_weight}")
+        super().__init__(input_size, len(vertices), **parts)
         self.sphere = sphere
         self.register_buffer('vertices', vertices.clone(), persistent=False)
 
 # %% ../../nbs/04_directions/03_sphere.ipynb #1fb14bbc
 @patch
 def direction_terms(self:SphereClassificationDG,
-    rows:Tensor, # (M, K[+1]) outputs of the rows that have a direction
-    dirs:Ragged, # (M, 3) target steps
-) -> list: # of (loss of each row, rows that count)
+    rows:Tensor, # (D, K[+1]) outputs of the rows that have a direction
+    dirs:Ragged, # (D, 3) target steps
+) -> Tensor: # (D,)
     "Cross-entropy to the vertex nearest to each step."
-    return [(F.cross_entropy(rows, nearest_vertex(dirs.data, self.vertices), reduction='none'), None)]
-
-@patch
-def eos_losses(self:SphereClassificationDG, rows:Tensor, lines:Ragged) -> Tensor: # (M,) 0 but at the last point of each line
-    "Cross-entropy to the class \"end\", at the rows where it is true."
-    ends = (lines.offsets[1:] - 1)[lines.lengths > 0]
-    return rows.new_zeros(len(rows)).index_add(0, ends, -rows[ends].log_softmax(1)[:, -1])
-
-@patch
-def mean_loss(self:SphereClassificationDG, rows:Tensor, lines:Ragged) -> tuple: # (scalar, number of rows)
-    "The mean over all rows: directions and ends alike."
-    if not self.add_eos: return DirectionGetter.mean_loss(self, rows, lines)
-    dirs,where,_ = self.rows_with_direction(lines)
-    counts = torch.ones(len(rows), dtype=torch.bool, device=rows.device).index_copy(0, where, dirs.data.any(1))
-    return mean_of(self.row_losses(rows, lines), counts), len(rows)
+    return F.cross_entropy(rows, nearest_vertex(dirs.data, self.vertices), reduction='none')
 
 # %% ../../nbs/04_directions/03_sphere.ipynb #f1fa0c6b
 @patch
-def det_directions(self:SphereClassificationDG, rows:Tensor, previous_dirs=None) -> Tensor: # (M, 3) unit vectors
+def det_directions(self:SphereClassificationDG, rows:Tensor) -> Tensor: # (M, K) -> (M, 3) unit vectors
     "The likeliest vertex."
-    return self.vertices[rows[:, :len(self.vertices)].argmax(1)].to(rows.dtype)
+    return self.vertices[rows.argmax(1)].to(rows.dtype)
 
 @patch
 def prob_directions(self:SphereClassificationDG,
-    rows:Tensor, # (M, K[+1])
+    rows:Tensor, # (M, K)
     draws:Tensor, # (M, >=1) uniform in (0, 1); the first column decides
 ) -> Tensor: # (M, 3) unit vectors
     "A vertex drawn from the softmax over the K vertices."
-    cdf = rows[:, :len(self.vertices)].softmax(1).cumsum(1)
+    cdf = rows.softmax(1).cumsum(1)
     chosen = torch.searchsorted(cdf, draws[:, :1].to(cdf)*cdf[:, -1:])
     return self.vertices[chosen[:, 0].clamp(max=len(self.vertices) - 1)].to(rows.dtype)
-
-# %% ../../nbs/04_directions/03_sphere.ipynb #530474dc
-@patch
-def eos_probs(self:SphereClassificationDG, rows:Tensor) -> Tensor: # (M,)
-    "The share of the class \"end\"."
-    return rows.softmax(1)[:, -1]
-
-@patch
-def stops_at(self:SphereClassificationDG, rows:Tensor, eos_threshold=None) -> Tensor: # (M,) bool
-    "Which lines end here."
-    if eos_threshold == 'max': return rows.argmax(1) == len(self.vertices)
-    return self.eos_probs(rows) > (.5 if eos_threshold is None else eos_threshold)

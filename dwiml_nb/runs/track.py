@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from ..core.errors import DataProblem
 from ..core.files import read_json
+from ..core.folders import whole_folder
+from ..core.registry import trusting
 from ..core.space import convert
 from ..core.tractograms import Tractogram, save_tractogram, tractogram_format
 from ..data.dataset import MultiSubjectDataset
@@ -24,7 +26,9 @@ def read_experiment(
 ) -> dict: # As the trainer wrote it
     "The record of a run: its study, groups and options."
     file = Path(experiment_path)/'parameters_latest.json'
-    if not file.is_file(): raise DataProblem("this is not the folder of an experiment", expected="parameters_latest.json", found="none", file=experiment_path, do="give {experiments_path}/{experiment_name}.")
+    if not file.is_file():
+        raise DataProblem("this is not the folder of an experiment", expected="parameters_latest.json",
+                          found="none", file=experiment_path, do="give {experiments_path}/{experiment_name}.")
     return read_json(file)
 
 # %% ../../nbs/08_runs/00_track.ipynb #a8d2e778
@@ -32,14 +36,32 @@ def experiment_model(
     experiment_path, # Folder of an experiment
     use_latest_epoch:bool=False, # The checkpoint's model instead of the best one
     device=None, # None: the first GPU if there is one, else the CPU
+    trust=(), # Packages and .py files whose classes the model's folder may name
 ): # -> the model, in evaluation mode
     "The trained model of an experiment."
     folder = Path(experiment_path)/('checkpoint/model' if use_latest_epoch else 'best_model')
-    if not folder.is_dir(): raise DataProblem("the experiment has no such model yet", expected=folder.name, file=folder, do="train for at least one epoch, or take the other model (use_latest_epoch).")
-    model = load_model(folder)
+    if whole_folder(folder) is None:
+        raise DataProblem("the experiment has no such model yet", expected=folder.name, file=folder,
+                          do="train for at least one epoch, or take the other model (use_latest_epoch).")
+    model = load_model(folder, trust)
     return model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')).eval()
 
 # %% ../../nbs/08_runs/00_track.ipynb #1ebf3ca9
+def check_output(
+    out_tractogram, # .trx, .trk or .tck
+    save_seeds:bool, # Must it keep data per streamline?
+    overwrite:bool,
+):
+    "Refuse a file that cannot be written."
+    if tractogram_format(out_tractogram) == '.tck' and save_seeds:
+        raise DataProblem("a .tck file cannot keep seeds", file=out_tractogram,
+                          do="save a .trk or .trx, or leave out save_seeds.")
+    if not Path(out_tractogram).absolute().parent.is_dir():
+        raise DataProblem("no such folder to write to", file=out_tractogram, do="create it first.")
+    if Path(out_tractogram).exists() and not overwrite:
+        raise FileExistsError(f"{out_tractogram} exists already. Choose another name, or ask to overwrite.")
+
+# %% ../../nbs/08_runs/00_track.ipynb #1dde8162
 def track_from_model(
     experiment_path, # Folder of an experiment
     subj_id:str, # Subject of the study
@@ -50,24 +72,28 @@ def track_from_model(
     npv:int=None, # Seeds per voxel; 1 if neither is given
     nt:int=None, # Seeds in total
     seeds=None, # (n, 3) rasmm: seeds of your own instead
-    save_seeds:bool=False, # Keep each line's seed as data per streamline, voxels, centre origin, as dwi_ml does
+    save_seeds:bool=False, # Keep each line's seed as data per streamline: voxels, centre origin
     use_latest_epoch:bool=False, # The checkpoint's model instead of the best one
     device=None, # None: the first GPU if there is one
     overwrite:bool=False,
     seed:int=1234, # Of the seeds and of algo='prob'
+    trust=(), # Packages and .py files whose classes the experiment may name
     **options, # Of `Tracker`: tracking_mask_group, step_mm, theta_deg, algo, …
 ) -> Tractogram:
     "Track a subject with a trained experiment and save the lines."
-    if tractogram_format(out_tractogram) == '.tck' and save_seeds: raise DataProblem("a .tck file cannot keep seeds", file=out_tractogram, do="save a .trk or .trx, or leave out save_seeds.")
-    if not Path(out_tractogram).absolute().parent.is_dir(): raise DataProblem("no such folder to write to", file=out_tractogram, do="create it first.")
-    if Path(out_tractogram).exists() and not overwrite: raise FileExistsError(f"{out_tractogram} exists already. Choose another name, or ask to overwrite it.")
-    record,model = read_experiment(experiment_path), experiment_model(experiment_path, use_latest_epoch, device)
+    with trusting(trust):
+        check_output(out_tractogram, save_seeds, overwrite)
+        record = read_experiment(experiment_path)
+        model = experiment_model(experiment_path, use_latest_epoch, device)
     dataset = MultiSubjectDataset(hdf5_file or record['dataset']['hdf5_file'], lazy=True)
     dataset.load_data(subj_id=subj_id)
-    tracker = Tracker(model, dataset, subj_id, input_group_name or record['loader']['params']['input_group_name'], seed=seed, **options)
+    input_group_name = input_group_name or record['loader']['params']['input_group_name']
+    tracker = Tracker(model, dataset, subj_id, input_group_name, seed=seed, **options)
     if seeds is None: seeds = seeds_of_group(tracker, dataset, seeding_mask_group, npv, nt, seed)
     tractogram = tracker.track(seeds)
-    if save_seeds: tractogram.dps['seeds'] = convert(tractogram.info['seeds'], tracker.grid, 'rasmm', 'vox_center').numpy()
+    if save_seeds:
+        seeds_vox = convert(tractogram.info['seeds'], tracker.grid, 'rasmm', 'vox_center')
+        tractogram.dps['seeds'] = seeds_vox.numpy()
     save_tractogram(tractogram, out_tractogram)
     return tractogram
 

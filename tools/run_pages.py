@@ -19,8 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NBS, BUILD = ROOT / "nbs", ROOT / "build"
 EXPORTS = {"export", "exports", "exporti"}
-SLOW_IMPORTS = ["torch", "scipy.ndimage", "matplotlib.pyplot", "plotly.graph_objects", "ipywidgets", "nibabel", "h5py",
-                "nbdev.process", "execnb.shell"]
+SLOW_IMPORTS = ["torch", "torch._dynamo", "numba", "scipy.ndimage", "matplotlib.pyplot", "plotly.graph_objects", "ipywidgets",
+                "nibabel", "h5py", "dipy.data", "dipy.reconst.csdeconv", "nbdev.process", "execnb.shell"]
 LIMIT = 900  # seconds a page may take
 COVERED = 95  # percent of the modules' lines that the pages must run
 

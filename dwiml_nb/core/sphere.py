@@ -9,7 +9,6 @@ __all__ = ['SPHERES', 'sphere_vertices', 'nearest_vertex']
 from functools import lru_cache
 import torch
 from torch import Tensor
-from dipy.data import get_sphere
 from .errors import did_you_mean
 
 # %% ../../nbs/00_core/09_sphere.ipynb #ee0516cc
@@ -21,6 +20,7 @@ def sphere_vertices(
 ) -> Tensor: # (K, 3) float32 unit vectors
     "The vertices of one of dipy's spheres."
     if name not in SPHERES: raise ValueError(f"unknown sphere '{name}'. It is one of {', '.join(SPHERES)}.{did_you_mean(name, SPHERES)}")
+    from dipy.data import get_sphere                # here, because it brings in all that dipy draws with
     return torch.tensor(get_sphere(name=name).vertices, dtype=torch.float32)
 
 # %% ../../nbs/00_core/09_sphere.ipynb #e08b18d0

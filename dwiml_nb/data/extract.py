@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 from ..core.errors import DataProblem, did_you_mean
 from ..core.files import atomic_file
-from ..core.tractograms import FORMATS, save_tractogram
+from ..core.tractograms import TRACTOGRAM_FORMATS, save_tractogram, suffixes, tractogram_format
 from .dataset import groups_of
 from .streamlines import SFTData
 from .volumes import MRIData
@@ -56,17 +56,23 @@ def extract_volume(
 
 def extract_lines(
     lines:SFTData,
-    path, # .trk, .trx, .tck; .npy for the connectivity matrix, .nii.gz for its labels
+    path, # A tractogram; .npy for the connectivity matrix, .nii.gz for its labels
 ):
     "Write streamlines with their data, or what is kept beside them."
-    if Path(path).suffix.lower() in FORMATS:
-        tractogram = lines.as_tractogram()
-        if Path(path).suffix.lower() == '.tck' and tractogram.dps: warnings.warn(f"a .tck has no room for data per streamline: {', '.join(tractogram.dps)} left out.", stacklevel=3)
+    name = str(path).lower()
+    if name.endswith(tuple(TRACTOGRAM_FORMATS)):
+        tractogram,format = lines.as_tractogram(), tractogram_format(path)
+        if tractogram.dps and not format.keeps_dps:
+            lost = ', '.join(tractogram.dps)
+            warnings.warn(f"a {format.suffix} has no room for data per streamline: {lost} left out.",
+                          stacklevel=3)
         return save_tractogram(tractogram, path, drop_dps=True)
     matrix,_,_,labels = lines.get_connectivity_matrix_and_info()
-    value,what = (matrix, "connectivity matrix") if str(path).lower().endswith('.npy') else (labels, "label volume")
-    if value is None: raise DataProblem(f"the group has no {what}", expected="a .trk, .trx or .tck for the streamlines", found=Path(path).name, file=lines.file.path,
-                                        **dict(zip(('subject', 'group'), lines.name.split('/'))))
+    value,what = (matrix, "connectivity matrix") if name.endswith('.npy') else (labels, "label volume")
+    if value is None:
+        subject,group = lines.name.split('/')
+        raise DataProblem(f"the group has no {what}", expected=f"a {suffixes()} for the streamlines",
+                          found=Path(path).name, file=lines.file.path, subject=subject, group=group)
     with atomic_file(path) as tmp:
         if what == "connectivity matrix": save_array(tmp, value)
         else: nib.save(nib.Nifti1Image(value.astype(np.int32), lines.grid.affine), tmp)
@@ -84,7 +90,7 @@ def extract_data(
     if path.exists() and not overwrite: raise DataProblem("there is a file of that name already", file=path, do="choose another name, or pass overwrite=True (-f on the command line).")
     if not path.parent.is_dir(): raise DataProblem("no such folder to write to", file=path.parent, do="create it first.")
     data = open_group(hdf5_file, subject, group)
-    known = (*IMAGES, '.npy') if isinstance(data, MRIData) else (*FORMATS, '.npy', *IMAGES)
+    known = (*IMAGES, '.npy') if isinstance(data, MRIData) else (*TRACTOGRAM_FORMATS, '.npy', *IMAGES)
     if not path.name.lower().endswith(known):
         raise DataProblem(f"a {'volume' if isinstance(data, MRIData) else 'streamlines group'} cannot become such a file", expected=' '.join(known), found=path.name, file=path)
     try: (extract_volume if isinstance(data, MRIData) else extract_lines)(data, path)

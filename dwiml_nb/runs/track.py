@@ -13,7 +13,7 @@ from ..core.files import read_json
 from ..core.folders import whole_folder
 from ..core.registry import trusting
 from ..core.space import convert
-from ..core.tractograms import Tractogram, save_tractogram, tractogram_format
+from ..core.tractograms import Tractogram, save_tractogram, suffixes, tractogram_format
 from ..data.dataset import MultiSubjectDataset
 from ..batch.loader import known_group
 from ..models.base import load_model
@@ -53,9 +53,10 @@ def check_output(
     overwrite:bool,
 ):
     "Refuse a file that cannot be written."
-    if tractogram_format(out_tractogram) == '.tck' and save_seeds:
-        raise DataProblem("a .tck file cannot keep seeds", file=out_tractogram,
-                          do="save a .trk or .trx, or leave out save_seeds.")
+    format = tractogram_format(out_tractogram)
+    if save_seeds and not format.keeps_dps:
+        raise DataProblem(f"a {format.suffix} file cannot keep seeds", file=out_tractogram,
+                          do=f"save a {suffixes(lambda o: o.keeps_dps)}, or leave out save_seeds.")
     if not Path(out_tractogram).absolute().parent.is_dir():
         raise DataProblem("no such folder to write to", file=out_tractogram, do="create it first.")
     if Path(out_tractogram).exists() and not overwrite:
@@ -65,7 +66,7 @@ def check_output(
 def track_from_model(
     experiment_path, # Folder of an experiment
     subj_id:str, # Subject of the study
-    out_tractogram, # .trx, .trk or .tck
+    out_tractogram, # .trx, .trk, .tck, or a suffix of `TRACTOGRAM_FORMATS`
     seeding_mask_group:str, # Volume group; voxels above 0 are seeded
     input_group_name:str=None, # None: the group the model was trained on
     hdf5_file=None, # None: the study the model was trained on

@@ -15,7 +15,7 @@ from typing import Literal
 from ..core.errors import DataProblem, did_you_mean
 from ..core.files import atomic_file, write_json
 from ..core.phantom import write_phantom
-from .entities import READABLE, answers, bids_name
+from .entities import answers, bids_name, is_readable
 from .schema import SUBSETS, as_list, columns, html_table, raise_problems
 
 # %% ../../nbs/01_study/09_bids.ipynb #9acf67dd
@@ -76,7 +76,7 @@ def bids_subjects(
     found,beside = {}, []
     for person,row in people.items():
         sessions = sorted(p.name for p in (derivatives/person).glob('ses-*') if p.is_dir())
-        if sessions: beside += sorted(p.name for p in (derivatives/person).rglob('*') if p.name.endswith(READABLE) and p.relative_to(derivatives).parts[1] not in sessions)
+        if sessions: beside += sorted(p.name for p in (derivatives/person).rglob('*') if is_readable(p) and p.relative_to(derivatives).parts[1] not in sessions)
         for subject in [f'{person}_{s}' for s in sessions] or [person]*(person in folders): found[subject] = row
     told = {"participants without a folder are left out": absent, "folders without a row in participants.tsv are left out": unknown,
             "files beside the sessions of a person are left out": beside}
@@ -125,7 +125,7 @@ def words_of(
     query=None, # Of the tractograms; all of them when not given
 ) -> tuple: # list of words, sorted; list of the names that have none
     "All words that an entity has in the names of the tractograms."
-    names = [bids_name(p) for p in sorted(Path(derivatives).glob('sub-*/**/*')) if p.name.endswith(READABLE)]
+    names = [bids_name(p) for p in sorted(Path(derivatives).glob('sub-*/**/*')) if is_readable(p)]
     names = [n for n in names if answers(n, {'suffix': 'tractogram', **(query or {})})]
     return sorted({w for n in names if (w := n.says(entity)) is not None}), [n.path.name for n in names if n.says(entity) is None]
 

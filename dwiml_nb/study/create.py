@@ -30,8 +30,8 @@ from ..core.errors import DataProblem
 from ..core.files import atomic_file, progress
 from ..core.ragged import Ragged
 from ..core.space import convert
-from ..core.tractograms import Tractogram, check_names, load_tractogram, save_tractogram
-from .lines_in import lines_in_file, place_points
+from ..core.tractograms import Tractogram, save_tractogram, tractogram_format
+from .lines_in import place_points
 from .parts import StudyOptions, make_parts, parts_folder, place_parts, remove_partials, steady_hdf5
 from .schema import (FORMAT_VERSION, NOT_DEFINED, SUBSETS, VolumeSpec, columns, group_grid, group_kind, html_table, open_study, raise_problems)
 from .sources import Sources, check_sources
@@ -123,9 +123,10 @@ def save_copies(
         else:
             lines = Ragged.from_lengths(torch.from_numpy(group['data'][()]), torch.from_numpy(group['lengths'][()]))
             dps = {k: v[()] for k,v in group['data_per_streamline'].items()}
-            try: check_names(dps, '.trk'); kind = '.trk'
+            tractogram,kind = Tractogram(convert(lines, grid, 'vox', 'rasmm').to(torch.float32), grid, dps), '.trk'
+            try: tractogram_format(kind).check(tractogram)
             except DataProblem: kind = '.trx'                               # has room for more names, and for longer ones
-            save_tractogram(Tractogram(convert(lines, grid, 'vox', 'rasmm').to(torch.float32), grid, dps), path + kind)
+            save_tractogram(tractogram, path + kind)
 
 def assemble(
     path, # File to make
@@ -147,14 +148,13 @@ def assemble(
 
 # %% ../../nbs/01_study/07_create.ipynb #79124736
 def points_ratio(
-    path, # .trk, .tck or .trx
+    path, # A tractogram
     options:StudyOptions,
     most:int=200, # Lines to look at
 ) -> float:
-    "How many points a tractogram will have in the study for each one that it has, judged by its first lines."
+    "How many points a tractogram gets in the study for each that it has, judged by its first lines."
     if options.step_size is None and options.nb_points is None and options.compress is None: return 1.
-    if Path(path).suffix.lower() == '.trx': lines = load_tractogram(path).lines[:most]
-    else: lines = Ragged.from_list([torch.tensor(x, dtype=torch.float32) for x in itertools.islice(nib.streamlines.load(str(path), lazy_load=True).streamlines, most)] or [torch.zeros(0, 3)])
+    lines = tractogram_format(path).first_lines(path, most)
     return len(place_points(lines, options).data)/len(lines.data) if len(lines.data) else 1.
 
 # %% ../../nbs/01_study/07_create.ipynb #6840a4fa
@@ -169,7 +169,7 @@ def planned_group(
         n = src.nb_features.get(spec.name, 0)
         holds = 'x'.join(map(str, (*src.grid.dimensions, n))) if n else 'no file'
         return holds + f" {options.volume_dtype}"*(n > 0), voxels*n*np.dtype(options.volume_dtype).itemsize
-    found = [(p, *lines_in_file(p), points_ratio(p, options)) for p in src.files[spec.name]]
+    found = [(p, *tractogram_format(p).size(p), points_ratio(p, options)) for p in src.files[spec.name]]
     if any(n is None for _,n,_,_ in found): return f"{len(found)} tractograms", int(sum(2*p.stat().st_size*ratio for p,*_,ratio in found))
     lines,points = sum(n for _,n,_,_ in found), round(sum(n*ratio for *_,n,ratio in found))
     if options.nb_points: points = lines*options.nb_points

@@ -4,19 +4,14 @@
 
 # %% auto #0
 __all__ = ['LinesReport', 'check_finite', 'tidy', 'LineOptions', 'place_points', 'leaves_volume', 'as_float32', 'StoredLines',
-           'lines_of_file', 'lines_of', 'lines_in_file', 'connectivity_of', 'label_remarks']
+           'lines_of_file', 'lines_of', 'connectivity_of', 'label_remarks']
 
 # %% ../../nbs/01_study/05_lines_in.ipynb #cad00d34
-import json
-import zipfile
 from dataclasses import dataclass
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Literal
-import nibabel as nib
 import numpy as np
 import torch
-from nibabel.streamlines import Field
 from ..core.errors import DataProblem, naming
 from ..core.lines import compress, lengths_of, resample_nb_points, resample_step
 from ..core.ragged import Ragged
@@ -177,21 +172,6 @@ def lines_of(
     if not parts: return StoredLines(nothing, np.zeros(0), {k: np.zeros((0, n), np.float32) for k,n in dps.items()}, LinesReport())
     return StoredLines(Ragged.cat([p.lines for p in parts]), np.concatenate([p.lengths_mm for p in parts]),
                        {k: np.concatenate([p.dps[k] for p in parts]) for k in dps}, sum((p.report for p in parts), LinesReport()))
-
-# %% ../../nbs/01_study/05_lines_in.ipynb #5c44b86d
-def lines_in_file(
-    path, # .trk, .tck or .trx
-) -> tuple: # number of streamlines, number of points; None where the file does not say
-    "What a tractogram says of its size."
-    if Path(path).suffix.lower() == '.trx':
-        with zipfile.ZipFile(path) as z: h = json.loads(z.read('header.json'))
-        return int(h['NB_STREAMLINES']), int(h['NB_VERTICES'])
-    h,size = nib.streamlines.load(str(path), lazy_load=True).header, Path(path).stat().st_size
-    trk = Path(path).suffix.lower() == '.trk'
-    n = int(h.get(Field.NB_STREAMLINES, 0) if trk else h.get('count', 0))
-    if n <= 0: return None, None
-    if trk: return n, (size - 1000 - 4*n*(1 + int(h[Field.NB_PROPERTIES_PER_STREAMLINE])))//(4*(3 + int(h[Field.NB_SCALARS_PER_POINT])))
-    return n, (size - h['_offset_data'])//(3*np.dtype(h['_dtype']).itemsize) - n - 1            # each line ends with a row of NaN, the file with one of inf
 
 # %% ../../nbs/01_study/05_lines_in.ipynb #5c27c5ef
 def connectivity_of(

@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['write_volume', 'write_streamlines', 'SteadyFile', 'steady_hdf5', 'StudyOptions', 'SubjectReport', 'add_group',
            'add_subject', 'part_mark', 'make_part', 'finished_part', 'locked', 'parts_folder', 'is_alive',
-           'remove_partials', 'in_worker', 'reports_in_turn', 'Part', 'place_parts', 'make_parts']
+           'remove_partials', 'reports_in_turn', 'Part', 'place_parts', 'make_parts']
 
 # %% ../../nbs/01_study/06_parts.ipynb #9a4bb7c0
 import hashlib
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import signal
+import sys
 import threading
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -27,6 +30,8 @@ import torch
 import dwiml_nb
 from ..core.errors import DataProblem
 from ..core.files import atomic_file, progress
+from ..core.registry import SameTrust
+from ..core.tractograms import TRACTOGRAM_FORMATS, tractogram_format
 from .lines_in import LineOptions, LinesReport, StoredLines, connectivity_of, label_remarks, lines_of
 from .schema import FORMAT_VERSION, VolumeSpec, raise_problems
 from .sources import Sources, SubjectSources, placed
@@ -273,14 +278,35 @@ def remove_partials(
         if told and not is_alive(int(told[1])): p.unlink(missing_ok=True)
 
 # %% ../../nbs/01_study/06_parts.ipynb #a3712643
-def in_worker():
+REGISTRIES = (TRACTOGRAM_FORMATS,)                                     # what may be needed to make a subject
+
+def registered_outside() -> list: # of (number of the registry, name, object)
+    "What was registered, and not by this library."
+    return [(i, name, o) for i,registry in enumerate(REGISTRIES) for name,o in registry.items()
+            if not o.__module__.startswith('dwiml_nb.')]
+
+def can_be_sent(
+    obj, # A class or a function
+) -> bool:
+    "Whether another process can have it: it is found there by its name."
+    if obj.__module__ == '__main__' and not hasattr(sys.modules['__main__'], '__file__'): return False   # of a cell
+    try: pickle.dumps(obj)
+    except (pickle.PicklingError, AttributeError): return False
+    return True
+
+def in_worker(
+    trust=None, # `SameTrust`: what the parent trusts was imported before this was called
+    entries=(), # From `registered_outside`
+):
     "How a process that makes subjects begins."
     torch.set_num_threads(1)
+    for i,name,obj in entries: REGISTRIES[i].register(name, obj)
     parent = multiprocessing.parent_process()
     if not parent: return
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
+# %% ../../nbs/01_study/06_parts.ipynb #63f56900
 def reports_in_turn(
     jobs:dict, # path of a part -> the other arguments of `make_part`
     n_procs:int, # Processes
@@ -289,12 +315,14 @@ def reports_in_turn(
     if n_procs <= 1:
         yield from (make_part(p, *args) for p,args in jobs.items())
         return
-    pool = ProcessPoolExecutor(min(n_procs, len(jobs)), multiprocessing.get_context('spawn'), in_worker)
+    told = SameTrust(), [(i, name, o) for i,name,o in registered_outside() if can_be_sent(o)]
+    pool = ProcessPoolExecutor(min(n_procs, len(jobs)), multiprocessing.get_context('spawn'), in_worker, told)
     try:
         for job in [pool.submit(make_part, p, *args) for p,args in jobs.items()]: yield job.result()
     except BrokenProcessPool as e:
-        raise RuntimeError("A process that made a subject ended before it was done: out of memory (use fewer, n_procs), or a script that lacks "
-                           "`if __name__ == '__main__':` around the call, which processes need. What is finished is taken next time.") from e
+        raise RuntimeError("A process that made a subject ended before it was done: out of memory "
+                           "(use fewer, n_procs), or a script that lacks `if __name__ == '__main__':` "
+                           "around the call, which processes need. What is finished is taken next time.") from e
     finally: pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/01_study/06_parts.ipynb #c1ecd4ca
@@ -320,6 +348,15 @@ def place_parts(
         parts[s] = Part(path, mark, report)
     return parts
 
+# %% ../../nbs/01_study/06_parts.ipynb #2b53669d
+def only_here(
+    sources:Sources,
+) -> list: # of names
+    "What a study needs that other processes cannot have."
+    files = [p for src in sources.subjects.values() for g in src.dps for p in src.files[g]]
+    used = {tractogram_format(p).suffix for p in files}
+    return [name for _,name,obj in registered_outside() if name in used and not can_be_sent(obj)]
+
 # %% ../../nbs/01_study/06_parts.ipynb #d94842fe
 def make_parts(
     parts:dict, # From `place_parts`
@@ -330,7 +367,14 @@ def make_parts(
 ) -> list: # of `SubjectReport`, in the order of the lists
     "Make the parts that are not there yet."
     for p in set(folder.glob('*.hdf5')) - {part.path for part in parts.values() if part.report}: p.unlink()
-    made = reports_in_turn({part.path: (sources.subjects[s], sources.specs, options, part.mark) for s,part in parts.items() if not part.report}, n_procs)
+    if n_procs > 1 and (names := only_here(sources)):
+        warnings.warn(f"{', '.join(names)}: other processes cannot have what is defined in a notebook's cell or in a "
+                      "function, so subjects are made one after another. Define it in a .py file and import that.",
+                      stacklevel=2)
+        n_procs = 1
+    job = lambda s,mark: (sources.subjects[s], sources.specs, options, mark)
+    made = reports_in_turn({part.path: job(s, part.mark) for s,part in parts.items() if not part.report}, n_procs)
     taken = sum(part.report is not None for part in parts.values())
-    what = f"creating study ({taken} of {len(parts)} subjects were finished before)" if taken else "creating study"
+    what = "creating study"
+    if taken: what += f" ({taken} of {len(parts)} subjects were finished before)"
     return [part.report or next(made) for part in progress(list(parts.values()), what, unit='subject')]

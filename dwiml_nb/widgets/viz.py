@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from IPython.display import Image
 from ..core.ragged import Ragged
-from ..core.tractograms import Tractogram, load_tractogram
+from ..core.tractograms import TRACTOGRAM_FORMATS, Tractogram, load_tractogram
 from ..data.dataset import MultiSubjectDataset
 from ..batch.sampler import DWIMLBatchIDSampler
 from ..batch.loader import Batch, DWIMLBatchLoader
@@ -30,7 +30,8 @@ def viz(
     x, # A study, batch, loader, tractogram, `Ragged` in RAS mm, scene, trainer; or the path of a study, tractogram or experiment
 ): # -> something to look at
     "Show it."
-    raise TypeError(f"don't know how to show a {type(x).__name__}. Expected a study (.hdf5), a batch or a loader, a tractogram (.trk, .tck, .trx), lines in RAS mm, a scene, "
+    raise TypeError(f"don't know how to show a {type(x).__name__}. Expected a study (.hdf5), a batch or a loader, "
+                    f"a tractogram ({', '.join(TRACTOGRAM_FORMATS)}), lines in RAS mm, a scene, "
                     "a trainer or the folder of an experiment; an object or a path.")
 
 @viz.register
@@ -73,6 +74,7 @@ def viz_path(x):
     path = Path(x)
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file or folder")
     if path.suffix in ('.hdf5', '.h5'): return StudyBrowser(path)
-    if path.suffix in ('.trk', '.tck', '.trx'): return viz_tractogram(load_tractogram(path))
+    if path.name.lower().endswith(tuple(TRACTOGRAM_FORMATS)): return viz_tractogram(load_tractogram(path))
     if path.is_dir() and (path/'logs').is_dir(): return viz_experiment(path)
-    raise ValueError(f"{path}: don't know how to show this. Expected a study (.hdf5), a tractogram (.trk, .tck, .trx) or the folder of an experiment, with logs/ in it.")
+    raise ValueError(f"{path}: don't know how to show this. Expected a study (.hdf5), a tractogram "
+                     f"({', '.join(TRACTOGRAM_FORMATS)}) or the folder of an experiment, with logs/ in it.")

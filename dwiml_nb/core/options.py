@@ -82,9 +82,10 @@ def with_defaults(
     obj, # A class, or one of its objects
     params:dict, # Constructor arguments that were recorded, perhaps by an earlier version
 ) -> dict: # the same, and what was not recorded at its default
-    "A record with every option that the class has now."
-    options = options_of(obj if isinstance(obj, type) else obj.__class__)
-    return {**{k: p.default for k,p in options.items() if p.default is not p.empty}, **params}
+    "A record with every option that the class and its parents have now."
+    chain = chain_of(obj if isinstance(obj, type) else obj.__class__)
+    options = put_together(chain[0], chain[1:]).parameters.values() if chain else ()
+    return {**{p.name: p.default for p in options if p.default is not p.empty}, **params}
 
 # %% ../../nbs/00_core/14_options.ipynb #e6b2f504
 def key_and_options(

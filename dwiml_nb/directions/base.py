@@ -187,7 +187,7 @@ def stops_at(self:DirectionGetter,
     return self.end.stops(rows, eos_threshold)
 
 @patch(as_prop=True)
-def can_draw(self:DirectionGetter) -> bool:
+def is_probabilistic(self:DirectionGetter) -> bool:
     "Does it have `prob_directions` of its own?"
     return self.__class__.prob_directions is not DirectionGetter.prob_directions
 

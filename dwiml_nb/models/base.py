@@ -32,6 +32,10 @@ def bound_arguments(
 ) -> dict: # name -> value; empty when the call does not fit the signature
     "The constructor arguments by name, defaults filled in."
     sig = inspect.signature(cls.__init__)
+    if not any(p.kind is p.VAR_KEYWORD for p in sig.parameters.values()):
+        for k in kwargs:
+            if k not in sig.parameters:
+                raise TypeError(f"{cls.__name__} takes no '{k}'.{did_you_mean(k, sig.parameters)}")
     try: bound = sig.bind(None, *args, **kwargs)
     except TypeError: return {}
     bound.apply_defaults()

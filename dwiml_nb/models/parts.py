@@ -8,87 +8,89 @@ __all__ = ['ModelWithNeighborhood', 'ModelWithOneInput', 'ModelWithPreviousDirec
 # %% ../../nbs/05_models/02_parts.ipynb #e35ac393
 from typing import Literal
 from torch import Tensor
+from ..core.options import with_parts
 from ..core.ragged import Ragged
 from ..core.lines import previous_directions, unit
 from ..core.volume import neighborhood_vectors
 from ..batch.spec import InputSpec
 from ..directions.registry import direction_getter
 from .base import MainModelAbstract
-from .embeddings import CNNEmbedding, embedding
+from .embeddings import embedding
 
 # %% ../../nbs/05_models/02_parts.ipynb #f7d06059
+@with_parts
 class ModelWithNeighborhood(MainModelAbstract):
     "Looks at K places around each point."
     def __init__(self, experiment_name:str=None, *, # A name for your own use
-        neighborhood_type:Literal[None, 'axes', 'grid']=None, # Shape; None: the point alone
+        neighborhood_type:Literal[None, 'axes', 'grid']=None, # Where to look around a point; None: nowhere
         neighborhood_radius:int=None, # Steps in each direction; 1 when a shape is given without it
         neighborhood_resolution:float=None, # Voxels per step; 1 when a shape is given without it
-        **kwargs, # For the other parts
+        **parts, # For the other parts
     ):
-        super().__init__(experiment_name=experiment_name, **kwargs)
-        if neighborhood_type is None and (neighborhood_radius or neighborhood_resolution):
-            raise ValueError(f"a neighbourhood of radius {neighborhood_radius} and resolution {neighborhood_resolution} needs neighborhood_type='axes' or 'grid'")
+        super().__init__(experiment_name=experiment_name, **parts)
+        size = (neighborhood_radius or 1, neighborhood_resolution or 1.)
+        if neighborhood_type is None:
+            if neighborhood_radius or neighborhood_resolution:
+                raise ValueError(f"a neighbourhood of radius {neighborhood_radius} and resolution "
+                                 f"{neighborhood_resolution} needs neighborhood_type='axes' or 'grid'")
+            size = (None, None)
         self.neighborhood_type = neighborhood_type
-        self.neighborhood_radius = None if neighborhood_type is None else neighborhood_radius or 1
-        self.neighborhood_resolution = None if neighborhood_type is None else neighborhood_resolution or 1.
-        self.neighborhood_vectors = None if neighborhood_type is None else neighborhood_vectors(neighborhood_type, self.neighborhood_radius, self.neighborhood_resolution)
-        self.nb_neighbors = 1 if neighborhood_type is None else len(self.neighborhood_vectors)
+        self.neighborhood_radius,self.neighborhood_resolution = size
+        vectors = neighborhood_vectors(neighborhood_type, *size)
+        self.neighborhood_vectors = None if neighborhood_type is None else vectors
+        self.nb_neighbors = len(vectors)
 
 # %% ../../nbs/05_models/02_parts.ipynb #8b941420
+@with_parts
 class ModelWithOneInput(ModelWithNeighborhood):
     "Reads one volume at each point."
     def __init__(self, experiment_name:str=None, *, # A name for your own use
         nb_features:int=None, # F of the input group
-        input_embedding_key:Literal['no_embedding', 'nn_embedding', 'cnn_embedding']='no_embedding', # First layer
+        input_embedding_key:str='no_embedding', # First layer of the input: one of `EMBEDDINGS`, or dict(…)
         input_embedded_size:int=None, # Features after an nn_embedding
         nb_cnn_filters:list=None, # cnn_embedding: filters of each layer
-        kernel_size:list=None, # cnn_embedding: kernel edge of each layer, voxels
-        **kwargs, # For the other parts
+        kernel_size:list=None, # cnn_embedding: kernel edge of each layer, in voxels of the grid
+        **parts, # For the other parts
     ):
-        super().__init__(experiment_name=experiment_name, **kwargs)
+        super().__init__(experiment_name=experiment_name, **parts)
         self.nb_features = None if nb_features is None else int(nb_features)
         self.computed_input_embedded_size = None
         if nb_features is None:
-            if input_embedding_key != 'no_embedding': raise ValueError(f"{input_embedding_key} needs nb_features: how many features has the input group?")
-        else:
-            self.input_embedding_layer = self.make_input_embedding(input_embedding_key, input_embedded_size, nb_cnn_filters, kernel_size)
-            self.computed_input_embedded_size = self.input_embedding_layer.output_size
+            if input_embedding_key == 'no_embedding': return
+            raise ValueError(f"{input_embedding_key} needs nb_features: "
+                             f"how many features has the input group?")
+        self.input_embedding_layer = embedding(input_embedding_key, self.input_specs[''], input_embedded_size,
+                                               nb_cnn_filters=nb_cnn_filters, kernel_size=kernel_size)
+        self.computed_input_embedded_size = self.input_embedding_layer.output_size
 
     @property
     def input_specs(self) -> dict: return {'': InputSpec(self.nb_features, self.neighborhood_vectors)}
 
-    def make_input_embedding(self, key, size, nb_cnn_filters, kernel_size):
-        "The embedding layer for F features at K places."
-        if key != 'cnn_embedding':
-            if nb_cnn_filters or kernel_size: raise ValueError(f"nb_cnn_filters and kernel_size belong to cnn_embedding, found input_embedding_key='{key}'")
-            return embedding(key, self.nb_features*self.nb_neighbors, size)
-        if self.neighborhood_type != 'grid': raise ValueError(f"cnn_embedding needs a 'grid' neighbourhood, found {self.neighborhood_type}")
-        if not (nb_cnn_filters and kernel_size): raise ValueError("cnn_embedding needs nb_cnn_filters and kernel_size, one number per layer")
-        as_list = lambda o: [o] if isinstance(o, int) else list(o)
-        return CNNEmbedding(self.nb_features, self.neighborhood_radius, as_list(nb_cnn_filters), as_list(kernel_size))
-
 # %% ../../nbs/05_models/02_parts.ipynb #cbf8255e
+@with_parts
 class ModelWithPreviousDirections(MainModelAbstract):
     "Remembers the last n directions."
     def __init__(self, experiment_name:str=None, *, # A name for your own use
-        nb_previous_dirs:int=0, # n
-        prev_dirs_embedding_key:Literal['no_embedding', 'nn_embedding']='no_embedding', # Their first layer
-        prev_dirs_embedded_size:int=None, # Features after an nn_embedding
-        normalize_prev_dirs:bool=False, # Unit vectors instead of displacements
-        **kwargs, # For the other parts
+        nb_previous_dirs:int=0, # n, previous directions that the model sees
+        prev_dirs_embedding_key:str='no_embedding', # Their first layer: one of `EMBEDDINGS`, or dict(…)
+        prev_dirs_embedded_size:int=None, # Features after their nn_embedding
+        normalize_prev_dirs:bool=False, # Previous directions as unit vectors, not displacements
+        **parts, # For the other parts
     ):
-        super().__init__(experiment_name=experiment_name, **kwargs)
+        super().__init__(experiment_name=experiment_name, **parts)
         self.nb_previous_dirs,self.normalize_prev_dirs = int(nb_previous_dirs or 0), bool(normalize_prev_dirs)
         self.computed_prev_dirs_embedded_size = 0
-        if self.nb_previous_dirs:
-            self.prev_dirs_embedding = embedding(prev_dirs_embedding_key or 'no_embedding', 3*self.nb_previous_dirs, prev_dirs_embedded_size)
-            self.computed_prev_dirs_embedded_size = self.prev_dirs_embedding.output_size
+        if not self.nb_previous_dirs: return
+        key = prev_dirs_embedding_key or 'no_embedding'
+        self.prev_dirs_embedding = embedding(key, 3*self.nb_previous_dirs, prev_dirs_embedded_size)
+        self.computed_prev_dirs_embedded_size = self.prev_dirs_embedding.output_size
 
     def embed_previous_dirs(self,
         previous_dirs:Tensor, # (M, 3n) displacements, most recent first, zeros where none
     ) -> Tensor: # (M, embedded size)
         "Displacements, as a tracker remembers them, through the embedding."
-        if self.normalize_prev_dirs: previous_dirs = unit(previous_dirs.reshape(-1, self.nb_previous_dirs, 3)).flatten(1)
+        if self.normalize_prev_dirs:
+            previous_dirs = unit(previous_dirs.reshape(-1, self.nb_previous_dirs, 3)).flatten(1)
         return self.prev_dirs_embedding(previous_dirs)
 
     def embed_lines(self,
@@ -98,25 +100,32 @@ class ModelWithPreviousDirections(MainModelAbstract):
         return self.embed_previous_dirs(previous_directions(lines, self.nb_previous_dirs).data)
 
 # %% ../../nbs/05_models/02_parts.ipynb #42dd7c4d
+@with_parts
 class ModelWithDirectionGetter(MainModelAbstract):
     "Ends in a direction getter, and can track."
     def __init__(self, experiment_name:str=None, *, # A name for your own use
-        dg_key:str='cosine-regression', # Name of the direction getter
-        dg_args:dict=None, # Its arguments
-        **kwargs, # For the other parts
+        dg_key:str='cosine-regression', # Direction getter, one of `DIRECTION_GETTERS`
+        dg_args:dict=None, # Its options, e.g. dict(add_eos=True) or dict(axis_head=True)
+        **parts, # For the other parts
     ):
-        super().__init__(experiment_name=experiment_name, **kwargs)
-        self.dg_key,self.dg_args = dg_key, dict(dg_args or {})
+        super().__init__(experiment_name=experiment_name, **parts)
+        self.dg_key,self.dg_args,self.direction_getter = dg_key, dict(dg_args or {}), None
 
-    def instantiate_direction_getter(self, input_size): self.direction_getter = direction_getter(self.dg_key, input_size, **self.dg_args)
+    def instantiate_direction_getter(self, input_size):
+        self.direction_getter = direction_getter(self.dg_key, input_size, **self.dg_args)
 
     @property
-    def uses_last_point(self) -> bool: return bool(self.dg_args.get('add_eos', False))
+    def uses_last_point(self) -> bool:
+        if self.direction_getter is None: return bool(self.dg_args.get('add_eos', False))
+        return self.direction_getter.add_eos
 
     def compute_loss(self, outputs, target_streamlines, average_results=True, return_eos_probs=False):
         "The direction getter's loss against whole lines."
-        return self.direction_getter.compute_loss(outputs, target_streamlines, average_results, return_eos_probs)
+        getter = self.direction_getter
+        return getter.compute_loss(outputs, target_streamlines, average_results, return_eos_probs)
 
-    def get_tracking_directions(self, outputs, algo='det', eos_threshold=None, previous_dirs=None, draws=None):
+    def get_tracking_directions(self, outputs, algo='det', eos_threshold=None, previous_dirs=None,
+                                draws=None):
         "One direction per line, (n, 3); NaN where it ends."
-        return self.direction_getter.get_tracking_directions(outputs, algo, eos_threshold, previous_dirs, draws)
+        getter = self.direction_getter
+        return getter.get_tracking_directions(outputs, algo, eos_threshold, previous_dirs, draws)

@@ -6,14 +6,14 @@
 __all__ = ['RNNS', 'TimeSteps', 'run_layer', 'among', 'joined', 'StackedRNN']
 
 # %% ../../nbs/05_models/03_rnn.ipynb #b4e0b30c
-from typing import Literal
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import PackedSequence
 from fastcore.basics import patch
-from ..core.errors import did_you_mean
+from ..core.options import key_and_options
 from ..core.ragged import Ragged, packing_order
+from ..core.registry import Registry
 
 # %% ../../nbs/05_models/03_rnn.ipynb #41c1bae4
 class TimeSteps:
@@ -24,7 +24,8 @@ class TimeSteps:
         self.lengths = lines.lengths
         self.some = self.lengths > 0
         lengths = self.lengths[self.some]
-        self.shape = (len(lengths), int(lengths[0])) if len(lengths) and bool((lengths == lengths[0]).all()) else None
+        alike = len(lengths) > 0 and bool((lengths == lengths[0]).all())
+        self.shape = (len(lengths), int(lengths[0])) if alike else None
         if self.shape: self.sizes,self.order = torch.full((self.shape[1],), self.shape[0]), None
         else:
             self.rows,sizes,self.order = packing_order(lengths)
@@ -55,22 +56,25 @@ def state_by_line(self:TimeSteps,
     before=None, # What the lines came with, (1, S, H); zeros when not given
 ):
     "A hidden state in the order of the lines."
-    if isinstance(state, tuple): return tuple(self.state_by_line(o, None if before is None else before[i]) for i,o in enumerate(state))
+    if isinstance(state, tuple):
+        befores = [None]*len(state) if before is None else before
+        return tuple(self.state_by_line(o, b) for o,b in zip(state, befores))
     if self.order is not None: state = state.index_select(1, torch.argsort(self.order))
     if bool(self.some.all()): return state
-    full = state.new_zeros(1, len(self.some), state.shape[2]) if before is None else before
+    full = before
+    if before is None: full = state.new_zeros(state.shape[0], len(self.some), *state.shape[2:])
     return full.index_copy(1, self.some.nonzero().flatten(), state)
 
 # %% ../../nbs/05_models/03_rnn.ipynb #9447f70d
 def run_layer(
-    layer:nn.Module, # nn.GRU or nn.LSTM of one layer
+    layer:nn.Module, # nn.GRU, nn.LSTM or another that is called like them
     x:Tensor, # (P, D) in the order of time
     sizes:Tensor, # (L,) how many lines have a point at each step, never growing; on the CPU
     hidden=None, # (1, S, H) longest line first, or a tuple of two; zeros when not given
-    dense:bool=None, # True: rectangular runs; False: torch's packed form; None: what the device likes
+    dense:bool=None, # True: rectangular runs; False: torch's packed form; None: what layer and device like
 ) -> tuple: # ((P, H), hidden state after each line's last point)
     "One recurrent layer over lines of different lengths."
-    if dense is None: dense = not x.is_cuda
+    if dense is None: dense = not (x.is_cuda and isinstance(layer, nn.RNNBase))
     if not dense:
         y,hidden = layer(PackedSequence(x, sizes), hidden)
         return y.data, hidden
@@ -84,19 +88,22 @@ def run_layer(
     return (torch.cat(parts) if len(parts) > 1 else parts[0]), joined(ended[::-1])
 
 def among(hidden, which): # some of the lines of a hidden state
-    return tuple(among(o, which) for o in hidden) if isinstance(hidden, tuple) else hidden[:, which].contiguous()
+    if isinstance(hidden, tuple): return tuple(among(o, which) for o in hidden)
+    return hidden[:, which].contiguous()
 
 def joined(states:list): # several hidden states as one
     if len(states) == 1: return states[0]
-    return tuple(joined(list(o)) for o in zip(*states)) if isinstance(states[0], tuple) else torch.cat(states, 1)
+    if isinstance(states[0], tuple): return tuple(joined(list(o)) for o in zip(*states))
+    return torch.cat(states, 1)
 
 # %% ../../nbs/05_models/03_rnn.ipynb #cefa3233
-RNNS = {'gru': nn.GRU, 'lstm': nn.LSTM}
+RNNS = Registry('recurrent layer', nn.Module)
+RNNS.register('gru', nn.GRU); RNNS.register('lstm', nn.LSTM)
 
 class StackedRNN(nn.Module):
-    "GRU or LSTM layers on top of each other."
+    "Recurrent layers on top of each other."
     def __init__(self,
-        rnn_key:Literal['gru', 'lstm'], # Kind of layer
+        rnn_key:str, # Kind of layer: one of `RNNS`, or dict(key=…, its own options)
         input_size:int, # D
         layer_sizes:list, # H of each layer
         use_skip_connection:bool=False, # Input to every layer, everything to the output
@@ -104,16 +111,20 @@ class StackedRNN(nn.Module):
         dropout:float=0., # Between layers, in training
     ):
         super().__init__()
-        if rnn_key not in RNNS: raise ValueError(f"rnn_key is 'gru' or 'lstm', found '{rnn_key}'.{did_you_mean(rnn_key, RNNS)}")
+        key,options = key_and_options(rnn_key)
+        make = RNNS[key]
         if not layer_sizes: raise ValueError("a stack needs at least one layer size, found none")
-        self.rnn_key,self.input_size,self.layer_sizes = rnn_key, int(input_size), [int(o) for o in layer_sizes]
+        self.rnn_key,self.input_size = rnn_key, int(input_size)
+        self.layer_sizes = [int(size) for size in layer_sizes]
         self.use_skip_connection,self.use_layer_normalization = use_skip_connection, use_layer_normalization
         self.dropout = nn.Dropout(dropout or 0.)
+        beside = self.input_size*bool(use_skip_connection)
+        below = [self.input_size, *(size + beside for size in self.layer_sizes)]
         for i,size in enumerate(self.layer_sizes):
-            below = self.input_size if i == 0 else self.layer_sizes[i-1] + self.input_size*bool(use_skip_connection)
-            self.add_module(f'rnn_{i}', RNNS[rnn_key](below, size))
+            self.add_module(f'rnn_{i}', make(below[i], size, **options))
             if use_layer_normalization: self.add_module(f'layer_norm_{i}', nn.LayerNorm(size))
-        self.output_size = sum(self.layer_sizes) + self.input_size if use_skip_connection else self.layer_sizes[-1]
+        every = sum(self.layer_sizes) + self.input_size
+        self.output_size = every if use_skip_connection else self.layer_sizes[-1]
 
 # %% ../../nbs/05_models/03_rnn.ipynb #1cf8481d
 @patch
@@ -126,8 +137,8 @@ def through_layers(self:StackedRNN,
     outputs,states,y = [], [], x
     for i in range(len(self.layer_sizes)):
         below = torch.cat([y, x], 1) if self.use_skip_connection and i else y
-        y,state = run(getattr(self, f'rnn_{i}'), below, None if hidden is None else hidden[i])
-        if self.use_layer_normalization: y = getattr(self, f'layer_norm_{i}')(y)
+        y,state = run(self.get_submodule(f'rnn_{i}'), below, None if hidden is None else hidden[i])
+        if self.use_layer_normalization: y = self.get_submodule(f'layer_norm_{i}')(y)
         if i < len(self.layer_sizes) - 1: y = F.relu(self.dropout(y))
         outputs.append(y); states.append(state)
     return (torch.cat([*outputs, x], 1) if self.use_skip_connection else y), states
@@ -140,9 +151,11 @@ def forward(self:StackedRNN,
     "Whole lines."
     if len(x.data) == 0: return x.with_data(x.data.new_zeros(0, self.output_size)), hidden
     steps = TimeSteps(x)
-    y,states = self.through_layers(steps.by_time(x.data), None if hidden is None else [steps.state_by_time(o) for o in hidden],
-                                   lambda layer, x, state: run_layer(layer, x, steps.sizes, state))
-    return x.with_data(steps.by_line(y)), [steps.state_by_line(o, None if hidden is None else hidden[i]) for i,o in enumerate(states)]
+    run = lambda layer, x, state: run_layer(layer, x, steps.sizes, state)
+    sorted_hidden = None if hidden is None else [steps.state_by_time(o) for o in hidden]
+    y,states = self.through_layers(steps.by_time(x.data), sorted_hidden, run)
+    before = [None]*len(states) if hidden is None else hidden
+    return x.with_data(steps.by_line(y)), [steps.state_by_line(o, b) for o,b in zip(states, before)]
 
 @patch
 def step(self:StackedRNN,

@@ -76,11 +76,15 @@ from .tracking.propagate import *  # A step of every line at once, again and aga
 from .tracking.tracker import *    # A model walks through the volume, all lines at once.
 
 # %% ../nbs/all.ipynb #c38d9ac2
-from .training.monitors import *      # Means that can stop in the middle of an epoch, and the epoch worth keeping.
-from .training.loggers import *       # One line of JSON a batch and one an epoch, on disk the moment it is known.
+from .training.means import *         # Means that can stop in the middle of an epoch, and the epoch worth keeping.
+from .training.sinks import *         # One row a batch and one an epoch, on disk the moment they are known, and wherever else you want them.
 from .training.checkpoints import *   # Kill the run at any instant: there is always one whole checkpoint, and it is the old one or the new one.
 from .training.schedules import *     # The learning rate of every step, as a function of where the run is and of nothing else.
+from .training.optimizers import *    # One of torch's by name, one of yours by name, or a function of the parameters.
 from .training.control import *       # Stop a training from a button, a Ctrl-C or another thread, and watch it without touching it.
+from .training.feed import *          # Batches where the model is, made ahead of time.
+from .training.step import *          # One batch: how wrong the model is, and a step towards being less so. Or a sentence that says why not.
+from .training.run import *           # The folder of an experiment: there as a whole or not at all, trained by one process at a time, and enough to go on from.
 from .training.trainer import *       # One loop that trains any model, can be stopped or killed at any instant, and goes on as if nothing had happened.
 
 # %% ../nbs/all.ipynb #c0ffee02

@@ -31,8 +31,10 @@ from dwiml_nb.study.create import create_study
 from dwiml_nb.study.grow import add_subjects
 from dwiml_nb.tracking.seeds import seeds_from_mask
 from dwiml_nb.tracking.tracker import Tracker
-from dwiml_nb.training.loggers import read_rows
 from dwiml_nb.training.trainer import DWIMLTrainerOneInput
+
+try: from dwiml_nb.training.sinks import read_rows
+except ImportError: from dwiml_nb.training.loggers import read_rows  # where version 0.1.0 has it
 
 TIMES = ("seconds", "points_per_second")  # of a logged row: never twice the same
 

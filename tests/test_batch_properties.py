@@ -317,7 +317,7 @@ def test_several_input_groups_train_resume_and_track(studies, tmp_path):
     from dwiml_nb.models.learn2track import Learn2TrackModel
     from dwiml_nb.runs.resume import trainer_from_folder
     from dwiml_nb.runs.track import track_from_model
-    from dwiml_nb.training.loggers import read_logs
+    from dwiml_nb.training.sinks import read_logs
     from dwiml_nb.training.trainer import DWIMLTrainerOneInput
     torch.manual_seed(0)
     model = Learn2TrackModel(16, step_size=1.0, rnn_layer_sizes=[8], neighborhood_type="axes", neighborhood_radius=1, neighborhood_resolution=1.0)

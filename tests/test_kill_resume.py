@@ -16,7 +16,7 @@ import torch
 import kill_script
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.training.checkpoints import read_checkpoint
-from dwiml_nb.training.loggers import read_logs
+from dwiml_nb.training.sinks import read_logs
 
 CTX = multiprocessing.get_context("forkserver")
 CTX.set_forkserver_preload(["pytest", "torch._dynamo", "dwiml_nb.training.trainer", "dwiml_nb.models.learn2track", "dwiml_nb.data.dataset"])

@@ -11,7 +11,7 @@ from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.models.base import MainModelAbstract
 from dwiml_nb.models.parts import ModelWithOneInput
 from dwiml_nb.study.toy import toy_study
-from dwiml_nb.training.loggers import read_logs
+from dwiml_nb.training.sinks import read_logs
 from dwiml_nb.training.trainer import DWIMLTrainerOneInput
 
 SCRIPT = """

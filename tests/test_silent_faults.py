@@ -33,7 +33,7 @@ from dwiml_nb.study.toy import toy_study
 from dwiml_nb.tracking.seeds import checked_seeds, seeds_from_mask
 from dwiml_nb.tracking.propagate import Walk, propagate
 from dwiml_nb.tracking.tracker import Tracker
-from dwiml_nb.training.loggers import read_logs
+from dwiml_nb.training.sinks import read_logs
 from dwiml_nb.training.trainer import DWIMLTrainer
 
 

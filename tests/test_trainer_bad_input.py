@@ -15,7 +15,7 @@ from dwiml_nb.models.learn2track import Learn2TrackModel
 from dwiml_nb.runs.resume import trainer_from_folder
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.training.checkpoints import read_checkpoint
-from dwiml_nb.training.loggers import read_logs
+from dwiml_nb.training.sinks import read_logs
 from dwiml_nb.training.trainer import DWIMLTrainer, DWIMLTrainerOneInput
 
 

@@ -42,8 +42,10 @@ from dwiml_nb.study.grow import add_subjects, repack_study
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.tracking.seeds import seeds_from_mask
 from dwiml_nb.tracking.tracker import Tracker
-from dwiml_nb.training.loggers import read_rows
 from dwiml_nb.training.trainer import DWIMLTrainer, DWIMLTrainerOneInput
+
+try: from dwiml_nb.training.sinks import read_rows
+except ImportError: from dwiml_nb.training.loggers import read_rows  # where version 0.1.0 has it
 
 TIMES = ("seconds", "points_per_second")  # of a logged row
 WHOLE = 2  # batches of each phase whose values are kept; of later ones a digest

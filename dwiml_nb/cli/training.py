@@ -10,7 +10,7 @@ import logging
 import sys
 from pathlib import Path
 from .common import Param, call_parse, plain_problems
-from ..training.loggers import export_csv
+from ..training.sinks import export_csv
 from ..runs.resume import trainer_from_folder
 from ..viz.plots import figure_png, plot_logs
 

@@ -29,7 +29,7 @@ from ..viz.painter import paint_side_by_side, to_png
 from ..viz.theme import matplotlib_style
 from ..evaluation.bundles import score_tractogram
 from ..evaluation.csd import track_csd
-from ..training.loggers import read_logs
+from ..training.sinks import read_logs
 from .recipe import recipe_tracker, recipe_trainer
 
 # %% ../../nbs/13_demo/01_demo.ipynb #07dd7af5

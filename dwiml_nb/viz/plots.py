@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 import numpy as np
 from ..core.errors import did_you_mean
-from ..training.loggers import read_logs
+from ..training.sinks import read_logs
 from .painter import to_png
 from .theme import PALETTE, matplotlib_style, plotly_style
 

@@ -11,7 +11,7 @@ import threading
 import ipywidgets as W
 import traitlets as T
 from fastcore.basics import patch
-from ..training.loggers import read_logs
+from ..training.sinks import read_logs
 from ..viz.plots import figure_png, loss_figure, plot_columns
 from ..viz.theme import PALETTE
 from ..viz.viewers import Panel

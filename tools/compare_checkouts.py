@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ import numpy as np
 RECIPES = Path(__file__).with_name("checkout_recipes.py")
 NEARLY = {("two-groups", "tractograms"): 1e-6, ("two-groups", "scores"): 1e-6}  # (recipe, what): share of the largest value
 NEW_KEYS = {}  # "trainer.params.NAME": default; options that records of BEFORE do not have
+NEW_QUANTITIES = ("tractograms/*/stop_names",)  # what BEFORE does not tell
 
 
 def state_of(checkout):
@@ -65,21 +67,21 @@ def differences(a, b, where=""):
 
 
 def difference_of_arrays(a, b, nearly):
-    "(largest difference, sentence) of two arrays; None for the same bits, or nearly the same where that is enough."
+    "(largest difference, sentence) of two arrays; no sentence where they are the same, or nearly so where that is enough."
     if a.shape != b.shape or a.dtype != b.dtype: return np.inf, f"{a.dtype} {a.shape}, now {b.dtype} {b.shape}"
-    if a.tobytes() == b.tobytes() or a.size == 0: return None
+    if a.tobytes() == b.tobytes() or a.size == 0: return 0., None
     x, y = (o.astype(np.float64) for o in (a, b))
     off = np.where(np.isnan(x) & np.isnan(y), 0., np.abs(x - y))
     largest, at = float(np.nan_to_num(off, nan=np.inf).max()), np.unravel_index(int(np.nan_to_num(off, nan=np.inf).argmax()), a.shape)
-    if largest <= nearly*max(1., float(np.nanmax(np.abs(x)))): return None
+    if 0 < largest <= nearly*max(1., float(np.nanmax(np.abs(x)))): return largest, None
     return largest, f"{int((off != 0).sum())} of {a.size} values, most at {[int(i) for i in at]}: {a[at]!r}, now {b[at]!r}"
 
 
 def difference_of_values(told, nearly):
-    "(largest difference, sentence) of what `differences` told; None where it is nearly nothing and that is enough."
+    "(largest difference, sentence) of what `differences` told; no sentence where that is nothing, or little and enough."
     number = lambda o: isinstance(o, (int, float)) and not isinstance(o, bool)
     largest = max((abs(x - y) if number(x) and number(y) else np.inf for _, x, y in told), default=0.)
-    if largest <= nearly: return None
+    if not told or largest <= nearly: return largest, None
     return largest, "; ".join(f"{where.lstrip('.')} was {str(x)[:90]}, now {str(y)[:90]}" for where, x, y in told[:3])
 
 
@@ -87,24 +89,25 @@ def compare(before, after, name):
     "({what: [number of quantities, largest difference, [(quantity, sentence) of each that differs]]}, all quantities in order)"
     notes = [json.loads((folder/f"{name}.json").read_text()) for folder in (before, after)]
     found = {}
-    def tell(quantity, largest=None, sentence=None):
+    def tell(quantity, largest, sentence=None):
         row = found.setdefault(quantity.partition("/")[0], [0, 0., []])
-        row[0] += 1
-        if sentence: row[1] = max(row[1], largest); row[2].append((quantity, sentence))
+        row[0], row[1] = row[0] + 1, max(row[1], largest)
+        if sentence: row[2].append((quantity, sentence))
     with np.load(before/f"{name}.npz") as a, np.load(after/f"{name}.npz") as b:
         for quantity in notes[0]["order"]:
             nearly = NEARLY.get((name, quantity.partition("/")[0]), 0.)
             if quantity == "error": tell(quantity, np.inf, f"failed BEFORE: {notes[0]['values'][quantity]}")
             elif quantity not in notes[1]["order"]: tell(quantity, np.inf, "not there AFTER")
-            elif quantity in a and quantity in b: tell(quantity, *difference_of_arrays(a[quantity], b[quantity], nearly) or ())
+            elif quantity in a and quantity in b: tell(quantity, *difference_of_arrays(a[quantity], b[quantity], nearly))
             elif quantity in a or quantity in b: tell(quantity, np.inf, "an array in one, a value in the other")
             else:
                 old, new = (n["values"][quantity] for n in notes)
                 told = list(differences(old, new))
-                tell(quantity, *difference_of_values(told, nearly) or ())
+                tell(quantity, *difference_of_values(told, nearly))
         for quantity in notes[1]["order"]:
             if quantity == "error": tell(quantity, np.inf, f"failed AFTER: {notes[1]['values'][quantity]}")
-            elif quantity not in notes[0]["order"]: tell(quantity, np.inf, "not there BEFORE")
+            elif quantity not in notes[0]["order"] and not any(fnmatch(quantity, new) for new in NEW_QUANTITIES):
+                tell(quantity, np.inf, "not there BEFORE")
     order = [q for n in notes for q in n["order"]]
     return found, order
 
@@ -112,9 +115,10 @@ def compare(before, after, name):
 def row_of(name, found):
     "A line of the table."
     counts = ", ".join(f"{n} {what}" for what, (n, _, _) in found.items())
-    differ = ", ".join(f"{len(bad)} {what} differ (by {largest:.3g})" if np.isfinite(largest) else f"{len(bad)} {what} differ"
-                       for what, (_, largest, bad) in found.items() if bad)
-    return f"| {name} | {counts} | {differ or 'equal'} |"
+    by = lambda largest: f" (by {largest:.3g})" if np.isfinite(largest) else ""
+    differ = [f"{len(bad)} {what} differ{by(largest)}" for what, (_, largest, bad) in found.items() if bad]
+    near = [f"{what} nearly{by(largest)}" for what, (_, largest, bad) in found.items() if largest and not bad]
+    return f"| {name} | {counts} | {', '.join(differ or ['equal', *near])} |"
 
 
 def main():

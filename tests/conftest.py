@@ -3,6 +3,7 @@
 A test marked `browser`, `fury`, `cuda` or `slow` is skipped, with the reason in pytest's summary, where its requirement is missing.
 With CI=true a skipped browser or FURY test is a failure: there the requirement is the job of tools/system_packages.sh.
 """
+import json
 import os
 import shutil
 import socket
@@ -47,6 +48,17 @@ def pytest_runtest_setup(item):
         if item.get_closest_marker(mark) and not is_there(): pytest.skip(reason)
 
 
+LONGEST = ("browser", "test_fuzz", "test_study_faults", "test_kill_resume", "test_study")  # these begin first
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "Groups for tests two at a time (`make tests`): a file is one, what needs JupyterLab or the browser another, so that there is one of each."
+    groups = {item: "browser" if item.get_closest_marker("browser") else item.path.stem for item in items}
+    for item, group in groups.items(): item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
@@ -56,11 +68,11 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture(scope="session")
 def browser():
-    "A headless Chromium (playwright)."
+    "Windows of a headless Chromium (playwright); what one of them loaded, the next need not."
     from playwright.sync_api import sync_playwright
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=chromium_path(), args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"])
-        yield chromium
+        yield chromium.new_context()
         chromium.close()
 
 
@@ -80,7 +92,7 @@ def lab(tmp_path_factory):
         settings.write_text(value)
     server = subprocess.Popen(
         [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.ip=127.0.0.1",
-         f"--ServerApp.root_dir={folder}", "--IdentityProvider.token=", "--ServerApp.password="],
+         f"--ServerApp.root_dir={folder}", "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.disable_check_xsrf=True"],
         env=os.environ | state, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
     url = f"http://127.0.0.1:{port}"
     for _ in range(120):
@@ -94,11 +106,20 @@ def lab(tmp_path_factory):
 
 class Lab:
     "A running JupyterLab."
-    def __init__(self, url, folder): self.url, self.folder = url, folder
+    def __init__(self, url, folder): self.url, self.folder, self.kernel = url, folder, None
 
-    def open(self, browser, notebook, width=1400, height=1000):
-        "A browser page with `notebook` (relative to nbs/) open and its kernel idle."
-        page = browser.new_page(viewport={"width": width, "height": height})
+    def ask(self, path, /, **content):
+        "The server's answer to a POST request."
+        request = urllib.request.Request(f"{self.url}/api/{path}", json.dumps(content).encode(), {"Content-Type": "application/json"})
+        return json.load(urllib.request.urlopen(request))
+
+    def open(self, browser, notebook, width=1400, height=1000, own_kernel=True):
+        "A browser page with `notebook` (relative to nbs/) open and its kernel idle: its own, or the one that such notebooks share."
+        if not own_kernel:
+            self.kernel = self.kernel or self.ask("kernels", name="python3")
+            self.ask("sessions", path=notebook, name=notebook, type="notebook", kernel={"id": self.kernel["id"]})
+        page = browser.new_page()
+        page.set_viewport_size({"width": width, "height": height})
         workspace = f"test-{time.monotonic_ns()}"  # a new one, or JupyterLab would open the last test's notebooks too
         page.goto(f"{self.url}/lab/workspaces/{workspace}/tree/{notebook}", wait_until="domcontentloaded")
         page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)

@@ -11,7 +11,8 @@ pytestmark = pytest.mark.browser
 SCREENSHOTS = Path(__file__).resolve().parents[2] / "build" / "screenshots"
 
 SETUP = """
-import tempfile, torch
+import ipywidgets, tempfile, torch
+ipywidgets.Widget.close_all()
 from dwiml_nb.all import *
 folder = tempfile.mkdtemp()
 dataset = MultiSubjectDataset(toy_study(folder)).load_data()
@@ -27,11 +28,11 @@ def notebook(browser, lab):
     "A function that opens a new notebook with these cells, each run; it also notes every address that the page asks for."
     opened = []
 
-    def open_cells(name, *cells):
+    def open_cells(name, *cells, own_kernel=False):
         kernelspec = {"display_name": "python3", "language": "python", "name": "python3"}
         content = [{"cell_type": "code", "id": f"cell-{i}", "metadata": {}, "execution_count": None, "outputs": [], "source": cell.strip()} for i, cell in enumerate(cells)]
         (lab.folder / name).write_text(json.dumps({"cells": content, "metadata": {"kernelspec": kernelspec}, "nbformat": 4, "nbformat_minor": 5}))
-        page = lab.open(browser, name)
+        page = lab.open(browser, name, own_kernel=own_kernel)
         page.asked = []
         page.on("request", lambda request: page.asked.append(request.url))
         lab.run_all(page)
@@ -120,7 +121,7 @@ def test_batch_preview_turns_with_the_mouse(notebook):
 
 
 def test_without_an_adapter_there_is_a_picture_with_sliders(notebook):
-    page = notebook("painted.ipynb", "import os; os.environ['VK_ICD_FILENAMES'] = os.environ['VK_DRIVER_FILES'] = '/none'", SETUP, "viewer = viz(loader).viewer; viewer", "viewer.rung", "viewer.azimuth = 120.")
+    page = notebook("painted.ipynb", "import os; os.environ['VK_ICD_FILENAMES'] = os.environ['VK_DRIVER_FILES'] = '/none'", SETUP, "viewer = viz(loader).viewer; viewer", "viewer.rung", "viewer.azimuth = 120.", own_kernel=True)
     widget = output(page, 2)
     assert "painter" in output(page, 3).inner_text()
     assert "sudo apt install libvulkan1 mesa-vulkan-drivers" in widget.inner_text()

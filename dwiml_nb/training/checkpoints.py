@@ -14,6 +14,7 @@ import torch
 from ..core.errors import DataProblem
 from ..core.files import read_json, write_json
 from ..core.folders import whole_folder
+from ..core.options import with_defaults
 from ..core.registry import class_path
 
 # %% ../../nbs/07_training/02_checkpoints.ipynb #b8918449
@@ -87,22 +88,26 @@ def differences(
     found:dict, # Given now
 ) -> dict: # name -> (recorded, given)
     "The names whose values differ."
-    a,b = (json.loads(json.dumps(o, default=lambda v: v.tolist() if hasattr(v, 'tolist') else repr(v))) for o in (expected, found))
+    plain = lambda v: v.tolist() if hasattr(v, 'tolist') else repr(v)
+    a,b = (json.loads(json.dumps(o, default=plain)) for o in (expected, found))
+    pairs = {k: (a.get(k), b.get(k)) for k in dict.fromkeys([*a, *b])}
     address = lambda v: isinstance(v, str) and ' at 0x' in v
-    return {k: (a.get(k), b.get(k)) for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k) and not (address(a.get(k)) and address(b.get(k)))}
+    return {k: (v,w) for k,(v,w) in pairs.items() if v != w and not (address(v) and address(w))}
 
 def check_same(
     what:str, # 'model', 'sampler', …
     expected:dict, # Recorded
     found:dict, # Given now
     file=None, # The checkpoint
+    of=None, # Whose arguments they are: an object; what is not recorded was at its default
 ):
     "Raise if two records differ, naming each difference."
+    if of is not None: expected,found = with_defaults(of, expected), with_defaults(of, found)
     different = differences(expected, found)
-    if different:
-        raise DataProblem(f"the checkpoint belongs to another {what}", expected=", ".join(f"{k}={a!r}" for k,(a,_) in different.items()),
-                          found=", ".join(f"{k}={b!r}" for k,(_,b) in different.items()), file=file,
-                          do=f"build the {what} as the run had it (params.json), or start a new experiment.")
+    if not different: return
+    say = lambda i: ", ".join(f"{k}={pair[i]!r}" for k,pair in different.items())
+    raise DataProblem(f"the checkpoint belongs to another {what}", expected=say(0), found=say(1), file=file,
+                      do=f"build the {what} as the run had it (params.json), or start a new experiment.")
 
 # %% ../../nbs/07_training/02_checkpoints.ipynb #3785e80a
 def load_weights(
@@ -112,7 +117,8 @@ def load_weights(
     "Put a checkpoint's weights into a model, after checking that they are its own."
     kept = checkpoint.params['model']
     names = [path.rpartition('.')[2] for path in (kept['class'], class_path(model))]
-    check_same('model', {'class': names[0], **kept['params']}, {'class': names[1], **model.params_for_checkpoint}, checkpoint.folder)
+    check_same('model', {'class': names[0]}, {'class': names[1]}, checkpoint.folder)
+    check_same('model', kept['params'], model.params_for_checkpoint, checkpoint.folder, of=model)
     weights = load_tensors(checkpoint.folder/'model'/'model_state.pkl')
     shapes = lambda state: {k: list(v.shape) if hasattr(v, 'shape') else None for k,v in state.items()}
     check_same('model', shapes(weights), shapes(model.state_dict()), checkpoint.folder)

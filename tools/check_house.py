@@ -1,5 +1,5 @@
 """Cheap checks of the house: modules and README in step with the pages, no module without a page,
-imports only from pages before and in cells of their own, no name used before its cell.
+imports only from pages before and in cells of their own, no name used before its cell, models asked only what the contract lists.
 
 The last lines tell how the pages are written (docs/contributing.md says what is aimed at); they are figures, not conditions.
 """
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from build_docs import readme
+from check_contract import contract_problems
 from nbdev.process import NBProcessor
 from run_pages import EXPORTS, ROOT, bound_names
 
@@ -118,7 +119,7 @@ def writing(pages):
 
 def main():
     problems, pages = out_of_step(), read_pages()
-    problems += orphans(pages) + backward_imports(pages) + mixed_cells(pages) + early_names(pages)
+    problems += orphans(pages) + backward_imports(pages) + mixed_cells(pages) + early_names(pages) + contract_problems()
     if (ROOT / "README.md").read_text(encoding="utf-8") != readme(): problems.append("README.md is not what nbs/index.ipynb says: run `make readme`")
     print(*problems, sep="\n", file=sys.stderr)
     writing(pages)

@@ -64,8 +64,8 @@ def csd_fodf(
     use = b0 | volumes
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                               # dipy: fewer directions than coefficients, legacy basis
-        model = ConstrainedSphericalDeconvModel(gradient_table(np.where(b0, 0, bvals)[use], bvecs=bvecs[use]), response, sh_order_max=order)
-        return np.nan_to_num(model.fit(np.asarray(acquisition.dwi)[..., use].astype(np.float64), mask=mask).shm_coeff)
+        csd = ConstrainedSphericalDeconvModel(gradient_table(np.where(b0, 0, bvals)[use], bvecs=bvecs[use]), response, sh_order_max=order)
+        return np.nan_to_num(csd.fit(np.asarray(acquisition.dwi)[..., use].astype(np.float64), mask=mask).shm_coeff)
 
 # %% ../../nbs/10_evaluation/01_csd.ipynb #1b78aaab
 def amplitudes(

@@ -171,7 +171,7 @@ MODEL_METHODS = (
 GETTER_METHODS = (
     'to', 'train', 'eval', 'double', 'parameters',
     'compute_loss', 'get_tracking_directions',
-    'add_eos', 'axis_head', 'can_draw')                                                 # what it can do
+    'add_eos', 'axis_head', 'is_probabilistic')                                                 # what it can do
 
 def not_written(
     method, # A method that only says that it is missing

@@ -200,7 +200,7 @@ def check_getter_tracking(getter:DirectionGetter, rows:Ragged) -> str:
         first = getter.get_tracking_directions(out, previous_dirs=torch.zeros(len(out), 3), **never)
         assert torch.allclose(first.norm(dim=1), torch.ones(len(out)), atol=1e-5), "first steps are not unit axes."
         did.append('axis at first steps')
-    if getter.can_draw:
+    if getter.is_probabilistic:
         draws = torch.rand(len(out), 4, generator=torch.Generator().manual_seed(0))
         a = getter.get_tracking_directions(out, 'prob', draws=draws, **never)
         b = torch.cat([getter.get_tracking_directions(out[i:i+7], 'prob', draws=draws[i:i+7], **never) for i in range(0, len(out), 7)])

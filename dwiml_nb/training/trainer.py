@@ -97,7 +97,7 @@ class DWIMLTrainer:
         self.resume_call = f'{type(self).__name__}.init_from_checkpoint'
         if checkpoint is None: self.experiment.check_new(self.resume_call)
         self.device = choose_device(device)
-        weights,lr = trainable(model.to(self.device)),self.learning_rates[0]
+        weights,lr = trainable(model.to(self.device), self.spec.name),self.learning_rates[0]
         self.optimizer = make_optimizer(optimizer, weights, lr, weight_decay, optimizer_args)
         self.control,self.monitor = TrainingControl(),BestEpochMonitor(patience, patience_delta)
         self.phases,self.counted,self.given_sinks = self.make_phases(),{},list(sinks)
@@ -116,11 +116,12 @@ class DWIMLTrainer:
 # %% ../../nbs/07_training/09_trainer.ipynb #7eade2ed
 def trainable(
     model:torch.nn.Module,
+    name:str='the model', # Of its class, for the message
 ) -> list: # of parameters
     "The parameters to optimise."
     parameters = [p for p in model.parameters() if p.requires_grad]
     if parameters: return parameters
-    raise ValueError(f"{type(model).__name__} has no trainable parameter, so there is nothing to train.")
+    raise ValueError(f"{name} has no trainable parameter, so there is nothing to train.")
 
 def check_numbers(
     *needed, # Names of those that cannot be None

@@ -8,6 +8,7 @@ Compared are studies, batches (ids, draws, lines, inputs, targets), logged rows,
 on the moment: seconds, dates, versions, folders. Exit status 1, and the first quantities that differ, if anything does.
 """
 import argparse
+import ast
 import hashlib
 import json
 import os
@@ -28,8 +29,9 @@ NEW_QUANTITIES = ("tractograms/*/stop_names",)  # what BEFORE does not tell
 
 
 def state_of(checkout):
-    "What decides the results of a checkout: its modules, the recipes, the versions below them."
-    digest = hashlib.sha1(RECIPES.read_bytes())
+    "What decides the results of a checkout: its modules, the recipes (wherever they import from), the versions below them."
+    recipes = [node for node in ast.parse(RECIPES.read_text()).body if not isinstance(node, (ast.Import, ast.ImportFrom, ast.Try))]
+    digest = hashlib.sha1("\n".join(map(ast.dump, recipes)).encode())
     for file in sorted((checkout/"dwiml_nb").rglob("*.py")):
         if file.name != "_modidx.py": digest.update(f"{file.relative_to(checkout)}\n".encode() + file.read_bytes())
     versions = subprocess.run([sys.executable, "-c", "import sys, torch, numpy; print(sys.version, torch.__version__, numpy.__version__)"],

@@ -392,7 +392,7 @@ def learner(key="cosine-regression", rnn_key="lstm", space="voxmm", nb_previous_
 
 
 HEADS = [("cosine-regression", {}), ("cosine-regression", {"add_eos": True}), ("cosine-regression", {"axis_head": True}),
-         ("sphere-classification", {}), ("sphere-classification", {"add_eos": True})]
+         ("sphere-classification", {}), ("sphere-classification", {"add_eos": True}), ("sphere-classification", {"add_eos": True, "axis_head": True})]
 
 
 @pytest.mark.parametrize("key,args", HEADS)

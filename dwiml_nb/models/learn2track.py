@@ -25,7 +25,7 @@ class Learn2TrackModel(ModelWithOneInput, ModelWithPreviousDirections, ModelWith
 
     def __init__(self,
         nb_features:int, # F of the input group
-        rnn_key:str='lstm', # Kind of recurrent layer: one of `RNNS`, or dict(key=…, options)
+        rnn_key:str|dict='lstm', # Kind of recurrent layer: one of `RNNS`, or dict(key=…, options)
         rnn_layer_sizes:list=(100, 100), # Hidden size of each layer
         use_skip_connection:bool=False, # Input to every layer; all layers and the input to the output
         use_layer_normalization:bool=False, # LayerNorm after each layer

@@ -46,7 +46,7 @@ class ModelWithOneInput(ModelWithNeighborhood):
     "Reads one volume at each point."
     def __init__(self, experiment_name:str=None, *, # A name for your own use
         nb_features:int=None, # F of the input group
-        input_embedding_key:str='no_embedding', # First layer of the input: one of `EMBEDDINGS`, or dict(…)
+        input_embedding_key:str|dict='no_embedding', # First layer of the input, of `EMBEDDINGS`; or dict(…)
         input_embedded_size:int=None, # Features after an nn_embedding
         nb_cnn_filters:list=None, # cnn_embedding: filters of each layer
         kernel_size:list=None, # cnn_embedding: kernel edge of each layer, in voxels of the grid
@@ -72,7 +72,7 @@ class ModelWithPreviousDirections(MainModelAbstract):
     "Remembers the last n directions."
     def __init__(self, experiment_name:str=None, *, # A name for your own use
         nb_previous_dirs:int=0, # n, previous directions that the model sees
-        prev_dirs_embedding_key:str='no_embedding', # Their first layer: one of `EMBEDDINGS`, or dict(…)
+        prev_dirs_embedding_key:str|dict='no_embedding', # Their first layer: one of `EMBEDDINGS`, or dict(…)
         prev_dirs_embedded_size:int=None, # Features after their nn_embedding
         normalize_prev_dirs:bool=False, # Previous directions as unit vectors, not displacements
         **parts, # For the other parts

@@ -103,7 +103,7 @@ RNNS.register('gru', nn.GRU); RNNS.register('lstm', nn.LSTM)
 class StackedRNN(nn.Module):
     "Recurrent layers on top of each other."
     def __init__(self,
-        rnn_key:str, # Kind of layer: one of `RNNS`, or dict(key=…, its own options)
+        rnn_key:str|dict, # Kind of layer: one of `RNNS`, or dict(key=…, its own options)
         input_size:int, # D
         layer_sizes:list, # H of each layer
         use_skip_connection:bool=False, # Input to every layer, everything to the output

@@ -1,5 +1,5 @@
 """Cheap checks of the house: modules and README in step with the pages, no module without a page,
-imports only from pages before and in cells of their own, no name used before its cell, models asked only what the contract lists.
+imports only from pages before and in cells of their own, no name used before its cell, models asked only what the contract lists, a small front door.
 
 The last lines tell how the pages are written (docs/contributing.md says what is aimed at); they are figures, not conditions.
 """
@@ -15,6 +15,8 @@ from build_docs import readme
 from check_contract import contract_problems
 from nbdev.process import NBProcessor
 from run_pages import EXPORTS, ROOT, bound_names
+
+DOOR = 150  # names that `from dwiml_nb.all import *` may bring
 
 
 def contents():
@@ -117,9 +119,19 @@ def writing(pages):
           f"{hidden} hidden test cells beside {shown} shown")
 
 
+def door():
+    "The names that `from dwiml_nb.all import *` brings: how many, and which of them hide another library's."
+    script = ("import builtins, dwiml_nb.all as door, matplotlib.pyplot as pyplot, numpy, torch\n"
+              "print(len(door.__all__), *[f'{name}:{o.__name__}' for name in door.__all__ for o in (builtins, numpy, torch, pyplot) if hasattr(o, name)])")
+    count, *clashes = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    print(f"{count} names at the door (dwiml_nb.all), at most {DOOR}")
+    problems = [f"nbs/all.ipynb: {name} hides a name of {other}: leave it out" for name, other in (clash.split(":") for clash in clashes)]
+    return problems + [f"nbs/all.ipynb: {count} names are more than {DOOR}: leave helpers in their modules"] * (int(count) > DOOR)
+
+
 def main():
     problems, pages = out_of_step(), read_pages()
-    problems += orphans(pages) + backward_imports(pages) + mixed_cells(pages) + early_names(pages) + contract_problems()
+    problems += orphans(pages) + backward_imports(pages) + mixed_cells(pages) + early_names(pages) + contract_problems() + door()
     if (ROOT / "README.md").read_text(encoding="utf-8") != readme(): problems.append("README.md is not what nbs/index.ipynb says: run `make readme`")
     print(*problems, sep="\n", file=sys.stderr)
     writing(pages)

@@ -21,10 +21,11 @@ from .core.phantom import phantom_subject, simulate_subject, write_phantom
 from .core.human_bundles import load_human_bundles, write_human_study
 
 # %% ../nbs/all.ipynb #c5d7131d
+from .study.standardize import STANDARDIZATIONS
 from .study.create import create_study, plan_study
 from .study.grow import add_subjects, repack_study
 from .study.check import check_study
-from .study.schema import STANDARDIZATIONS, describe_study, read_config
+from .study.schema import describe_study, read_config
 from .study.bids import bids_sources
 from .study.toy import toy_study
 

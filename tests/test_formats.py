@@ -1,4 +1,4 @@
-"""What is registered from outside is used everywhere: a tractogram format."""
+"""What is registered from outside is used everywhere a study is made: a tractogram format, a standardisation."""
 import warnings
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from dwiml_nb.core.tractograms import TRACTOGRAM_FORMATS, Tractogram, Tractogram
 from dwiml_nb.data.extract import extract_data
 from dwiml_nb.study.create import create_study
 from dwiml_nb.study.grow import add_subjects
+from dwiml_nb.study.standardize import STANDARDIZATIONS
 
 LISTS = [["sub-01"], ["sub-02"], ["sub-03"]]
 
@@ -32,11 +33,17 @@ class Npz(TractogramFormat):
         return Tractogram(Ragged.from_lengths(points, lengths), None, found)
 
 
+def robust(data, mask):
+    "Median 0 in the mask."
+    return data - np.median(data[mask], axis=0)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     TRACTOGRAM_FORMATS.register(".npz", Npz)
+    STANDARDIZATIONS.register("robust", robust)
     yield
-    del TRACTOGRAM_FORMATS.entries[".npz"]
+    del TRACTOGRAM_FORMATS.entries[".npz"], STANDARDIZATIONS.entries["robust"]
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +57,8 @@ def subjects(tmp_path_factory):
     return root
 
 
-def study(root, folder, kind, quiet=True, **options):
-    config = {"input": {"type": "volume", "files": "dwi/sh.nii.gz", "standardization": "none"},
+def study(root, folder, kind, quiet=True, how="robust", **options):
+    config = {"input": {"type": "volume", "files": "dwi/sh.nii.gz", "standardization": how},
               "bundles": {"type": "streamlines", "files": [f"bundles/*{kind}"], "dps_keys": ["weight"]}}
     with warnings.catch_warnings():
         if quiet: warnings.simplefilter("ignore")
@@ -61,6 +68,9 @@ def study(root, folder, kind, quiet=True, **options):
 def test_a_study_of_another_format_is_the_same_study(subjects, tmp_path):
     trk, npz = (study(subjects, tmp_path, kind, step_size=1., n_procs=n_procs).path for kind, n_procs in ((".trk", None), (".npz", 2)))
     with h5py.File(trk) as a, h5py.File(npz) as b:
+        values = a["sub-01/input/data"][()]
+        np.testing.assert_array_equal(values, b["sub-01/input/data"][()])
+        assert abs(np.median(values[(values != values[0, 0, 0]).any(-1)], axis=0)).max() < 1e-3        # of the brain, whose voxels are not 0
         for s in ("sub-01", "sub-02", "sub-03"):
             for name in ("data", "offsets", "data_per_streamline/weight"): np.testing.assert_array_equal(a[s]["bundles"][name][()], b[s]["bundles"][name][()])
     assert "streamlines" in repr(study(subjects, tmp_path/"..", ".npz", step_size=1., dry_run=True))
@@ -89,3 +99,20 @@ def test_what_other_processes_cannot_have_is_used_here(subjects, tmp_path):
         del TRACTOGRAM_FORMATS.entries[".npz"]
         TRACTOGRAM_FORMATS.register(".npz", Npz)
     assert plan.path.exists()
+
+
+def test_a_standardisation_is_known_by_its_name(subjects, tmp_path):
+    with pytest.raises(DataProblem, match="group input: unknown standardization. Did you mean 'robust'?.*'per_degree' or 'robust'. Found: 'robost'"): study(subjects, tmp_path, ".trk", how="robost")
+    with pytest.raises(DataProblem, match=r"unknown standardization.*Found: \['all'\]"): study(subjects, tmp_path, ".trk", how=["all"])
+    STANDARDIZATIONS.register("longer", lambda data, mask: data[..., :2])
+    try:
+        with pytest.raises(DataProblem, match=r"subject sub-01, group input: the standardisation 'longer' gave what cannot be stored. Expected: values of shape .* Found: shape"): study(subjects, tmp_path, ".trk", how="longer")
+        path = study(subjects, tmp_path, ".trk").path
+        entry = STANDARDIZATIONS.entries.pop("robust")                                                 # as in a process that has not heard of it
+        with pytest.raises(DataProblem, match="unknown standardization.*Found: 'robust'"): add_subjects(path, subjects, training=["sub-04"])
+    finally:
+        STANDARDIZATIONS.register("robust", entry)
+        del STANDARDIZATIONS.entries["longer"]
+    with pytest.raises(DataProblem, match="standardization is not that of the study. Expected: robust. Found: all"):
+        add_subjects(path, subjects, training=["sub-04"], config={"input": {"type": "volume", "files": "dwi/sh.nii.gz", "standardization": "all"},
+                                                                  "bundles": {"type": "streamlines", "files": ["bundles/*.trk"], "dps_keys": ["weight"]}})

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import sys
 import time
+import warnings
 from fnmatch import fnmatch
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -96,6 +97,7 @@ def execute(page):
     from nbdev.process import NBProcessor
 
     multiprocessing.set_start_method(None, force=True)  # the page's own workers start as they would in a notebook
+    warnings.filterwarnings("default", category=UserWarning)  # importing fury (dipy does) turns all warnings off
     notebook = NBProcessor(NBS / page, rm_directives=False).nb
     module, skip = module_of(notebook), set(get_config().tst_flags.split())
     figures = coverage_of_pages(data_suffix=True) if module else None

@@ -9,7 +9,7 @@ __all__ = ['known_group', 'known_groups', 'groups_of_inputs', 'check_features', 
 import torch
 from torch import Tensor
 from ..core.errors import DataProblem, did_you_mean
-from ..core.space import Grid, same_grid
+from ..core.space import Grid, fits_grid
 from ..core.volume import sample_neighborhood
 from .spec import ModelSpec
 
@@ -83,9 +83,9 @@ class InputsAt:
     def volume(self, subset, subject, group, grid, points) -> Tensor: # (X, Y, Z, F)
         "A group's volume, if it lies on the grid of the points."
         own,show = subset.grid(subject, group), lambda g: f"{g}, affine {g.affine[:3].round(3).tolist()}"
-        if own is not grid and not same_grid(own, grid):
-            raise DataProblem(f"{points} and the input volume lie on different grids", expected=show(grid), found=show(own),
-                              subject=subset.subjects[subject], group=group,
+        place = dict(subject=subset.subjects[subject], group=group)
+        if own is not grid and not fits_grid(own, grid, f"the grids of input and {points}", **place):
+            raise DataProblem(f"{points} and the input volume lie on different grids", expected=show(grid), found=show(own), **place,
                               do=f"resample the volume to the grid of {points} and create the study again.")
         return subset.get_volume(subject, group, self.device)
 

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from ..core.errors import DataProblem
 from ..core.files import progress
 from ..core.ragged import Ragged
-from ..core.space import convert, same_grid
+from ..core.space import convert, fits_grid
 from ..core.lines import lengths_of, reverse
 from ..core.volume import sample_nearest
 from ..core.tractograms import Tractogram
@@ -72,9 +72,10 @@ class Tracker:
     ) -> Tensor: # (X, Y, Z, F)
         "A volume of the subject that lies on the input's grid and has as many features as it should."
         known_group(group, dataset.volume_groups, 'volume')
-        if not same_grid(grid := self.subset.grid(self.subject, group), self.grid):
-            raise DataProblem("the volume lies on another grid than the input", expected=self.grid, found=grid, subject=self.subj_id,
-                              group=group, do="resample it to the input's grid.")
+        grid,place = self.subset.grid(self.subject, group), dict(subject=self.subj_id, group=group)
+        if not fits_grid(grid, self.grid, f"the grids of {what} and input", **place):
+            raise DataProblem("the volume lies on another grid than the input", expected=self.grid, found=grid, **place,
+                              do="resample it to the input's grid.")
         volume = self.subset.get_volume(self.subject, group, self.model.device)
         if volume.shape[3] != nb_features and not (what == "peaks" and volume.shape[3] > nb_features):
             raise DataProblem(f"{what} cannot be this volume", expected=f"{nb_features} features", found=f"{volume.shape[3]} features",

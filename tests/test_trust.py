@@ -1,7 +1,10 @@
 """No name in a file becomes an import or a call on its own: what is resolved, what is refused, and that nothing of it ran."""
 import json
+import os
 import shutil
+import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -172,6 +175,9 @@ def test_own_classes(case, where, do, monkeypatch):
     assert case.ran[0] in ("__main__", case.name, f"{case.name}.models")
     if do == "track": assert (case.tmp/"lines.trx").exists()
     else: assert any("batch:" in o for o in case.ran)
+    if do == "resume" and where != "cell":
+        used = json.loads((case.folder/"first"/"parameters_latest.json").read_text())["trust"]
+        assert any(case.name in word for word in used)
 
 
 def test_openers_take_trust(case):
@@ -185,6 +191,31 @@ def test_openers_take_trust(case):
     assert registry.trusted.get() == frozenset() and case.ran == [case.name]
     track_from_model(folder, "sub-04", case.tmp/"lines.trx", "seed_mask", nt=5, device="cpu", trust=[file])
     assert type(trainer_from_folder(case.folder, "first", new_max_epochs=2, device="cpu", trust=file)).__name__ == f"Trainer{case.n}"
+
+
+def test_spawned_workers(case):
+    """A process that is started anew unpickles a loader of a file that only the other process was told to trust, and a dataset of a
+    plugin; the environment counts in both. No plugin is looked for while the library is imported."""
+    run = case.tmp/"here"/"run.py"                                          # Python would import from its folder
+    run.write_text(textwrap.dedent("""
+        import multiprocessing
+        if __name__ == '__main__':
+            import dwiml_nb.all
+            from dwiml_nb.cli.training import dwiml_resume_training_from_checkpoint
+            from dwiml_nb.core.registry import loaded_plugins, plugins
+            assert plugins.cache_info().misses == 0 and not loaded_plugins
+            multiprocessing.set_start_method('spawn')
+            dwiml_resume_training_from_checkpoint()
+        """))
+    with pytest.MonkeyPatch.context() as patch: site = installed(case, patch)
+    one, two = (case.write(case.tmp/f"{o}_{case.n}.py") for o in ("one", "two"))
+    case.record(one.stem, dataset=f"{case.name}.models.Data{case.n}", sampler=f"{two.stem}.Sampler{case.n}")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(site)]), "DWIML_TRUST": str(two)}
+    done = subprocess.run([sys.executable, run, case.folder, "first", "--new_max_epochs", "2", "--device", "cpu", "--nb_cpu_processes", "1",
+                           "--trust", one], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len({o for o in case.ran if "batch:" in o}) == 2                                  # a worker for training, one for validation
+    assert all(case.ran.count(o) >= 2 for o in (one.stem, f"{case.name}.models")), case.ran  # here and there
 
 
 # ---- what is not

@@ -134,6 +134,10 @@ def bring_in_trusted():
             warnings.warn(f"the plugin {package} cannot be imported, {type(e).__name__}: {e}. "
                           "Correct it, or remove the package.")
 
+def all_trusted() -> list: # of packages and files, in words
+    "What this process has trusted so far, for the record of a run."
+    return [*brought_in, *loaded_plugins]
+
 def allowed() -> set: # of names of modules
     "Whose classes a file may name, beside those that are here."
     return {'dwiml_nb', *trusted.get(), *map(name_of, words_of_environment()), *plugins()}

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from ..core.errors import DataProblem
 from ..core.files import fsync_path, write_json
 from ..core.folders import clear_folder, flush_folder, write_folder
-from ..core.registry import class_path
+from ..core.registry import all_trusted, class_path
 from .checkpoints import Checkpoint, check_same, checkpoint_parts, write_model
 from .control import only_one
 from .means import BestEpochMonitor, Sums, WeightedMean
@@ -63,6 +63,7 @@ def write_record(self:Experiment,
     versions = {name: version(name) for name in packages} | {'python': platform.python_version()}
     about = {'date': now.isoformat(timespec='seconds'), 'experiment_name': self.name, 'versions': versions}
     record = {**about, **params}
+    if used := all_trusted(): record['trust'] = used
     for name in (f'parameters_{now:%Y-%m-%d_%Hh%Mm%S}.json', 'parameters_latest.json'):
         write_json(record, self.folder/name)
     return record

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/all.ipynb #4f9551d7
 from .core.errors import DataProblem
 from .core.registry import Registry, trusting
+from .core.options import with_parts
 from .core.ragged import Ragged, as_ragged
 from .core.space import Grid, apply_affine, convert, grid_of, same_grid
 from .core.lines import directions, lengths_of, previous_directions, resample_nb_points, resample_step, unit
@@ -50,7 +51,7 @@ from .directions.registry import direction_getter
 
 # %% ../nbs/all.ipynb #8a96e338
 from .models.base import MODEL_CLASSES, MainModelAbstract, load_model
-from .models.embeddings import EMBEDDINGS, CNNEmbedding, NNEmbedding, NoEmbedding
+from .models.embeddings import EMBEDDINGS, CNNEmbedding, Embedding, NNEmbedding, NoEmbedding
 from .models.parts import (ModelWithDirectionGetter, ModelWithNeighborhood, ModelWithOneInput,
                                    ModelWithPreviousDirections)
 from .models.rnn import RNNS, StackedRNN

@@ -1,5 +1,6 @@
 """Cheap checks of the house: modules and README in step with the pages, no module without a page,
-imports only from pages before and in cells of their own, no name used before its cell, models asked only what the contract lists, a small front door.
+imports only from pages before and in cells of their own, no name used before its cell, models asked only what the contract lists, a small front door,
+no class with more methods than can be kept in mind.
 
 The last lines tell how the pages are written (docs/contributing.md says what is aimed at); they are figures, not conditions.
 """
@@ -17,6 +18,7 @@ from nbdev.process import NBProcessor
 from run_pages import EXPORTS, ROOT, bound_names
 
 DOOR = 150  # names that `from dwiml_nb.all import *` may bring
+MOST_METHODS = 28  # of a class
 
 
 def contents():
@@ -97,6 +99,30 @@ def early_names(pages):
     return problems
 
 
+def methods_of_classes():
+    "Class -> names of its methods and properties, those that it inherits from classes of this package counted."
+    own, bases = {}, {}
+    trees = [ast.parse(f.read_text(encoding="utf-8")) for f in ROOT.glob("dwiml_nb/**/*.py")]
+    for node in (node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)):
+        own.setdefault(node.name, set()).update(o.name for o in node.body if isinstance(o, ast.FunctionDef))
+        bases.setdefault(node.name, set()).update(ast.unparse(base) for base in node.bases)
+    for node in (node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)):
+        patched = any(re.match(r"patch\b", ast.unparse(o)) for o in node.decorator_list) and node.args.args and node.args.args[0].annotation
+        for name in ast.walk(patched) if patched else ():
+            if isinstance(name, ast.Name) and name.id in own: own[name.id].add(node.name)
+    inherited = lambda name: own.get(name, set()).union(*(inherited(base) for base in bases.get(name, ())))
+    return {name: inherited(name) for name in own}
+
+
+def large_classes():
+    "Say which class has most methods; name those with too many."
+    methods = methods_of_classes()
+    largest = max(methods, key=lambda name: len(methods[name]))
+    print(f"largest class: {largest}, {len(methods[largest])} methods (at most {MOST_METHODS})")
+    return [f"class {name} has {len(o)} methods, inherited ones counted, at most {MOST_METHODS}: make some of it a part of its own"
+            for name, o in methods.items() if len(o) > MOST_METHODS]
+
+
 def writing(pages):
     "How the pages are written: length of exported cells, how many definitions an example follows, how many tests hide."
     lengths, followed, hidden, shown = [], [], 0, 0
@@ -131,7 +157,7 @@ def door():
 
 def main():
     problems, pages = out_of_step(), read_pages()
-    problems += orphans(pages) + backward_imports(pages) + mixed_cells(pages) + early_names(pages) + contract_problems() + door()
+    problems += orphans(pages) + backward_imports(pages) + mixed_cells(pages) + early_names(pages) + contract_problems() + door() + large_classes()
     if (ROOT / "README.md").read_text(encoding="utf-8") != readme(): problems.append("README.md is not what nbs/index.ipynb says: run `make readme`")
     print(*problems, sep="\n", file=sys.stderr)
     writing(pages)

@@ -155,17 +155,19 @@ def run_params(
             'study': lines_per_subject(sampler), 'num_threads': torch.get_num_threads(),
             'device': str(device)}
 
-# %% ../../nbs/07_training/08_run.ipynb #315cf990
+# %% ../../nbs/07_training/08_run.ipynb #00b04714
 def check_same_run(
     checkpoint:Checkpoint,
-    params:dict, # What the run is made of now
+    sampler, # `DWIMLBatchIDSampler` to go on with
+    loader, # `DWIMLBatchLoader` to go on with
 ):
     "Refuse to go on with other parts than the run had."
-    kept,folder = checkpoint.params,checkpoint.folder
-    for part in ('sampler', 'loader'): check_same(part, kept[part]['params'], params[part]['params'], folder)
+    kept,folder,now = checkpoint.params,checkpoint.folder,lines_per_subject(sampler)
+    for part,obj in (('sampler', sampler), ('loader', loader)):
+        check_same(part, kept[part]['params'], obj.params, folder, of=obj)
     for name in PHASES:
         what = f'study ({name} subjects and their numbers of streamlines)'
-        check_same(what, kept['study'][name], params['study'][name], folder)
+        check_same(what, kept['study'][name], now[name], folder)
 
 def check_not_ended(
     epoch:int, # The next one

@@ -446,14 +446,14 @@ def train_and_validate(self:DWIMLTrainer):
         for phase in self.phases: self.do_phase(phase.name, None, phase.run)
         if self.phase is None: self.save_checkpoint()
 
-# %% ../../nbs/07_training/09_trainer.ipynb #6a604222
+# %% ../../nbs/07_training/09_trainer.ipynb #8e604820
 @patch
 def load_state(self:DWIMLTrainer,
     checkpoint:Checkpoint,
 ):
     "Go on from a checkpoint."
     state = checkpoint.state
-    check_same_run(checkpoint, self.params)
+    check_same_run(checkpoint, self.batch_sampler, self.batch_loader)
     load_weights(self.model, checkpoint)
     torch.set_num_threads(checkpoint.params['num_threads'])
     self.optimizer.load_state_dict(state['optimizer'])

@@ -49,8 +49,8 @@ docs: build/pages.done
 build/pages.done: $(VENV)/.ready $(shell find nbs dwiml_nb -name '*.ipynb' -o -name '*.py')
 	$(PY) tools/run_pages.py
 
-tests:  # two at a time; `pytest` alone runs them one by one
-	$(PY) -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
+tests:  # two files at a time; `pytest` alone runs them one by one
+	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 wheel:  # build it, install it in an empty folder, import everything there
 	rm -rf build/lib build/bdist* build/wheel build/installed

@@ -48,15 +48,12 @@ def pytest_runtest_setup(item):
         if item.get_closest_marker(mark) and not is_there(): pytest.skip(reason)
 
 
-LONGEST = ("browser", "test_fuzz", "test_study_faults", "test_kill_resume", "test_study")  # these begin first
+LONGEST = ("test_widgets", "test_fuzz", "test_study_faults", "test_kill_resume", "test_study")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    "Groups for tests two at a time (`make tests`): a file is one, what needs JupyterLab or the browser another, so that there is one of each."
-    groups = {item: "browser" if item.get_closest_marker("browser") else item.path.stem for item in items}
-    for item, group in groups.items(): item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))
+    "The files that take longest come first: where files run two at a time, as in `make tests`, both ends are busy to the last."
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.hookimpl(hookwrapper=True)

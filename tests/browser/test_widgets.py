@@ -1,4 +1,7 @@
-"""The widgets in a real JupyterLab, used with a mouse. Screenshots of each go to build/screenshots, to be looked at."""
+"""Pages and widgets in a real JupyterLab, used with a mouse. Screenshots of each go to build/screenshots, to be looked at.
+
+All that needs JupyterLab is in this file, so that there is one of it where files run two at a time.
+"""
 import json
 import time
 from pathlib import Path
@@ -66,6 +69,16 @@ def nothing_from_elsewhere(page):
 
 
 def output(page, i): return page.locator(".jp-Notebook .jp-Cell").nth(i).locator(".jp-Cell-outputArea")
+
+
+def test_a_page_runs_in_jupyterlab(browser, lab):
+    page = lab.open(browser, "00_core/04_ragged.ipynb")
+    lab.run_all(page)
+    prompts = page.locator(".jp-CodeCell .jp-InputPrompt").all_text_contents()
+    assert prompts and all(prompt.strip("[]: ") for prompt in prompts), "every code cell has run"
+    assert page.locator(".jp-OutputArea-output img").count() > 0
+    assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
+    page.close()
 
 
 def test_study_browser(notebook):

@@ -26,7 +26,8 @@ from .study.standardize import STANDARDIZATIONS
 from .study.create import create_study, plan_study
 from .study.grow import add_subjects, repack_study
 from .study.check import check_study
-from .study.schema import describe_study, read_config
+from .study.config import read_config
+from .study.describe import describe_study
 from .study.bids import bids_sources
 from .study.toy import toy_study
 

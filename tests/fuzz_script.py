@@ -28,7 +28,8 @@ from dwiml_nb.core.ragged import Ragged
 from dwiml_nb.core.space import Grid
 from dwiml_nb.core.tractograms import Tractogram, load_tractogram, save_tractogram
 from dwiml_nb.data.dataset import MultiSubjectDataset
-from dwiml_nb.study.check import check_study, limit_memory
+from dwiml_nb.study.check import check_study
+from dwiml_nb.study.check_apart import limit_memory
 from dwiml_nb.study.create import create_study
 from dwiml_nb.study.sources import tractogram_header
 

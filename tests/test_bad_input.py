@@ -22,7 +22,8 @@ from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.study import create
 from dwiml_nb.study.check import check_study
 from dwiml_nb.study.create import create_study
-from dwiml_nb.study.schema import SUBSETS, describe_study
+from dwiml_nb.study.describe import describe_study
+from dwiml_nb.study.lists import SUBSETS
 from dwiml_nb.study.toy import toy_study
 
 REFERENCE = Path(__file__).parent/'data'/'dwi_ml_study'

@@ -84,7 +84,7 @@ def test_claims_of_terabytes(folder):
                                           ("raise MemoryError", "ended early")])
 def test_check_tells_of_a_process_that_ended(folder, monkeypatch, script, says):
     "What ends the HDF5 library is a line of the report, not the end of the command."
-    from dwiml_nb.study import check
-    monkeypatch.setattr(check, "CHECK_APART", script)
-    report = check.check_apart(folder / "whole.hdf5", timeout=2)
+    from dwiml_nb.study import check_apart
+    monkeypatch.setattr(check_apart, "CHECK_APART", script)
+    report = check_apart.check_apart(folder / "whole.hdf5", timeout=2)
     assert not report.ok and says in report.problems[0].problem

@@ -20,7 +20,7 @@ from dwiml_nb.batch.loader import DWIMLBatchLoaderOneInput
 from dwiml_nb.batch.sampler import DWIMLBatchIDSampler
 from dwiml_nb.batch.spec import ModelSpec
 from dwiml_nb.data.dataset import MultiSubjectDataset
-from dwiml_nb.study.schema import SUBSETS
+from dwiml_nb.study.lists import SUBSETS
 
 MIB = 2**20
 GRID = (60, 70, 50)

@@ -21,7 +21,9 @@ from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.data.stored import coalesced, pick_lines
 from dwiml_nb.data.volumes import VolumeCache
 from dwiml_nb.study.files import HeldFiles
-from dwiml_nb.study.schema import SUBSETS, StudyFile, describe_study
+from dwiml_nb.study.describe import describe_study
+from dwiml_nb.study.lists import SUBSETS
+from dwiml_nb.study.schema import StudyFile
 
 WAYS = {'map': dict(lazy=True), 'pread': dict(lazy=True, read_mode='pread'), 'eager': {}}
 AFFINE = np.diag([2., 2, 2, 1])

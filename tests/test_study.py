@@ -27,7 +27,9 @@ from dwiml_nb.data.stored import mapped_address
 from dwiml_nb.models.learn2track import Learn2TrackModel
 from dwiml_nb.study.check import check_study
 from dwiml_nb.study.create import create_study
-from dwiml_nb.study.schema import SUBSETS, describe_study, group_grid
+from dwiml_nb.study.describe import describe_study
+from dwiml_nb.study.lists import SUBSETS
+from dwiml_nb.study.schema import group_grid
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.tracking.tracker import Tracker
 

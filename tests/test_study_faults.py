@@ -35,7 +35,8 @@ from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.study import grow, parts
 from dwiml_nb.study.create import create_study
 from dwiml_nb.study.grow import add_subjects, repack_study
-from dwiml_nb.study.schema import SUBSETS, attr_words, open_study
+from dwiml_nb.study.lists import SUBSETS
+from dwiml_nb.study.schema import attr_words, open_study
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 CONFIG = {"fa": {"type": "volume", "files": "fa.nii.gz", "standardization": "all"}, "lines": {"type": "streamlines", "files": "*.trk", "dps_keys": "weight"}}

@@ -16,7 +16,7 @@ import torch
 from dwiml_nb.core.ragged import Ragged
 from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.data.stored import gather_lines
-from dwiml_nb.study.schema import SUBSETS
+from dwiml_nb.study.lists import SUBSETS
 from side_by_side import Row, interleaved, peak_memory
 
 

@@ -104,21 +104,23 @@ class DWIMLBatchIDSampler:
         given = line_weights is not None
         self.line_weights = weight_function(line_weights, dataset, streamline_group_name) if given else None
         self.context,self.made,self.shares = 'training',{},{}
-
-    @property
-    def repeats(self) -> bool:
-        "Whether a line may come more than once in one pass of training, and another not at all."
-        return self.line_weights is not None
-    @property
-    def params(self) -> dict:
-        "The arguments to make the same sampler again, as JSON can keep them."
-        names = ('streamline_group_name', 'batch_size_training', 'batch_size_validation', 'batch_size_units',
-                 'nb_subjects_per_batch', 'cycles', 'nb_passes', 'budget_per_subject', 'step_size', 'seed')
-        weights = {'line_weights': weight_name(self.line_weights)} if self.repeats else {}    # only where set
-        return {name: getattr(self, name) for name in names} | weights
     def __repr__(self):
         said = ', '.join(f'{k}={v!r}' for k,v in self.params.items())
         return f"DWIMLBatchIDSampler({said}){' where lines may repeat within an epoch'*self.repeats}"
+
+# %% ../../nbs/03_batch/05_sampler.ipynb #a0dfa8c7
+@patch(as_prop=True)
+def repeats(self:DWIMLBatchIDSampler) -> bool:
+    "Whether a line may come more than once in one pass of training, and another not at all."
+    return self.line_weights is not None
+
+@patch(as_prop=True)
+def params(self:DWIMLBatchIDSampler) -> dict:
+    "The arguments to make the same sampler again, as JSON can keep them."
+    names = ('streamline_group_name', 'batch_size_training', 'batch_size_validation', 'batch_size_units',
+             'nb_subjects_per_batch', 'cycles', 'nb_passes', 'budget_per_subject', 'step_size', 'seed')
+    weights = {'line_weights': weight_name(self.line_weights)} if self.repeats else {}              # only where set
+    return {name: getattr(self, name) for name in names} | weights
 
 # %% ../../nbs/03_batch/05_sampler.ipynb #ec07780b
 @patch

@@ -11,7 +11,7 @@ from .common import Param, call_parse
 from .common import plain_problems, switch
 from ..study.create import create_study
 from ..study.grow import add_subjects, repack_study
-from ..study.schema import describe_study
+from ..study.describe import describe_study
 
 # %% ../../nbs/12_cli/01_study.ipynb #291d5105
 @call_parse

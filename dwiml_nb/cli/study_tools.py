@@ -13,7 +13,7 @@ from .common import Param, call_parse, plain_problems, switch
 from ..core.errors import DataProblem
 from ..data.extract import extract_data
 from ..study.bids import bids_sources
-from ..study.check import check_apart
+from ..study.check_apart import check_apart
 
 # %% ../../nbs/12_cli/05_study_tools.ipynb #a3a9cd5d
 def query_of(

@@ -14,7 +14,10 @@ from ..core.errors import DataProblem, did_you_mean, naming
 from ..core.files import progress
 from .subjects import MultisubjectSubset, SubjectData
 from .volumes import VolumeCache
-from ..study.schema import SUBSETS, StudyFile, attr_value, attr_words, group_kind, html_table, columns, members, raise_problems, study_config
+from ..study.config import raise_problems
+from ..study.describe import html_table, columns
+from ..study.lists import SUBSETS
+from ..study.schema import StudyFile, attr_value, attr_words, group_kind, members, study_config
 from ..study.sources import check_alike, is_oblique
 
 # %% ../../nbs/02_data/04_dataset.ipynb #267a059a

@@ -16,7 +16,8 @@ from ..core.tractograms import TRACTOGRAM_FORMATS, save_tractogram, suffixes, tr
 from .dataset import groups_of
 from .streamlines import SFTData
 from .volumes import MRIData
-from ..study.schema import SUBSETS, StudyFile, attr_words
+from ..study.lists import SUBSETS
+from ..study.schema import StudyFile, attr_words
 
 # %% ../../nbs/02_data/05_extract.ipynb #3321b5f1
 def open_group(

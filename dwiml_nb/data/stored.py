@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from ..core.errors import DataProblem, naming
 from ..core.kernels import kernel
 from ..core.ragged import Ragged, rows_of
-from ..study.check import check_stored
+from ..study.line_tables import check_stored
 from ..study.files import DataFile, hdf5_descriptor, stamp_of
 from ..study.schema import StudyFile
 

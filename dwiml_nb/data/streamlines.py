@@ -15,7 +15,7 @@ from ..core.lines import lengths_of
 from ..core.ragged import Ragged, rows_of
 from ..core.space import Grid, convert
 from ..core.tractograms import Tractogram
-from ..study.check import check_stored
+from ..study.line_tables import check_stored
 from ..study.schema import StudyFile, members, stored_to_vox
 from .stored import StoredRows, lines_outside, pick_lines, told_of
 

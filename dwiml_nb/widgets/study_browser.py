@@ -12,7 +12,8 @@ import traitlets as T
 from IPython.display import Image
 from fastcore.basics import patch
 from ..data.dataset import MultiSubjectDataset
-from ..study.schema import SUBSETS, html_table
+from ..study.describe import html_table
+from ..study.lists import SUBSETS
 from ..viz.plots import figure_png, histogram_picture
 from ..viz.scene import scene_of_subject
 from ..viz.viewers import Panel, show

@@ -51,11 +51,13 @@ class IdsPerSubject(dict):
 def slices_of(
     batch:BatchIds, # Or a plain list of (subject index, ids), which counts as training, epoch 0, batch 0
 ) -> IdsPerSubject:
-    "Which lines of the batch are whose."
+    "Which lines belong to which subject."
     if len({s for s,_ in batch}) < len(batch):
-        raise ValueError(f"a batch names each subject once, found {[s for s,_ in batch]}: put a subject's ids together")
+        raise ValueError(f"a batch names each subject once, found {[s for s,_ in batch]}: "
+                         "put a subject's ids together")
     ends = np.cumsum([0] + [len(ids) for _,ids in batch]).tolist()
-    place = Place(batch.subset, batch.epoch, batch.index) if isinstance(batch, BatchIds) else Place()   # a list has an `index` of its own
+    # a plain list has a method `index`, so its type is asked
+    place = Place(batch.subset, batch.epoch, batch.index) if isinstance(batch, BatchIds) else Place()
     return IdsPerSubject(((s, slice(a, b)) for (s,_),a,b in zip(batch, ends, ends[1:])), place)
 
 # %% ../../nbs/03_batch/07_loader.ipynb #2156d8ae
@@ -63,9 +65,10 @@ def slices_after_split(
     ids_per_subj:IdsPerSubject, # Of the lines before
     at:Tensor, # (S,) where each line was cut, 0: nowhere
 ) -> IdsPerSubject:
-    "Which parts of lines are whose."
+    "Which parts of lines belong to which subject."
     ends = np.cumsum(np.r_[0, 1 + (at.numpy() > 0)]).tolist()
-    return IdsPerSubject(((s, slice(ends[which.start], ends[which.stop])) for s,which in ids_per_subj.items()), ids_per_subj.place)
+    return IdsPerSubject(((s, slice(ends[which.start], ends[which.stop]))
+                          for s,which in ids_per_subj.items()), ids_per_subj.place)
 
 # %% ../../nbs/03_batch/07_loader.ipynb #af199889
 @dataclass(eq=False, repr=False)
@@ -73,14 +76,15 @@ class Batch:
     "What the loader made: unpacks to `(lines, ids_per_subj)`."
     lines:Ragged # (P, 3) in the model's space: what the model walks along
     ids_per_subj:IdsPerSubject # subject index -> slice of the lines
-    targets:Ragged # (P, 3) what the loss is computed against; the same lines unless they were pushed off track
-    history:dict # Everything chance decided, enough to make the batch again; and `to_rasmm`, the way back to the world
+    targets:Ragged # (P, 3) what the loss compares with; `lines` itself unless they were pushed off track
+    history:dict # All random draws, enough to make the batch again; and `to_rasmm` of each subject
     inputs:tuple=None # (P', K*F) of each input, at the points a model sees; None: not sampled yet
-    ends:Tensor=None # (S, 2) bool: is the first, the last point of each line the end of a streamline, not a cut?
+    ends:Tensor=None # (S, 2) bool: is a line's first, last point an end of a streamline (not a cut)?
     seen:Ragged=None # (P', 3) what `forward` gets; None: not finished yet
     form:object=None # Function that gives the lines their form when the batch is unpacked; None: as they are
 
-    def __iter__(self): return iter((self.lines if self.form is None else self.form(self.lines), self.ids_per_subj))
+    def __iter__(self):
+        return iter((self.lines if self.form is None else self.form(self.lines), self.ids_per_subj))
     def __len__(self): return len(self.lines)
     @property
     def place(self) -> Place: return self.ids_per_subj.place
@@ -91,19 +95,22 @@ class Batch:
         "Whether targets lead back to the clean lines; their positions are then not anatomy."
         return self.draws.sigma_mm is not None
     def __repr__(self):
-        p,sizes = self.place, f"{len(self.lines)} lines, {len(self.lines.data)} points, {len(self.ids_per_subj)} subjects"
-        return f"Batch({p.subset}, epoch {p.epoch}, batch {p.index}: {sizes}{', off track' if self.off_track else ''})"
+        p,sizes = self.place, (f"{len(self.lines)} lines, {len(self.lines.data)} points, "
+                               f"{len(self.ids_per_subj)} subjects")
+        return (f"Batch({p.subset}, epoch {p.epoch}, batch {p.index}: "
+                f"{sizes}{', off track' if self.off_track else ''})")
 
 # %% ../../nbs/03_batch/07_loader.ipynb #bf1f037c
 @patch
 def apply(self:Batch,
     f, # Function of a `Ragged`, or of a tensor
 ) -> Batch:
-    "The batch with its tensors changed; what is one thing stays one."
+    "The batch with its tensors changed; shared tensors stay shared."
     lines = f(self.lines)
     once = lambda r: None if r is None else lines if r is self.lines else f(r)
     inputs = None if self.inputs is None else tuple(map(f, self.inputs))
-    return replace(self, lines=lines, targets=once(self.targets), inputs=inputs, ends=once(self.ends), seen=once(self.seen))
+    return replace(self, lines=lines, targets=once(self.targets),
+                   inputs=inputs, ends=once(self.ends), seen=once(self.seen))
 
 @patch
 def to(self:Batch, device, **kwargs) -> Batch: return self.apply(lambda r: r.to(device, **kwargs))
@@ -135,27 +142,33 @@ class DWIMLBatchLoader:
         seed:int=1234,
     ):
         if not (0 <= noise_mm_forward < math.inf and 0 <= noise_mm_loss < math.inf):
-            raise ValueError(f"noise is a standard deviation in mm, found {noise_mm_forward} and {noise_mm_loss}")
+            raise ValueError("noise is a standard deviation in mm, "
+                             f"found {noise_mm_forward} and {noise_mm_loss}")
         check_whole(0, seed=seed)
         self.dataset,self.spec,self.seed = dataset, spec_of(model), int(seed)
-        self.streamline_group_name = known_group(streamline_group_name, dataset.streamline_groups, 'streamlines')
-        self.noise_mm_forward,self.noise_mm_loss,self.spaces,self.at_hand = noise_mm_forward, noise_mm_loss, {}, None
+        self.streamline_group_name = known_group(streamline_group_name,
+                                                 dataset.streamline_groups, 'streamlines')
+        self.noise_mm_forward,self.noise_mm_loss,self.spaces,self.at_hand = (
+            noise_mm_forward, noise_mm_loss, {}, None)
         self.augmentation = Augmentation(reverse_ratio, segment_mm, widen_mm, off_track_mm, off_track_corr_mm,
                                          lead_mm=lead_mm, split_ratio=split_ratio)
         if (off_track_mm or segment_mm) and not self.spec.step_size:
             instead = ' instead of compress_lines' if self.spec.compress_lines else ''
-            raise ValueError(f"off_track_mm and segment_mm need equidistant points: give the model a step_size (mm){instead}.")
+            raise ValueError("off_track_mm and segment_mm need equidistant points: "
+                             f"give the model a step_size (mm){instead}.")
 
     @property
     def params(self) -> dict:
-        "The arguments to make the same loader again, as JSON can keep them."
+        "The arguments that make the same loader again, as JSON can keep them."
         a = self.augmentation
-        return dict(streamline_group_name=self.streamline_group_name, split_ratio=a.split_ratio, reverse_ratio=a.reverse_ratio,
-                    segment_mm=a.segment_mm, noise_mm_forward=self.noise_mm_forward, noise_mm_loss=self.noise_mm_loss,
+        return dict(streamline_group_name=self.streamline_group_name,
+                    split_ratio=a.split_ratio, reverse_ratio=a.reverse_ratio, segment_mm=a.segment_mm,
+                    noise_mm_forward=self.noise_mm_forward, noise_mm_loss=self.noise_mm_loss,
                     widen_mm=a.widen_mm, off_track_mm=a.off_track_mm, off_track_corr_mm=a.off_track_corr_mm,
                     lead_mm=a.lead_mm, seed=self.seed)
-    def __getstate__(self): return {**vars(self), 'at_hand': None}             # a worker has batches of its own
-    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k,v in self.params.items())})"
+    def __getstate__(self): return {**vars(self), 'at_hand': None}  # a worker has batches of its own
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k,v in self.params.items())})"
 
 # %% ../../nbs/03_batch/07_loader.ipynb #6cbfcc44
 @patch
@@ -163,26 +176,28 @@ def space_of(self:DWIMLBatchLoader,
     subset, # A subset of the dataset
     subject:int, # Subject index
 ) -> tuple: # (3,) float32 voxel sizes, mm; (4, 4) from the model's space to rasmm
-    "A subject's voxel sizes, and how to get from the model's space to the world."
+    "A subject's voxel sizes, and the matrix from the model's space to the world."
     grid = subset.grid(subject, self.streamline_group_name)
     key = grid.affine.tobytes(), grid.dimensions
     if key not in self.spaces:
-        to_rasmm = np.linalg.inv(to_vox_matrix(grid, 'rasmm')) @ to_vox_matrix(grid, self.spec.streamline_space)
+        to_rasmm = (np.linalg.inv(to_vox_matrix(grid, 'rasmm'))
+                    @ to_vox_matrix(grid, self.spec.streamline_space))
         self.spaces[key] = torch.tensor(grid.voxel_sizes, dtype=torch.float32), to_rasmm
     return self.spaces[key]
 
 # %% ../../nbs/03_batch/07_loader.ipynb #fa811d7a
 @patch
 def refuse_lines(self:DWIMLBatchLoader,
-    wrong:Tensor, # (n,) bool: the lines to complain of
+    wrong:Tensor, # (n,) bool: the lines to refuse
     ids, # (n,) streamline ids
-    who:str, # Subject
-    problem:str, # What "lines …" are
-    **kwargs, # expected, found, do
+    who:str, # Subject id
+    problem:str, # How the message goes on after "lines"
+    **kwargs, # `expected`, `found` and `do` of `DataProblem`
 ):
-    "Raise, naming the lines."
+    "Raise an error that names the lines."
     bad = np.asarray(ids)[wrong.numpy()]
-    raise DataProblem(f"{len(bad)} lines {problem} (ids {bad[:5].tolist()})", subject=who, group=self.streamline_group_name, **kwargs)
+    raise DataProblem(f"{len(bad)} lines {problem} (ids {bad[:5].tolist()})",
+                      subject=who, group=self.streamline_group_name, **kwargs)
 
 @patch
 def load_lines_voxmm(self:DWIMLBatchLoader,
@@ -203,6 +218,7 @@ def load_lines_voxmm(self:DWIMLBatchLoader,
                           do="remove these lines from the source and build the study again.")
     return lines.with_data(lines.data*self.space_of(subset, subject)[0])
 
+# %% ../../nbs/03_batch/07_loader.ipynb #eca1fca1
 @patch
 def as_model_wants(self:DWIMLBatchLoader,
     lines:Ragged, # (P, 3) voxmm
@@ -211,7 +227,8 @@ def as_model_wants(self:DWIMLBatchLoader,
     spec = self.spec
     if spec.step_size: return resample_step(lines, spec.step_size)
     if spec.nb_points: return resample_nb_points(lines, spec.nb_points)
-    if not spec.compress_lines or spec.compress_lines == self.dataset.compress: return lines      # twice would add two tolerances up
+    # compressing twice would add up two tolerances
+    if not spec.compress_lines or spec.compress_lines == self.dataset.compress: return lines
     return compress(lines, spec.compress_lines)
 
 # %% ../../nbs/03_batch/07_loader.ipynb #f48550db
@@ -221,14 +238,16 @@ def made_by(self:DWIMLBatchLoader,
     subset:str, # Of the batch
     draws:Draws,
 ) -> dict: # name -> value
-    "What a batch depends on besides ids and draws: who its subjects are, and the options that it goes through."
+    "What a batch depends on besides ids and draws: its subjects and the loader's options."
     own,a,spec = self.dataset.subset(subset), self.augmentation, self.spec
     id_of = lambda s: None if not isinstance(s, str) and s >= len(own) else own.subject(s).subj_id
     said = dict(subjects=[id_of(s) for s,_ in batch_ids], streamline_group_name=self.streamline_group_name,
                 step_size=spec.step_size, nb_points=spec.nb_points, compress_lines=spec.compress_lines,
                 streamline_space=spec.streamline_space)
-    if subset == 'training': said |= dict(noise_mm_forward=self.noise_mm_forward, noise_mm_loss=self.noise_mm_loss)
-    return said if draws.sigma_mm is None else said | dict(off_track_corr_mm=a.off_track_corr_mm, lead_mm=a.lead_mm)
+    if subset == 'training':
+        said |= dict(noise_mm_forward=self.noise_mm_forward, noise_mm_loss=self.noise_mm_loss)
+    return (said if draws.sigma_mm is None
+            else said | dict(off_track_corr_mm=a.off_track_corr_mm, lead_mm=a.lead_mm))
 
 # %% ../../nbs/03_batch/07_loader.ipynb #7aa2f716
 @patch
@@ -247,16 +266,19 @@ def load_batch_streamlines(self:DWIMLBatchLoader,
                    to_rasmm={s: self.space_of(subset, s)[1] for s in ids_per_subj})
     ends = real_ends(lines.lengths, draws)
     if draws.split is not None: ids_per_subj = slices_after_split(ids_per_subj, draws.split)
-    walked,targets = augment(lines, draws, self.augmentation, spec.step_size, self.as_model_wants if cut_first else None)
+    walked,targets = augment(lines, draws, self.augmentation, spec.step_size,
+                             self.as_model_wants if cut_first else None)
     same,walked = targets is walked, self.to_model_space(walked, ids_per_subj)
-    return Batch(walked, ids_per_subj, walked if same else self.to_model_space(targets, ids_per_subj), history, ends=ends)
+    return Batch(walked, ids_per_subj, walked if same else self.to_model_space(targets, ids_per_subj),
+                 history, ends=ends)
 
+# %% ../../nbs/03_batch/07_loader.ipynb #5a1f13d4
 @patch
 def draw_batch(self:DWIMLBatchLoader,
     lengths:Tensor, # (S,) points of each line
     ids_per_subj:IdsPerSubject, # The batch's place
 ) -> Draws:
-    "All of chance for a batch: a training batch's, and nothing for any other."
+    "The draws of a training batch; empty draws for any other."
     if ids_per_subj.subset != 'training': return Draws()
     rng = keyed_rng(self.seed, 'augment', ids_per_subj.epoch, ids_per_subj.index)
     draws = draw(lengths, self.augmentation, self.spec.step_size, rng)
@@ -269,7 +291,7 @@ def noise_seed(self:DWIMLBatchLoader,
     place:Place, # Of the batch
     purpose:str, # 'forward' or 'loss'
 ) -> int:
-    "The seed of a batch's white noise, as its place says."
+    "The seed of a batch's white noise; it depends on the place of the batch."
     return int(keyed_rng(self.seed, f'noise {purpose}', place.epoch, place.index).integers(2**62))
 
 # %% ../../nbs/03_batch/07_loader.ipynb #f3fdb5fc
@@ -289,35 +311,40 @@ def to_model_space(self:DWIMLBatchLoader,
     lines:Ragged, # (P, 3) voxmm
     ids_per_subj:IdsPerSubject,
 ) -> Ragged:
-    "Lines in the space the model wants."
+    "Lines in the model's space."
     if self.spec.streamline_space == 'voxmm': return lines
-    return lines.with_data(lines.data*self.scale_per_line(ids_per_subj, len(lines)).repeat_interleave(lines.lengths)[:, None])
+    return lines.with_data(
+        lines.data*self.scale_per_line(ids_per_subj, len(lines)).repeat_interleave(lines.lengths)[:, None])
 
 # %% ../../nbs/03_batch/07_loader.ipynb #6110b5cf
 @patch
 def replay(self:DWIMLBatchLoader,
     history:dict, # Of a batch
 ) -> Batch:
-    "The same batch again, from its history alone; refused where it would be another one."
+    "The same batch again; an error where this loader would make another one."
     ids,draws,then = history['ids'], history['draws'], history['made_by']
     now = self.made_by(ids, slices_of(ids).subset, draws)
     other = [k for k in then if now.get(k) != then[k]]
-    if other: raise DataProblem("this loader would make another batch of that history", expected={k: then[k] for k in other},
-                                found={k: now.get(k) for k in other}, do="load the same subjects, and make the loader with the same options.")
+    if other:
+        raise DataProblem("this loader would make another batch of that history",
+                          expected={k: then[k] for k in other},
+                          found={k: now.get(k) for k in other},
+                          do="load the same subjects, and make the loader with the same options.")
     return self.load_batch_streamlines(ids, draws)
 
 # %% ../../nbs/03_batch/07_loader.ipynb #d934db10
 @patch
 def add_white_noise(self:DWIMLBatchLoader,
     lines, # `Ragged` in the model's space, or a list
-    ids_per_subj, # `IdsPerSubject`; or a device: of the batch at hand
+    ids_per_subj, # `IdsPerSubject`; a device stands for the batch at hand
     sigma_mm:float,
     purpose:str, # 'forward' or 'loss'
 ): # -> lines in the form that came
-    "Lines with every point displaced on its own; validation lines as they are."
+    "Lines with every point displaced independently; validation lines as they are."
     own = None if self.at_hand is None else self.at_hand.ids_per_subj
     if not isinstance(ids_per_subj, Mapping):
-        if own is None: raise RuntimeError(f"no batch is at hand: give its ids_per_subj, found {ids_per_subj!r}")
+        if own is None:
+            raise RuntimeError(f"no batch is at hand: give its ids_per_subj, found {ids_per_subj!r}")
         ids_per_subj = own
     if not sigma_mm or ids_per_subj.subset != 'training': return lines
     r = as_ragged(lines)
@@ -328,14 +355,15 @@ def add_white_noise(self:DWIMLBatchLoader,
     r = displaced(r, sigma_mm, noise_seed, scale)
     return r if isinstance(lines, Ragged) else r.unbind()
 
+# %% ../../nbs/03_batch/07_loader.ipynb #08284974
 @patch
-def add_noise_streamlines_forward(self:DWIMLBatchLoader, lines, ids_per_subj): # -> lines in the form that came
-    "Lines as the model sees them: `noise_mm_forward`."
+def add_noise_streamlines_forward(self:DWIMLBatchLoader, lines, ids_per_subj): # -> as `lines`
+    "Lines as the model sees them, with `noise_mm_forward`."
     return self.add_white_noise(lines, ids_per_subj, self.noise_mm_forward, 'forward')
 
 @patch
-def add_noise_streamlines_loss(self:DWIMLBatchLoader, lines, ids_per_subj): # -> lines in the form that came
-    "Target lines: `noise_mm_loss`."
+def add_noise_streamlines_loss(self:DWIMLBatchLoader, lines, ids_per_subj): # -> as `lines`
+    "Target lines, with `noise_mm_loss`."
     return self.add_white_noise(lines, ids_per_subj, self.noise_mm_loss, 'loss')
 
 # %% ../../nbs/03_batch/07_loader.ipynb #e4deacda
@@ -343,7 +371,7 @@ def add_noise_streamlines_loss(self:DWIMLBatchLoader, lines, ids_per_subj): # ->
 def finish(self:DWIMLBatchLoader,
     batch:Batch, # From `load_batch_streamlines`, on the model's device
 ) -> Batch: # with `.seen`, `.inputs` and `.targets` as the model gets them
-    "All that a model and its loss need."
+    "The batch with all that a model and its loss need."
     self.at_hand,ids_per_subj = batch, batch.ids_per_subj
     seen = self.spec.seen(batch.lines)
     return replace(batch, inputs=self.inputs_of(batch, seen),
@@ -351,15 +379,15 @@ def finish(self:DWIMLBatchLoader,
                    targets=as_ragged(self.add_noise_streamlines_loss(batch.targets, ids_per_subj)))
 
 @patch
-def inputs_of(self:DWIMLBatchLoader, batch:Batch, seen:Ragged) -> tuple: # of `Ragged`; none: this loader has no inputs
-    "The inputs of a batch."
+def inputs_of(self:DWIMLBatchLoader, batch:Batch, seen:Ragged) -> tuple: # of `Ragged`
+    "The inputs of a batch: none for this loader."
     return ()
 
 @patch
 def hand_out(self:DWIMLBatchLoader,
     batch:Batch,
-) -> Batch: # the same; it unpacks to the form that the model takes
-    "Remember the batch at hand, for steps that were written for dwi_ml."
+) -> Batch: # The same; it unpacks to the form that the model takes
+    "The batch, remembered as the one at hand, for steps written for dwi_ml."
     self.at_hand = batch
     return replace(batch, form=self.spec.form)
 
@@ -369,24 +397,27 @@ class DWIMLBatchLoaderOneInput(DWIMLBatchLoader):
     def __init__(self,
         dataset, # `MultiSubjectDataset`, loaded
         model, # The model, or its `ModelSpec`
-        input_group_name, # A volume group or a list of them; for a model that names its inputs, a dict: name -> group or list
+        input_group_name, # A volume group or a list; where the model names its inputs, a dict of these
         streamline_group_name:str,
-        inputs_in_workers:bool=False, # Sample inputs on the CPU when the batch is loaded, not later on the model's device
+        inputs_in_workers:bool=False, # Sample inputs while loading, on the CPU; not on the model's device
         **kwargs, # Options of `DWIMLBatchLoader`
     ):
         super().__init__(dataset, model, streamline_group_name, **kwargs)
         self.input_groups = groups_of_inputs(self.spec, input_group_name, dataset)
-        plain = lambda o: o if isinstance(o, str) else {k: plain(v) for k,v in o.items()} if isinstance(o, dict) else list(o)
+        plain = lambda o: (o if isinstance(o, str) else
+                           {k: plain(v) for k,v in o.items()} if isinstance(o, dict) else list(o))
         self.input_group_name,self.inputs_in_workers = plain(input_group_name), bool(inputs_in_workers)
 
     @property
     def params(self) -> dict:
-        return dict(input_group_name=self.input_group_name, inputs_in_workers=self.inputs_in_workers, **super().params)
+        return dict(input_group_name=self.input_group_name,
+                    inputs_in_workers=self.inputs_in_workers, **super().params)
 
     def load_batch_streamlines(self, batch_ids:BatchIds, draws:Draws=None) -> Batch:
-        "The streamlines of a batch, and with `inputs_in_workers` what lies under them."
+        "The streamlines of a batch; with `inputs_in_workers` also their inputs."
         batch = super().load_batch_streamlines(batch_ids, draws)
-        return replace(batch, inputs=self.inputs_of(batch, self.spec.seen(batch.lines))) if self.inputs_in_workers else batch
+        return (replace(batch, inputs=self.inputs_of(batch, self.spec.seen(batch.lines)))
+                if self.inputs_in_workers else batch)
 
     def inputs_of(self, batch:Batch, seen:Ragged) -> tuple:
         if batch.inputs is not None: return batch.inputs                # the worker did it
@@ -400,16 +431,17 @@ def inputs_of_subject(self:DWIMLBatchLoaderOneInput,
     subject:int,
     points:Tensor, # (n, 3) in the model's space
 ) -> tuple: # of (n, K*F), one for each input, neighbour by neighbour
-    "What lies at some points of one subject, and around them."
+    "The inputs of one subject at these points, and around them."
     grid = subset.grid(subject, self.streamline_group_name)
     if self.spec.streamline_space == 'voxmm': points = points / self.space_of(subset, subject)[0].to(points)
     return InputsAt(subset, subject, self.input_groups, self.spec, grid, points.device)(points)
 
+# %% ../../nbs/03_batch/07_loader.ipynb #48e17ca8
 @patch
 def load_batch_inputs(self:DWIMLBatchLoaderOneInput,
     lines, # `Ragged` (P, 3) in the model's space, on any device; or a list
     ids_per_subj:IdsPerSubject,
-): # -> (P, K*F) in the form of the lines, on their device; a tuple of them where the model names its inputs
+): # -> (P, K*F) in the form of `lines`, on their device; a tuple where the model names its inputs
     "The input at each point and its neighbours."
     r = as_ragged(lines)
     subset,ends = self.dataset.subset(ids_per_subj.subset), r.offsets.tolist()
@@ -422,7 +454,7 @@ def load_batch_inputs(self:DWIMLBatchLoaderOneInput,
 
 @patch
 def widths(self:DWIMLBatchLoaderOneInput) -> list: # K*F of each input
-    "How many numbers a model gets at a point."
+    "How many numbers the model gets at a point, for each input."
     return [len(o.vectors)*sum(self.dataset.nb_features[g] for g in self.input_groups[name])
             for name,o in self.spec.inputs.items()]
 

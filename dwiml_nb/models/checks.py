@@ -21,14 +21,16 @@ from .base import MainModelAbstract
 
 # %% ../../nbs/05_models/06_checks.ipynb #ab225c60
 def batch_for_checks(
-    nb_columns, # Columns of the input; a list: of each input
+    nb_columns, # Columns of the input; a list for several inputs
     lengths=(6, 11, 4, 8, 9), # Points of each line
     seed:int=0,
 ) -> tuple: # a tuple of inputs, `Ragged` (P, columns); lines, `Ragged` (P, 3)
     "A few lines of different lengths and data along them."
-    gen,widths = torch.Generator().manual_seed(seed), [nb_columns] if isinstance(nb_columns, int) else list(nb_columns)
+    gen,widths = (torch.Generator().manual_seed(seed),
+                  [nb_columns] if isinstance(nb_columns, int) else list(nb_columns))
     way = torch.randn(len(lengths), 1, 3, generator=gen)
-    wavy = lambda n,w: torch.randn(1, 3, generator=gen) + (w/w.norm() + .3*torch.randn(n, 3, generator=gen)).cumsum(0)
+    wavy = lambda n,w: (torch.randn(1, 3, generator=gen)
+                        + (w/w.norm() + .3*torch.randn(n, 3, generator=gen)).cumsum(0))
     lines = Ragged.from_list([wavy(n, w) for n,w in zip(lengths, way)])
     ahead = torch.cat([previous_directions(lines, 1).data[1:], torch.zeros(1, 3)])
     mix = torch.randn(6, sum(widths), generator=gen)/2
@@ -58,10 +60,13 @@ def check_learns(model, inputs, lines, steps:int=30, lr:float=1e-2) -> str:
     before = measure()
     for _ in range(steps):
         loss = call_for_checks(model.train(), inputs, lines)[1]
-        assert loss.requires_grad, "the loss does not depend on any weight. Was it detached, or computed under no_grad?"
+        assert loss.requires_grad, (
+            "the loss does not depend on any weight. Was it detached, or computed under no_grad?")
         opt.zero_grad(); loss.backward(); opt.step()
     after = measure()
-    assert after < before, f"the loss does not fall when training on one batch: {before:.4g} before, {after:.4g} after {steps} steps."
+    assert after < before, (
+        f"the loss does not fall when training on one batch: {before:.4g} before, "
+        f"{after:.4g} after {steps} steps.")
     return f"loss {before:.3g} -> {after:.3g} in {steps} steps"
 
 # %% ../../nbs/05_models/06_checks.ipynb #8d3fb664
@@ -81,40 +86,51 @@ def check_gradients(model, inputs, lines, eps:float=1e-8) -> str:
             for p,w in zip(weights, way): p.add_(w, alpha=sign*eps)
             ends.append(float(call_for_checks(model, inputs, lines)[1]))
     found = (ends[0] - ends[1])/(2*eps)
-    assert abs(found - slope) <= 1e-4*max(abs(found), abs(slope), 1e-2), f"the gradient is wrong: backward says {slope:.6g}, a finite difference {found:.6g}."
+    assert abs(found - slope) <= 1e-4*max(abs(found), abs(slope), 1e-2), (
+        f"the gradient is wrong: backward says {slope:.6g}, a finite difference {found:.6g}.")
     return f"slope {slope:.6g}, finite difference {found:.6g}"
 
 # %% ../../nbs/05_models/06_checks.ipynb #31d55512
-def per_line(outputs, nb_lines:int): # -> list of (N_i, ...) tensors, or None when the outputs have another form
-    "The outputs line by line, if that is what they are."
-    if isinstance(outputs, (tuple, list)) and len(outputs) != nb_lines and all(isinstance(o, (list, Ragged)) for o in outputs): outputs = outputs[0]
+def per_line(outputs, nb_lines:int): # -> list of (N_i, ...) tensors; None for outputs of another form
+    "The outputs line by line, or None."
+    if (isinstance(outputs, (tuple, list)) and len(outputs) != nb_lines
+            and all(isinstance(o, (list, Ragged)) for o in outputs)):
+        outputs = outputs[0]
     if isinstance(outputs, Ragged): return outputs.unbind()
-    if isinstance(outputs, (list, tuple)) and len(outputs) == nb_lines and all(isinstance(o, Tensor) for o in outputs): return list(outputs)
+    if (isinstance(outputs, (list, tuple)) and len(outputs) == nb_lines
+            and all(isinstance(o, Tensor) for o in outputs)):
+        return list(outputs)
 
+# %% ../../nbs/05_models/06_checks.ipynb #70825069
 @torch.no_grad()
 def check_lines_are_alone(model, inputs, lines, tol:float=1e-5) -> str:
-    "Order and company of lines change nothing."
+    "Outputs of a line depend neither on the order nor on the other lines."
     model,worst = copy.deepcopy(model).eval(), 0.
     together = per_line(call_for_checks(model, inputs, lines)[0], len(lines))
     if together is None: return "outputs are not one tensor per line: not compared"
     order = list(range(len(lines)))[::-1]
     for chosen in (order, [1], [2]):
-        found = per_line(call_for_checks(model, tuple(o[chosen] for o in inputs), lines[chosen])[0], len(chosen))
+        found = per_line(call_for_checks(model, tuple(o[chosen] for o in inputs), lines[chosen])[0],
+                         len(chosen))
         for i,o in zip(chosen, found):
-            assert o.shape == together[i].shape, f"line {i} gives {tuple(o.shape)} outputs in another batch, {tuple(together[i].shape)} before."
+            assert o.shape == together[i].shape, (
+                f"line {i} gives {tuple(o.shape)} outputs in another batch, {tuple(together[i].shape)} before.")
             worst = max(worst, float((o - together[i]).abs().max()) if o.numel() else 0.)
-    assert worst <= tol, f"a line's outputs depend on the other lines of the batch, or on their order: they differ by {worst:.2g}."
+    assert worst <= tol, (
+        "a line's outputs depend on the other lines of the batch, or on their order: "
+        f"they differ by {worst:.2g}.")
     return f"largest difference {worst:.1g}"
 
 # %% ../../nbs/05_models/06_checks.ipynb #e120c65b
 @torch.no_grad()
 def check_tracking(model, inputs, lines, tol:float=1e-5) -> str:
-    "Step by step, with lines ending on the way, equals whole lines."
+    "Step by step, with lines that end on the way, gives the same as whole lines."
     spec = spec_of(model)
     if not spec.can_track: return "no tracking_step: not compared"
     model,worst = copy.deepcopy(model).eval(), 0.
     whole = Ragged.from_list(per_line(call_for_checks(model, inputs, lines)[0], len(lines)))
-    prev = previous_directions(lines, spec.nb_previous_dirs) if spec.nb_previous_dirs else lines.with_data(lines.data[:, :0])
+    prev = (previous_directions(lines, spec.nb_previous_dirs) if spec.nb_previous_dirs
+            else lines.with_data(lines.data[:, :0]))
     for start in (0, 2):
         alive,first = torch.arange(len(lines)), lambda r: Ragged.from_list([o[:start] for o in r])
         state = model.warm_up(spec.together([first(o) for o in inputs]), first(lines)) if start else None
@@ -122,9 +138,11 @@ def check_tracking(model, inputs, lines, tol:float=1e-5) -> str:
             go_on = whole.lengths[alive] > i
             if not bool(go_on.all()): state,alive = model.select_state(state, go_on), alive[go_on]
             at = lines.offsets[:-1][alive] + i
-            outputs,state = model.tracking_step(spec.together([o.data[at] for o in inputs]), prev.data[at], state)
+            outputs,state = model.tracking_step(spec.together([o.data[at] for o in inputs]),
+                                                prev.data[at], state)
             worst = max(worst, float((outputs - whole.data[whole.offsets[:-1][alive] + i]).abs().max()))
-    assert worst <= tol, f"tracking_step gives other outputs than forward on whole lines: they differ by {worst:.2g}."
+    assert worst <= tol, (
+        f"tracking_step gives other outputs than forward on whole lines: they differ by {worst:.2g}.")
     return f"largest difference {worst:.1g}"
 
 # %% ../../nbs/05_models/06_checks.ipynb #cf728e41
@@ -144,10 +162,10 @@ def check_folder(model, inputs, lines) -> str:
 # %% ../../nbs/05_models/06_checks.ipynb #afb69ce2
 def check_model(
     model, # A model, or a class to be built with `kwargs`
-    nb_columns:int=None, # Columns of its one input; found from its features and neighbourhood when not given, else 4
+    nb_columns:int=None, # Columns of its one input; None: from its features and neighbourhood, else 4
     **kwargs, # Constructor arguments, for a class
 ) -> dict: # promise -> what was measured
-    "Check every promise of a model, printing one line each."
+    "What was measured for every promise of a model, printed one line each."
     model = model(**kwargs) if isinstance(model, type) else copy.deepcopy(model).to('cpu')
     asked = [(o.nb_features or 4)*len(o.vectors) for o in spec_of(model).inputs.values()]
     inputs,lines = batch_for_checks(asked if nb_columns is None else nb_columns)
@@ -161,16 +179,19 @@ def check_model(
 
 # %% ../../nbs/05_models/06_checks.ipynb #7e75dd34
 def check_getter_rows(getter:DirectionGetter, rows:Ragged, lines:Ragged) -> str:
-    "One loss per row, in the form that came; order of lines changes nothing."
+    "One loss per row, in the form of the outputs; the order of lines changes nothing."
     out = rows.with_data(getter.eval()(rows.data).detach())
     loss,n = getter.compute_loss(out, lines)
     per_row,one = getter.compute_loss(out, lines, average_results=False)
-    assert one == 1 and per_row.lengths.tolist() == out.lengths.tolist(), f"{per_row.lengths.tolist()} losses for rows {out.lengths.tolist()}."
+    assert one == 1 and per_row.lengths.tolist() == out.lengths.tolist(), (
+        f"{per_row.lengths.tolist()} losses for rows {out.lengths.tolist()}.")
     as_list = getter.compute_loss(out.unbind(), lines.unbind(), average_results=False)[0]
-    assert isinstance(as_list, list) and torch.equal(torch.cat(as_list), per_row.data), "lists give other losses than a Ragged."
+    assert isinstance(as_list, list) and torch.equal(torch.cat(as_list), per_row.data), (
+        "lists give other losses than a Ragged.")
     turned = list(range(len(lines)))[::-1]
     other = float(getter.compute_loss(out[turned], lines[turned])[0])
-    assert abs(other - float(loss)) < 1e-5, f"the order of lines changes the loss: {float(loss):.6g}, {other:.6g}."
+    assert abs(other - float(loss)) < 1e-5, (
+        f"the order of lines changes the loss: {float(loss):.6g}, {other:.6g}.")
     return f"{len(per_row.data)} losses, n = {n}, mean loss {float(loss):.3g}"
 
 # %% ../../nbs/05_models/06_checks.ipynb #6929382f
@@ -182,7 +203,8 @@ def check_getter_learns(getter:DirectionGetter, rows:Ragged, lines:Ragged) -> st
     way = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     slope = float((torch.autograd.grad(loss(x), x)[0]*way).sum())
     found = float((loss(x + 1e-6*way) - loss(x - 1e-6*way)).detach()/2e-6)
-    assert abs(slope - found) <= 1e-4*max(abs(slope), abs(found), 1e-2), f"the gradient is wrong: backward says {slope:.6g}, a finite difference {found:.6g}."
+    assert abs(slope - found) <= 1e-4*max(abs(slope), abs(found), 1e-2), (
+        f"the gradient is wrong: backward says {slope:.6g}, a finite difference {found:.6g}.")
     opt = torch.optim.Adam(getter.parameters(), 2e-2); before = float(loss(x).detach())
     for _ in range(40): opt.zero_grad(); loss(x.detach()).backward(); opt.step()
     after = float(loss(x).detach())
@@ -191,23 +213,28 @@ def check_getter_learns(getter:DirectionGetter, rows:Ragged, lines:Ragged) -> st
 
 # %% ../../nbs/05_models/06_checks.ipynb #67b70989
 def check_getter_tracking(getter:DirectionGetter, rows:Ragged) -> str:
-    "Directions are finite, draws decide, EOS stops."
+    "Directions are finite and depend on the draws alone; EOS stops lines."
     out = getter.eval()(rows.data).detach(); did = ['det']
     never = dict(eos_threshold=1.)
     dirs = getter.get_tracking_directions(out, previous_dirs=torch.ones(len(out), 3), **never)
-    assert dirs.shape == (len(out), 3) and bool(dirs.isfinite().all()), f"directions must be finite (M, 3), found {tuple(dirs.shape)}."
+    assert dirs.shape == (len(out), 3) and bool(dirs.isfinite().all()), (
+        f"directions must be finite (M, 3), found {tuple(dirs.shape)}.")
     if getter.axis_head:
         first = getter.get_tracking_directions(out, previous_dirs=torch.zeros(len(out), 3), **never)
-        assert torch.allclose(first.norm(dim=1), torch.ones(len(out)), atol=1e-5), "first steps are not unit axes."
+        assert torch.allclose(first.norm(dim=1), torch.ones(len(out)), atol=1e-5), (
+            "first steps are not unit axes.")
         did.append('axis at first steps')
     if getter.is_probabilistic:
         draws = torch.rand(len(out), 4, generator=torch.Generator().manual_seed(0))
         a = getter.get_tracking_directions(out, 'prob', draws=draws, **never)
-        b = torch.cat([getter.get_tracking_directions(out[i:i+7], 'prob', draws=draws[i:i+7], **never) for i in range(0, len(out), 7)])
-        assert torch.equal(a, b) and bool(a.isfinite().all()), "the same draws give other directions in another batch."
+        b = torch.cat([getter.get_tracking_directions(out[i:i+7], 'prob', draws=draws[i:i+7], **never)
+                       for i in range(0, len(out), 7)])
+        assert torch.equal(a, b) and bool(a.isfinite().all()), (
+            "the same draws give other directions in another batch.")
         did.append('prob')
     if getter.add_eos:
-        assert bool(getter.get_tracking_directions(out, eos_threshold=-1.).isnan().all()), "a threshold below every P(EOS) does not stop all lines."
+        assert bool(getter.get_tracking_directions(out, eos_threshold=-1.).isnan().all()), (
+            "a threshold below every P(EOS) does not stop all lines.")
         getter.get_tracking_directions(out, eos_threshold='max'); did.append('EOS')
     return ", ".join(did)
 
@@ -217,14 +244,16 @@ def check_direction_getter(
     input_size:int=6, # Features per row
     **dg_args, # Its arguments
 ) -> dict: # promise -> what was measured
-    "Check every promise of a direction getter, printing one line each."
-    make = (lambda **kw: direction_getter(dg, input_size, **kw)) if isinstance(dg, str) else (lambda **kw: dg(input_size, **kw))
+    "What was measured for every promise of a direction getter, printed one line each."
+    make = ((lambda **kw: direction_getter(dg, input_size, **kw)) if isinstance(dg, str)
+            else (lambda **kw: dg(input_size, **kw)))
     (inputs,),lines = batch_for_checks(input_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         getter = make(**dg_args)
         rows = inputs if getter.add_eos else all_but_last(inputs)
-        found = {'rows': check_getter_rows(getter, rows, lines), 'learns': check_getter_learns(getter, rows, lines),
+        found = {'rows': check_getter_rows(getter, rows, lines),
+                 'learns': check_getter_learns(getter, rows, lines),
                  'tracking': check_getter_tracking(getter, rows)}
     for name,what in found.items(): print(f"{name:16} {what}")
     return found

@@ -21,15 +21,20 @@ def seeds_from_mask(
     seed:int=1234,
 ) -> Tensor: # (n, 3) float32, rasmm
     "Points drawn uniformly inside the mask."
-    if npv is not None and nt is not None: raise ValueError("ask for seeds per voxel (npv) or in total (nt), not both")
+    if npv is not None and nt is not None:
+        raise ValueError("ask for seeds per voxel (npv) or in total (nt), not both")
     wanted = npv if nt is None else nt
     wanted = 1 if wanted is None else wanted
-    if wanted < 1 or int(wanted) != wanted: raise ValueError(f"the number of seeds is a whole number >= 1, found {wanted}")
+    if wanted < 1 or int(wanted) != wanted:
+        raise ValueError(f"the number of seeds is a whole number >= 1, found {wanted}")
     mask = np.asarray(mask)
     mask = mask[..., 0] if mask.ndim == 4 and mask.shape[3] == 1 else mask
-    if mask.ndim != 3: raise DataProblem("a seeding mask is one 3-D volume", expected="(X, Y, Z)", found=mask.shape)
+    if mask.ndim != 3:
+        raise DataProblem("a seeding mask is one 3-D volume", expected="(X, Y, Z)", found=mask.shape)
     voxels = np.argwhere(mask > 0)
-    if len(voxels) == 0: raise DataProblem("the seeding mask is empty", expected="voxels above 0", found="none", do="check the mask's threshold and its group name.")
+    if len(voxels) == 0:
+        raise DataProblem("the seeding mask is empty", expected="voxels above 0",
+                          found="none", do="check the mask's threshold and its group name.")
     rng = np.random.default_rng(seed)
     if nt is not None: voxels = rng.permutation(voxels)
     total = nt if nt is not None else wanted*len(voxels)
@@ -44,10 +49,15 @@ def checked_seeds(
     subject:str=None, # For the message
 ) -> Tensor: # (n, 3) float32, rasmm
     "The seeds, if every one of them lies in the volume."
-    seeds = torch.as_tensor(seeds if isinstance(seeds, Tensor) else np.asarray(seeds), dtype=torch.float32).cpu()
-    if seeds.ndim != 2 or seeds.shape[1] != 3: raise DataProblem("seeds are points", expected="(n, 3) RAS mm", found=tuple(seeds.shape), subject=subject)
+    seeds = torch.as_tensor(seeds if isinstance(seeds, Tensor) else np.asarray(seeds),
+                            dtype=torch.float32).cpu()
+    if seeds.ndim != 2 or seeds.shape[1] != 3:
+        raise DataProblem("seeds are points", expected="(n, 3) RAS mm",
+                          found=tuple(seeds.shape), subject=subject)
     outside = ~inside(convert(seeds, grid, 'rasmm', 'vox'), grid)
     if outside.any():
-        raise DataProblem(f"{int(outside.sum())} of {len(seeds)} seeds lie outside the volume", expected=f"points inside {grid}", found=seeds[outside][0].tolist(), subject=subject,
-                          do="seeds are given in RAS mm: check that they are not in voxels and belong to this subject.")
+        raise DataProblem(f"{int(outside.sum())} of {len(seeds)} seeds lie outside the volume",
+                          expected=f"points inside {grid}", found=seeds[outside][0].tolist(), subject=subject,
+                          do="seeds are given in RAS mm: check that they are not in voxels "
+                             "and belong to this subject.")
     return seeds

@@ -14,7 +14,7 @@ from ..core.registry import Registry
 STOP_REASONS = ('walking', 'mask', 'volume', 'angle', 'eos', 'length')
 
 def count_reasons(
-    codes:Tensor, # (...) places in `names`
+    codes:Tensor, # (...) indices into `names`
     names:tuple=STOP_REASONS, # What the codes mean
 ) -> dict: # reason -> how often
     "How often each reason stopped a line."
@@ -23,7 +23,7 @@ def count_reasons(
 # %% ../../nbs/06_tracking/01_stops.ipynb #38f411dc
 class StopRule:
     "When a line ends, besides the tracker's own reasons."
-    name = None # The reason, as it stands in reports and files; None: the rule has no reason of its own
+    name = None # The reason in reports and files; None: the rule has no reason of its own
 
     def begin(self,
         positions:Tensor, # (n, 3) voxmm, where the lines start
@@ -31,7 +31,7 @@ class StopRule:
         "What to remember of each line."
         return None
     def __call__(self,
-        walk, # `Walk`: `walk.code(name)` is the code of a reason, `walk.leaving(positions)` looks at the mask
+        walk, # `Walk`: `walk.code(name)` is a reason's code; `walk.leaving(positions)` asks mask and volume
         positions:Tensor, # (n, 3) voxmm, where the lines would be
         codes:Tensor, # (n,) what stops each line so far, 0: nothing
         state, # From `begin`, or from the step before
@@ -43,9 +43,9 @@ class StopRule:
 STOP_RULES = Registry('stop rule', StopRule)
 
 def select_rows(
-    state, # None, a tensor (n, …), or a tuple of such
+    state, # None, a tensor (n, …), or a tuple of these
     keep:Tensor, # (n,) bool
-): # -> the same of some lines
+): # -> the same for the lines to keep
     "The state of the lines that go on."
     if state is None: return None
     return tuple(select_rows(o, keep) for o in state) if isinstance(state, tuple) else state[keep]
@@ -54,13 +54,14 @@ def select_rows(
 def stop_rules_of(
     rules=(), # Names of `STOP_RULES`, classes or objects; or one of them
 ) -> list: # of `StopRule`
-    "Stop rules, ready to be asked."
+    "The stop rules as objects."
     rules = [rules] if isinstance(rules, (str, type, StopRule)) else list(rules or ())
     rules = [STOP_RULES[rule] if isinstance(rule, str) else rule for rule in rules]
     rules = [rule() if isinstance(rule, type) and issubclass(rule, StopRule) else rule for rule in rules]
     for rule in rules:
         if not isinstance(rule, StopRule):
-            raise TypeError(f"stop_rules are names, classes or objects of StopRule; found {rule!r}. Registered: {', '.join(STOP_RULES)}.")
+            raise TypeError(f"stop_rules are names, classes or objects of StopRule; found {rule!r}. "
+                            f"Registered: {', '.join(STOP_RULES)}.")
     return rules
 
 def reasons_with(
@@ -69,5 +70,6 @@ def reasons_with(
     "The names of all reasons, in the order of their codes."
     own = [rule.name for rule in rules if rule.name is not None]
     if clash := [name for i,name in enumerate(own) if name in STOP_REASONS or name in own[:i]]:
-        raise DataProblem(f"two stop rules have the reason '{clash[0]}'", expected="a name of its own for each rule", found=own)
+        raise DataProblem(f"two stop rules have the reason '{clash[0]}'",
+                          expected="a name of its own for each rule", found=own)
     return (*STOP_REASONS, *own)

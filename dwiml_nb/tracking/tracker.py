@@ -30,7 +30,7 @@ class Tracker:
         model, # A trained model with a direction getter
         dataset, # `MultiSubjectDataset`, loaded
         subj_id:str,
-        input_group_name, # As the loader was given: a volume group, a list of them, or a dict: input name -> group or list
+        input_group_name, # As for the loader: a volume group, a list, or a dict: input name -> group or list
         tracking_mask_group:str=None, # Lines end where this volume is below 1/2; None: where the volume ends
         step_mm:float=None, # None: the model's step_size
         theta_deg:float=90, # Largest turn between two steps
@@ -49,37 +49,45 @@ class Tracker:
         step_mm = step_mm or spec.step_size
         if not step_mm or step_mm < 0: raise ValueError("the model has no step_size: give step_mm, in mm.")
         if not 0 <= min_length_mm <= max_length_mm:
-            raise ValueError(f"0 <= min_length_mm <= max_length_mm, found {min_length_mm} and {max_length_mm}")
-        if not 0 < theta_deg <= 180: raise ValueError(f"theta_deg is an angle above 0 and up to 180 degrees, found {theta_deg}")
-        if batch_size is not None and batch_size < 1: raise ValueError(f"batch_size is a number of lines, at least 1, found {batch_size}")
-        if not spec.can_track: raise TypeError(f"{spec.name} has no tracking_step(inputs, previous_dirs, state), so it cannot track.")
+            raise ValueError("0 <= min_length_mm <= max_length_mm, "
+                             f"found {min_length_mm} and {max_length_mm}")
+        if not 0 < theta_deg <= 180:
+            raise ValueError(f"theta_deg is an angle above 0 and up to 180 degrees, found {theta_deg}")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size is a number of lines, at least 1, found {batch_size}")
+        if not spec.can_track:
+            raise TypeError(f"{spec.name} has no tracking_step(inputs, previous_dirs, state), "
+                            "so it cannot track.")
         self.model,self.subset,self.subject,self.subj_id = model, *find_subject(dataset, subj_id), subj_id
         self.input_group_name,groups = input_group_name, groups_of_inputs(spec, input_group_name, dataset)
         self.grid = self.subset.grid(self.subject, next(iter(groups.values()))[0])
         self.batch_size,self.first_direction = batch_size or 20_000, first_direction
         self.min_length_mm,self.max_length_mm,self.step_mm = min_length_mm,max_length_mm,step_mm
-        mask = None if tracking_mask_group is None else self.volume_on_grid(dataset, tracking_mask_group, 1, "a tracking mask")
+        mask = None if tracking_mask_group is None else \
+            self.volume_on_grid(dataset, tracking_mask_group, 1, "a tracking mask")
         self.peaks = None if first_direction == 'model' else \
             self.volume_on_grid(dataset, peaks_group(first_direction), 3, "peaks")[..., :3]
-        inputs_at = InputsAt(self.subset, self.subject, groups, spec, self.grid, model.device, "the model's first input")
-        self.walk = Walk(model, inputs_at, self.grid, mask, step_mm, theta_deg, algo, eos_threshold, keep_last_point, seed,
-                         tuple(stop_rules_of(stop_rules)))
+        inputs_at = InputsAt(self.subset, self.subject, groups, spec, self.grid, model.device,
+                             "the model's first input")
+        self.walk = Walk(model, inputs_at, self.grid, mask, step_mm, theta_deg, algo, eos_threshold,
+                         keep_last_point, seed, tuple(stop_rules_of(stop_rules)))
 
     def volume_on_grid(self, dataset,
         group:str,
         nb_features:int, # How many it must have (peaks: at least)
         what:str, # For the message
     ) -> Tensor: # (X, Y, Z, F)
-        "A volume of the subject that lies on the input's grid and has as many features as it should."
+        "A volume of the subject, if it has the input's grid and the right number of features."
         known_group(group, dataset.volume_groups, 'volume')
         grid,place = self.subset.grid(self.subject, group), dict(subject=self.subj_id, group=group)
         if not fits_grid(grid, self.grid, f"the grids of {what} and input", **place):
-            raise DataProblem("the volume lies on another grid than the input", expected=self.grid, found=grid, **place,
+            raise DataProblem("the volume lies on another grid than the input",
+                              expected=self.grid, found=grid, **place,
                               do="resample it to the input's grid.")
         volume = self.subset.get_volume(self.subject, group, self.model.device)
         if volume.shape[3] != nb_features and not (what == "peaks" and volume.shape[3] > nb_features):
-            raise DataProblem(f"{what} cannot be this volume", expected=f"{nb_features} features", found=f"{volume.shape[3]} features",
-                              subject=self.subj_id, group=group,
+            raise DataProblem(f"{what} cannot be this volume", expected=f"{nb_features} features",
+                              found=f"{volume.shape[3]} features", subject=self.subj_id, group=group,
                               do=f"choose another group: there are {', '.join(dataset.volume_groups)}.")
         return volume
 
@@ -87,8 +95,8 @@ class Tracker:
 def find_subject(
     dataset, # `MultiSubjectDataset`
     subj_id:str,
-) -> tuple: # the subset it is in, its index there
-    "Where a subject is."
+) -> tuple: # Its subset, its index there
+    "The subset that holds a subject, and the subject's index in it."
     subsets = [s for s in (dataset.testing, dataset.validation, dataset.training) if s is not None]
     for subset in subsets:
         if subj_id in subset.subjects: return subset, list(subset.subjects).index(subj_id)
@@ -101,19 +109,20 @@ def peaks_group(
 ) -> str:
     "The group named by `first_direction`."
     kind,_,group = first_direction.partition(':')
-    if kind != 'peaks' or not group: raise ValueError(f"first_direction is 'model' or 'peaks:GROUP', found {first_direction!r}")
+    if kind != 'peaks' or not group:
+        raise ValueError(f"first_direction is 'model' or 'peaks:GROUP', found {first_direction!r}")
     return group
 
 # %% ../../nbs/06_tracking/03_tracker.ipynb #19f65996
 @patch
 def second_half(self:Tracker,
     forward:Ragged, # First halves, from their seeds on, voxmm
-    first:Tensor, # (n, 3) direction each line tried first
+    first:Tensor, # (n, 3) direction that each line tried first
     max_points:Tensor, # (n,) points left, the seed included
-    numbers:Tensor, # (n,)
-    on_step=None,
+    numbers:Tensor, # (n,) each line's number
+    on_step=None, # See `propagate`
 ) -> tuple: # Ragged of points from the seeds on, (n,) stop codes
-    "The other way from the seeds."
+    "The second halves, in the other direction from the seeds."
     walk,k = self.walk, max(1, self.walk.spec.nb_previous_dirs)
     codes = torch.zeros(len(forward), dtype=torch.long, device=first.device)
     alone = forward.lengths == 1
@@ -124,7 +133,8 @@ def second_half(self:Tracker,
         if bool(alone[which][0]):
             state,memory,opposite = None, torch.zeros(len(some), k, 3, device=first.device), -first[which]
         else: (state,memory),opposite = self.looking_back(some, k), None
-        points,code,_ = propagate(walk, seeds, memory, max_points[which], state, opposite, numbers[which], True, on_step)
+        points,code,_ = propagate(walk, seeds, memory, max_points[which], state, opposite,
+                                  numbers[which], True, on_step)
         halves.append((which.nonzero().flatten(), points)); codes[which] = code
     order = torch.argsort(torch.cat([w for w,_ in halves]))
     return Ragged.cat([p for _,p in halves])[order], codes
@@ -136,7 +146,7 @@ def looking_back(self:Tracker,
     forward:Ragged, # First halves of at least two points
     k:int, # Displacements to remember
 ) -> tuple: # the model's state, (n, k, 3) displacements in mm, most recent first
-    "What the model knows at the seeds after coming back along the first half."
+    "The model's state and memory at the seeds, after it came back along the first half."
     back = reverse(forward)
     lengths = back.lengths - 1
     not_seed = back.point_index < lengths.repeat_interleave(back.lengths)
@@ -151,19 +161,21 @@ def looking_back(self:Tracker,
 @patch
 def track_batch(self:Tracker,
     seeds:Tensor, # (n, 3) voxmm
-    numbers:Tensor, # (n,)
+    numbers:Tensor, # (n,) each line's number
     on_step=None, # See `propagate`
-    on_end=None, # Called with the number of lines that have ended at both ends
+    on_end=None, # Called with the number of lines that have just been completed
 ) -> tuple: # Ragged of whole lines, voxmm; (n, 2) stop codes of the end and the start
-    "Both halves of every line."
+    "Every line, from its two halves."
     most = int(self.max_length_mm/self.step_mm + 1e-6) + 1
     k = max(1, self.walk.spec.nb_previous_dirs)
     first_dirs = None if self.peaks is None else sample_nearest(self.peaks, seeds/self.walk.sizes, outside=0.)
     def on_second(*step):
         if on_end: on_end(int((step[2] != 0).sum()))
         if on_step: on_step(*step)
-    nothing,longest = torch.zeros(len(seeds), k, 3, device=seeds.device), torch.full((len(seeds),), most, device=seeds.device)
-    forward,end,first = propagate(self.walk, seeds, nothing, longest, None, first_dirs, numbers, False, on_step)
+    nothing,longest = (torch.zeros(len(seeds), k, 3, device=seeds.device),
+                       torch.full((len(seeds),), most, device=seeds.device))
+    forward,end,first = propagate(self.walk, seeds, nothing, longest, None, first_dirs, numbers, False,
+                                  on_step)
     backward,begin = self.second_half(forward, first, most - forward.lengths + 1, numbers, on_second)
     tail = reverse(backward)
     return join_halves(tail, forward), torch.stack([end, begin], 1)
@@ -173,7 +185,7 @@ def join_halves(
     tail:Ragged, # Each ends at its seed
     head:Ragged, # Each begins at its seed
 ) -> Ragged:
-    "Whole lines, each seed once."
+    "Whole lines, with each seed once."
     lengths = tail.lengths + head.lengths - 1
     joined = Ragged.from_lengths(tail.data.new_empty(int(lengths.sum()), tail.data.shape[1]), lengths)
     rank,nb_tail = joined.point_index, tail.lengths.repeat_interleave(lengths)
@@ -187,9 +199,9 @@ def join_halves(
 def track(self:Tracker,
     seeds, # (n, 3) rasmm, see `seeds_from_mask`
     quiet:bool=None, # No progress bar
-    on_step=None, # Called at each step of each half, from its seed on: line numbers (n,), positions (n, 3) voxmm, stop codes (n,)
+    on_step=None, # f(numbers (n,), positions (n, 3) voxmm, codes (n,)), in each half: at its seed, each step
 ) -> Tractogram:
-    "A line from every seed, in RAS mm. `info` has seeds and stop reasons of the kept lines, and how many were dropped and why."
+    "A line from every seed, in RAS mm; `info` has seeds and stop reasons of kept lines, and dropped counts."
     seeds = checked_seeds(seeds, self.grid, self.subj_id)
     in_mm = convert(seeds, self.grid, 'rasmm', 'voxmm').to(self.walk.device)
     names = self.walk.reasons
@@ -200,14 +212,16 @@ def track(self:Tracker,
         for i in range(0, len(seeds), self.batch_size):
             numbers = torch.arange(i, min(i+self.batch_size, len(seeds)), device=in_mm.device)
             some,code = self.track_batch(in_mm[i:i+self.batch_size], numbers, on_step, bar.update)
-            parts.append((some.to('cpu'), code.cpu()))                   # the device holds one batch of lines at a time
+            parts.append((some.to('cpu'), code.cpu()))  # the device holds one batch of lines at a time
     finally:
         bar.close(); self.model.train(was_training)
     if not parts: parts = [(Ragged.from_list([]), torch.zeros(0, 2, dtype=torch.long))]
     lines,codes = Ragged.cat([p for p,_ in parts]), torch.cat([c for _,c in parts])
     lost = self.walk.leaving(in_mm).cpu() != 0
     short = (lengths_of(lines) < self.min_length_mm - 1e-3) | (lines.lengths < 2)
-    dropped = {'seed outside the mask': int(lost.sum()), 'shorter than min_length_mm': int((short & ~lost).sum())}
-    info = dict(seeds=seeds[~short], stop_reasons=codes[~short], stop_names=names, dropped={k: v for k,v in dropped.items() if v},
+    dropped = {'seed outside the mask': int(lost.sum()),
+               'shorter than min_length_mm': int((short & ~lost).sum())}
+    info = dict(seeds=seeds[~short], stop_reasons=codes[~short], stop_names=names,
+                dropped={k: v for k,v in dropped.items() if v},
                 reasons=dict(end=count_reasons(codes[:, 0], names), start=count_reasons(codes[:, 1], names)))
     return Tractogram(convert(lines[~short], self.grid, 'voxmm', 'rasmm'), self.grid, info=info)

@@ -278,6 +278,42 @@ def test_hostile_records(case, name, capsys):
     if part == "model" and isinstance(path, str): assert "Error: " in told(capsys, case.track)
 
 
+CHANGES = {
+    "new trainer option": (lambda p, s: p["trainer"]["params"].update(new=1), "options that are not known here"),
+    "new sampler option": (lambda p, s: p["sampler"]["params"].update(new=1), "Found: new."),
+    "no study": (lambda p, s: p.pop("study"), "no study"),
+    "an empty record": (lambda p, s: p.clear(), "no trainer, no model"),
+    "a part that is a list": (lambda p, s: p.update(loader=[]), "a list in loader"),
+    "a path that is a number": (lambda p, s: p["dataset"].update(hdf5_file=5), "hdf5_file is a int in dataset"),
+    "no optimiser": (lambda p, s: s.pop("optimizer"), "no optimizer"),
+    "no random state": (lambda p, s: s.pop("torch_rng"), "no torch_rng"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_records_of_another_version(case, name, capsys):
+    "What is missing, new or of another kind is named, with the version that wrote it."
+    change, words = CHANGES[name]
+    files = [case.folder/"first"/"checkpoint"/o for o in ("params.json", "state.pt")]
+    params, state = json.loads(files[0].read_text()), torch.load(files[1], weights_only=True)
+    change(params, state)
+    files[0].write_text(json.dumps(params))
+    torch.save(state, files[1])
+    sentence = told(capsys, case.resume)
+    assert words in sentence and "the version of dwiml_nb that wrote it (0." in sentence, sentence
+
+
+def test_records_of_earlier_versions(case, capsys):
+    "An option that did not exist yet had its default; weights that are none are told."
+    file, weights = case.folder/"first"/"checkpoint"/"params.json", case.folder/"first"/"checkpoint"/"model"/"model_state.pkl"
+    params = json.loads(file.read_text())
+    del params["trainer"]["params"]["lr_schedule"]
+    file.write_text(json.dumps(params))
+    trainer_from_folder(case.folder, "first", new_max_epochs=2, device="cpu")
+    torch.save([1], weights)
+    assert "the weights do not fit this model" in told(capsys, case.resume)
+
+
 @pytest.mark.parametrize("part,path,words", [("model", "{}.NoNet", "is not what belongs here"), ("dataset", "{}.function", "cannot be imported here"),
                                              ("sampler", "{}.Net1", "cannot be imported here"), ("loader", "{}.Path.cwd", "cannot be imported here")])
 def test_trust_is_no_blank_cheque(case, part, path, words, capsys):

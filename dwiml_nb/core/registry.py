@@ -166,15 +166,19 @@ class Registry(Mapping):
     def find(self, name): # -> the name in full, or None
         "The entry that a name means."
         if name in self.entries: return name
-        same = [full for full in self.entries if full.rpartition('.')[2] == name]
+        same = self.called(name)
         return same[0] if len(same) == 1 else None
+
+    def called(self, name) -> list: # of names in full
+        "The entries whose dotted path ends with a name."
+        return [full for full in self.entries if full.rpartition('.')[2] == name and not full.startswith('.')]
 
     def __getitem__(self, name):
         if self.find(name) is None: bring_in_trusted()
         if (full := self.find(name)) is not None: return self.entries[full]
-        same = [known for known in self.entries if known.rpartition('.')[2] == name]
-        if same: raise ValueError(f"more than one {self.what} is called '{name}': {', '.join(same)}. "
-                                  "Give the name in full.")
+        if same := self.called(name):
+            raise ValueError(f"more than one {self.what} is called '{name}': {', '.join(same)}. "
+                             "Give the name in full.")
         raise ValueError(f"unknown {self.what} '{name}'. It is one of {', '.join(self.entries)}."
                          f"{did_you_mean(name, self.entries)}")
 
@@ -263,8 +267,7 @@ def class_here(
     files = {module for word,module in brought_in.items() if word.endswith('.py')}
     by_file = {k: o for k,o in same.items()
                if o.__module__ in files and module.split('.')[-1] in ('', '__main__', o.__module__)}
-    elsewhere = module not in ('', '__main__') and is_on_this_machine(module.split('.')[0])
-    if elsewhere and not by_file: return None
+    if module not in ('', '__main__') and not by_file: return None
     same = by_file or same
     if len(same) > 1:
         raise DataProblem(f"more than one {base.__name__} here is called '{name}'", found=', '.join(same),
@@ -304,10 +307,12 @@ def check_allowed(
     if not all(name.isidentifier() for name in rest) or '__main__' in rest:
         raise DataProblem(f"{path!r} is no path of a class", expected="module.Class", do=do)
     if any(f'{path}.'.startswith(f'{name}.') for name in allowed()): return
-    raise DataProblem(f"{path} is a class of '{package}', which was not allowed to run here",
-                      found=f"a record that names it as a {base.__name__}",
-                      do=f"if you trust it, say so: --trust {package}, or --trust and its .py file "
-                         f"(trust=… in Python); or import it first.{' Or ' if do else ''}{do}")
+    problem = f"{path} is a class of '{package}', which was not allowed to run here"
+    if not is_on_this_machine(package):
+        problem = f"the class {path} cannot be imported: '{package}' is not on this machine, and was not allowed"
+    raise DataProblem(problem, found=f"a record that names it as a {base.__name__}",
+                      do=f"if you trust it, say so: --trust {package}, or --trust and its .py file (trust=… in "
+                         f"Python); or import it first.{' Or ' if do else ''}{do}")
 
 # %% ../../nbs/00_core/03_registry.ipynb #3fe7cde6
 MOVED = {}        # path in older records -> path now

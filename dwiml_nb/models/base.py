@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from ..core.errors import DataProblem, did_you_mean
 from ..core.files import read_json, write_json
 from ..core.folders import whole_folder, write_folder
-from ..core.registry import Registry, class_named, class_path, trusting
+from ..core.registry import Registry, class_here, class_named, class_path, is_on_this_machine, trusting
 from ..batch.spec import checked_points, not_written
 
 # %% ../../nbs/05_models/00_base.ipynb #d94a8b85
@@ -222,8 +222,8 @@ def load_state(self:MainModelAbstract,
         do = "the file is damaged: copy it again, or take the other of best_model/ and checkpoint/."
         raise DataProblem("the weights cannot be read", found=str(e).splitlines()[0], do=do, file=file) from e
     try: self.load_state_dict(state)
-    except RuntimeError as e:
-        lines = [line.strip() for line in str(e).splitlines()[1:4]]
+    except (RuntimeError, TypeError) as e:                            # other layers, or no weights at all
+        lines = [line.strip() for line in str(e).splitlines()[1:4]] or [str(e)]
         raise DataProblem("the weights do not fit this model", found="; ".join(lines), file=file,
                           expected="the layers that its parameters.json describes",
                           do="build the model with the arguments in parameters.json.") from e
@@ -265,10 +265,13 @@ def find_model_class(
 ) -> type:
     "The model class of that name."
     do = f"run the cell that defines it, or call {name}.load_model_from_params_and_state(folder)."
-    if path is None:
+    try: return class_named(name if path is None else path, MainModelAbstract, do)
+    except DataProblem:
+        if path and is_on_this_machine(str(path).split('.')[0]): raise
         for module in pkgutil.iter_modules(importlib.import_module('dwiml_nb.models').__path__):
             importlib.import_module(f'dwiml_nb.models.{module.name}')
-    return class_named(path or name, MainModelAbstract, do)
+        if (cls := class_here(name, MainModelAbstract)) is None: raise
+        return cls
 
 # %% ../../nbs/05_models/00_base.ipynb #989c7326
 def load_model(

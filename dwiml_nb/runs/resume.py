@@ -7,15 +7,33 @@ __all__ = ['PARTS', 'trainer_from_folder']
 
 # %% ../../nbs/08_runs/01_resume.ipynb #886b4a02
 from pathlib import Path
+from ..core.errors import DataProblem
+from ..core.options import chain_of, put_together
 from ..core.registry import class_named, trusting
 from ..data.dataset import MultiSubjectDataset
 from ..batch.sampler import DWIMLBatchIDSampler
 from ..batch.loader import DWIMLBatchLoader
 from ..models.base import MainModelAbstract
-from ..training.checkpoints import read_checkpoint
+from ..training.checkpoints import Checkpoint, check_whole, other_version, read_checkpoint
 from ..training.trainer import DWIMLTrainer
 
 # %% ../../nbs/08_runs/01_resume.ipynb #cd75633f
+def check_known(
+    part:str, # 'trainer', 'sampler', …
+    cls:type, # Its class
+    params:dict, # Its arguments, as recorded
+    checkpoint:Checkpoint,
+):
+    "Refuse a record with options that its class does not have."
+    first,*others = chain_of(cls)
+    known = put_together(first, others).parameters
+    new = [name for name in params if name not in known]
+    if not new or any(p.kind is p.VAR_KEYWORD for p in known.values()): return
+    folder,known = checkpoint.folder,", ".join(list(known)[1:])
+    raise DataProblem(f"the {part} of this run has options that are not known here", expected=known,
+                      found=", ".join(new), file=folder/'params.json', do=other_version(folder))
+
+# %% ../../nbs/08_runs/01_resume.ipynb #3c5fd9e8
 PARTS = {'trainer': DWIMLTrainer, 'model': MainModelAbstract, 'sampler': DWIMLBatchIDSampler,
          'loader': DWIMLBatchLoader, 'dataset': MultiSubjectDataset}      # what a record names -> its parent
 
@@ -28,11 +46,14 @@ def trainer_from_folder(
 ) -> DWIMLTrainer:
     "Build a run again from its folder, ready to go on."
     checkpoint = read_checkpoint(Path(experiments_path)/experiment_name)
+    check_whole(checkpoint)
     kept = checkpoint.params
     do = ("in the notebook or script that defines it, build the model and call "
           f"{str(kept['trainer']['class']).rpartition('.')[2]}.init_from_checkpoint(model, …).")
     with trusting(trust):
         classes = {part: class_named(kept[part]['class'], base, do) for part,base in PARTS.items()}
+        for part in ('trainer', 'sampler', 'loader'):
+            check_known(part, classes[part], kept[part]['params'], checkpoint)
         dataset = classes['dataset'](hdf5_file or kept['dataset']['hdf5_file'], lazy=kept['dataset']['lazy'])
         dataset.load_data(load_testing=False)
         model = classes['model'].load_model_from_params_and_state(checkpoint.folder/'model')

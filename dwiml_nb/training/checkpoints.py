@@ -9,6 +9,7 @@ __all__ = ['CHECKPOINT_FILES', 'find_checkpoint', 'write_model', 'checkpoint_par
 # %% ../../nbs/07_training/02_checkpoints.ipynb #a5e21e87
 import json
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 import torch
 from ..core.errors import DataProblem
@@ -25,17 +26,20 @@ def find_checkpoint(
     experiment = Path(experiment)
     if not experiment.is_dir():
         do = f"check the path: {experiment.parent} does not exist either."
-        if experiment.parent.is_dir(): do = f"choose one of {sorted(p.name for p in experiment.parent.iterdir() if p.is_dir())}."
-        raise DataProblem("there is no such experiment", expected="a folder {experiments_path}/{experiment_name}",
-                          found="nothing", file=experiment, do=do)
+        if experiment.parent.is_dir():
+            do = f"choose one of {sorted(p.name for p in experiment.parent.iterdir() if p.is_dir())}."
+        raise DataProblem("there is no such experiment", found="nothing", file=experiment, do=do,
+                          expected="a folder {experiments_path}/{experiment_name}")
     folder = whole_folder(experiment/'checkpoint')
     if folder is None:
-        raise DataProblem("the experiment has no checkpoint", expected="a folder checkpoint/", file=experiment,
-                          found=sorted(p.name for p in experiment.iterdir()), do="train it from the start under another name.")
+        found = sorted(p.name for p in experiment.iterdir())
+        raise DataProblem("the experiment has no checkpoint", expected="a folder checkpoint/", found=found,
+                          file=experiment, do="train it from the start under another name.")
     return folder
 
 # %% ../../nbs/07_training/02_checkpoints.ipynb #7f30dfcc
-CHECKPOINT_FILES = ('params.json', 'state.pt', 'model/parameters.json', 'model/model_type.txt', 'model/model_state.pkl')
+CHECKPOINT_FILES = ('params.json', 'state.pt',
+                    'model/parameters.json', 'model/model_type.txt', 'model/model_state.pkl')
 
 def write_model(
     model, # Has `save_params_and_state`
@@ -69,8 +73,9 @@ def load_tensors(
     "Tensors and plain values of a file, on the CPU, or a sentence about what is wrong with it."
     try: return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
-        raise DataProblem("this file cannot be read", expected="tensors and plain values written by torch.save", found=f"{type(e).__name__}: {str(e).splitlines()[0][:120]}",
-                          file=path, do="the file is damaged, or it is no checkpoint of this library: use another copy.") from e
+        raise DataProblem("this file cannot be read", expected="tensors and plain values of torch.save",
+                          found=f"{type(e).__name__}: {str(e).splitlines()[0][:120]}", file=path,
+                          do="it is damaged, or no checkpoint of this library: use another copy.") from e
 
 def read_checkpoint(
     experiment, # Folder of one experiment
@@ -78,9 +83,54 @@ def read_checkpoint(
     "The latest whole checkpoint of an experiment."
     folder = find_checkpoint(experiment)
     missing = [name for name in CHECKPOINT_FILES if not (folder/name).is_file()]
-    if missing: raise DataProblem("the checkpoint has missing files", expected=", ".join(CHECKPOINT_FILES), found=f"no {', no '.join(missing)}", file=folder,
-                                  do="restore them from a copy of the folder, or train from the start.")
+    if missing:
+        raise DataProblem("the checkpoint has missing files", expected=", ".join(CHECKPOINT_FILES),
+                          found=f"no {', no '.join(missing)}", file=folder,
+                          do="restore them from a copy of the folder, or train from the start.")
     return Checkpoint(folder, read_json(folder/'params.json'), load_tensors(folder/'state.pt'))
+
+# %% ../../nbs/07_training/02_checkpoints.ipynb #bf813b5d
+PART = {'class': object, 'params': dict}
+RECORD = {'trainer': PART, 'model': PART, 'sampler': PART, 'loader': PART, 'num_threads': int,
+          'dataset': {'class': object, 'hdf5_file': str, 'lazy': bool},
+          'study': {'training': dict, 'validation': dict}}
+STATE = {'optimizer': dict, 'epoch': int, 'phase': str, 'batch': int, 'spent': dict, 'sums': dict,
+         'monitor': dict, 'torch_rng': torch.Tensor}
+
+def lacking(
+    wanted:dict, # name -> its type, or a dict of such
+    found, # What was read
+) -> list: # of 'name', or 'name is a list'
+    "What is missing in a record, or of another kind."
+    if not isinstance(found, dict): return [f"a {type(found).__name__}"]
+    out = []
+    for name,kind in wanted.items():
+        if name not in found: out.append(f'no {name}')
+        elif isinstance(kind, dict): out += [f'{o} in {name}' for o in lacking(kind, found[name])]
+        elif not isinstance(found[name], kind): out.append(f'{name} is a {type(found[name]).__name__}')
+    return out
+
+def check_whole(
+    checkpoint:Checkpoint,
+):
+    "Refuse a checkpoint that lacks something."
+    folder = checkpoint.folder
+    files = {'params.json': (RECORD, checkpoint.params), 'state.pt': (STATE, checkpoint.state)}
+    for name,(wanted,found) in files.items():
+        wrong = lacking(wanted, found)
+        if wrong:
+            raise DataProblem("the checkpoint is not as this version writes it", expected=", ".join(wanted),
+                              found=", ".join(wrong), file=folder/name, do=other_version(folder))
+
+def other_version(
+    folder:Path, # Of a checkpoint
+) -> str:
+    "What to do with a checkpoint of another version."
+    file,told = folder.parent/'parameters_latest.json', 'unknown'
+    if file.is_file() and not lacking({'versions': {'dwiml_nb': str}}, record := read_json(file)):
+        told = record['versions']['dwiml_nb']
+    return (f"use the version of dwiml_nb that wrote it ({told}; this is {version('dwiml_nb')}), "
+            "restore a copy of the folder, or train from the start.")
 
 # %% ../../nbs/07_training/02_checkpoints.ipynb #2da1486a
 def differences(

@@ -200,11 +200,11 @@ def arguments_again(
     "The arguments of a trainer that goes on."
     given = {name: value for name,value in given.items() if value is not None}
     for name in ('lr_schedule', 'optimizer'):
-        if name not in given and set('<(') & set(str(kept[name])):
+        if name not in given and set('<(') & set(str(kept.get(name))):
             raise ValueError(f"the run's {name} was a function, {kept[name]}. "
                              f"Give it again: init_from_checkpoint(…, {name}=…)")
-    if isinstance(given.get('optimizer'), str) and given['optimizer'] != kept['optimizer']:
-        raise ValueError(f"the run's optimizer is {kept['optimizer']!r}, and its state goes on: "
+    if isinstance(given.get('optimizer'), str) and given['optimizer'] != kept.get('optimizer'):
+        raise ValueError(f"the run's optimizer is {kept.get('optimizer')!r}, and its state goes on: "
                          f"leave it out. Found {given['optimizer']!r}.")
     return {**kept, **sinks_again(kept), **given}
 

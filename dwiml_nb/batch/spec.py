@@ -22,12 +22,13 @@ def checked_points(
     step_size:float=None, # mm between points
     nb_points:int=None, # Points a line
     compress_lines:float=None, # mm
-) -> dict: # the three of them; all but one None
-    "How lines must be prepared, if that makes sense; None or False: not in this way."
+) -> dict: # All three by name; at most one is not None
+    "How lines must be prepared; an error where that makes no sense. None or False: not in this way."
     every = dict(step_size=step_size, nb_points=nb_points, compress_lines=compress_lines)
     asked = {k: v for k,v in every.items() if v is not None and v is not False}
     if len(asked) > 1:
-        raise ValueError(f"step_size, nb_points and compress_lines exclude each other, found {asked}. Keep one.")
+        raise ValueError("step_size, nb_points and compress_lines exclude each other, "
+                         f"found {asked}. Keep one.")
     for k,v in asked.items():
         if v is True or not isinstance(v, Real) or not (v > 0 and math.isfinite(v)):
             raise ValueError(f"{k} must be a number above 0, found {v!r}")
@@ -40,12 +41,12 @@ def checked_points(
 class InputSpec:
     "One volume that a model looks at, at each point and around it."
     nb_features:int = None # F of the volume; None: any number
-    neighborhood_vectors:Tensor = None # (K, 3) voxels around each point, the origin first; None: the point alone
+    neighborhood_vectors:Tensor = None # (K, 3) voxels around each point, origin first; None: the point alone
 
     def __post_init__(self):
         if self.neighborhood_vectors is None: return
         vectors = torch.as_tensor(self.neighborhood_vectors).detach().cpu().float()
-        object.__setattr__(self, 'neighborhood_vectors', vectors)               # the record is frozen: written once, here
+        object.__setattr__(self, 'neighborhood_vectors', vectors)  # the record is frozen: written once, here
         shape = tuple(vectors.shape)
         if len(shape) != 2 or shape[1] != 3:
             raise ValueError(f"neighborhood_vectors are (K, 3) voxels, the origin first; found shape {shape}")
@@ -64,7 +65,7 @@ class ModelSpec:
     "How a model wants its streamlines and inputs, and how it is called."
     step_size:float = None # mm between points; None leaves lines as they are
     nb_points:int = None # Points a line; None leaves lines as they are
-    compress_lines:float = None # mm a dropped point may lie off the line between its neighbours; None keeps all
+    compress_lines:float = None # mm that a dropped point may lie off the compressed line; None keeps all
     neighborhood_vectors:Tensor = None # (K, 3) voxels of the one unnamed input
     streamline_space:str = 'voxmm' # Space of the lines a model sees: 'voxmm' (mm), or 'vox' as dwi_ml
     legacy_half_voxel:bool = False # Sample half a voxel off, as dwi_ml
@@ -76,13 +77,13 @@ class ModelSpec:
     takes_inputs:bool = True # `forward(inputs, streamlines)`, not `forward(streamlines)`
     has_loss:bool = True # `compute_loss` is written
     loss_takes:tuple = () # Which of `LOSS_OPTIONS` it takes
-    has_context:bool = False # It wants to hear the phase, through `set_context`
+    has_context:bool = False # `set_context` is written: the model wants to know the phase
     can_track:bool = True # `tracking_step` is written
 
     def __post_init__(self):
         known = checked_points(self.step_size, self.nb_points, self.compress_lines)
         if self.inputs is None: known['inputs'] = {'': InputSpec(None, self.neighborhood_vectors)}
-        for k,v in known.items(): object.__setattr__(self, k, v)                # the record is frozen: written once, here
+        for k,v in known.items(): object.__setattr__(self, k, v)  # the record is frozen: written once, here
         if not self.inputs or not all(isinstance(o, InputSpec) for o in self.inputs.values()):
             raise ValueError(f"inputs are named InputSpecs, at least one; found {self.inputs!r}")
         if self.streamline_space not in ('voxmm', 'vox'):
@@ -96,7 +97,7 @@ class ModelSpec:
 def seen(self:ModelSpec,
     lines:Ragged, # Whole lines
 ) -> Ragged:
-    "The points that `forward` gets: without the last one of each line where it has no direction to learn."
+    "The points that `forward` gets: all, or without each line's last, which has no direction to learn."
     return lines if self.uses_last_point else all_but_last(lines)
 
 @patch
@@ -108,8 +109,8 @@ def form(self:ModelSpec,
 
 @patch
 def together(self:ModelSpec,
-    inputs:tuple, # One thing for each input
-): # -> a tuple, or the only thing where the input has no name
+    inputs:tuple, # One item for each input
+): # -> a tuple, or the only item where the input has no name
     "Inputs as one argument of `tracking_step` and `warm_up`."
     return tuple(inputs) if self.names_inputs else inputs[0]
 
@@ -123,6 +124,7 @@ def rows_of_outputs(
     if isinstance(outputs, tuple) and outputs: return rows_of_outputs(outputs[0])
     return sum(rows_of_outputs(o) for o in outputs)
 
+# %% ../../nbs/03_batch/00_spec.ipynb #a61a40df
 def checked_loss(
     result, # What `compute_loss` returned
     outputs, # What `forward` returned
@@ -148,7 +150,7 @@ def loss(self:ModelSpec,
     targets, # Whole lines, in the model's form
     ends:Tensor=None, # (S, 2) bool: is the first, the last point of each line a real end?
 ) -> tuple: # (scalar tensor, n), and {name: value} where the model gave values
-    "What the model says of its outputs."
+    "The loss of a model's outputs, checked."
     options = {'average_results': True, 'ends': ends}
     result = model.compute_loss(outputs, targets, **{k: options[k] for k in self.loss_takes})
     return checked_loss(result, outputs)
@@ -158,37 +160,38 @@ def enter(self:ModelSpec,
     model, # The model of this record
     phase:str, # 'training', 'validation', …
 ):
-    "Tell the model which phase begins, if it wants to hear it."
+    "Tell the model which phase begins, if it has `set_context`."
     if self.has_context: model.set_context(phase)
 
 # %% ../../nbs/03_batch/00_spec.ipynb #91333440
 MODEL_METHODS = (
-    'to', 'train', 'eval', 'training', 'parameters', 'state_dict', 'load_state_dict',           # of `torch.nn.Module`
+    'to', 'train', 'eval', 'training', 'parameters', 'state_dict', 'load_state_dict',  # `torch.nn.Module`
     'double', 'device', 'compute_loss', 'set_context',
-    'tracking_step', 'warm_up', 'select_state', 'get_tracking_directions',                      # only to track
-    'params_for_checkpoint', 'class_for_checkpoint', 'save_params_and_state', 'load_state',     # only to be kept
+    'tracking_step', 'warm_up', 'select_state', 'get_tracking_directions',  # only to track
+    'params_for_checkpoint', 'class_for_checkpoint', 'save_params_and_state', 'load_state',  # only to save
     'load_model_from_params_and_state')
 GETTER_METHODS = (
     'to', 'train', 'eval', 'double', 'parameters',
     'compute_loss', 'get_tracking_directions',
-    'add_eos', 'axis_head', 'is_probabilistic')                                                 # what it can do
+    'add_eos', 'axis_head', 'is_probabilistic')  # what it can do
 
 def not_written(
-    method, # A method that only says that it is missing
+    method, # A method that only raises an error
 ): # -> the same, marked
-    "Mark a method that a child has to write."
+    "The method, marked as one that a child has to write."
     method.is_abstract = True
     return method
 
 # %% ../../nbs/03_batch/00_spec.ipynb #c9d0eefa
-ASKED = ('step_size', 'nb_points', 'compress_lines', 'neighborhood_vectors', 'streamline_space', 'legacy_half_voxel',
+ASKED = ('step_size', 'nb_points', 'compress_lines',
+         'neighborhood_vectors', 'streamline_space', 'legacy_half_voxel',
          'uses_last_point', 'accepts_ragged', 'nb_previous_dirs')
 
 def is_written(
     model,
     name:str, # Of a method
 ) -> bool: # False too for a method marked `not_written`
-    "Whether a model has a method that does something."
+    "Whether a model has a method, and not only the error in its place."
     method = getattr(model, name, None)
     return callable(method) and not getattr(method, 'is_abstract', False)
 
@@ -196,7 +199,7 @@ def arguments_of(
     model,
     name:str, # Of a method
     needed:bool=False, # Only those without a default
-) -> list: # names; none where there is no such method
+) -> list: # Names; empty where there is no such method
     "The names of a method's arguments."
     if not is_written(model, name): return []
     found = inspect.signature(getattr(model, name)).parameters.values()
@@ -207,7 +210,7 @@ def arguments_of(
 def spec_of(
     model, # A model, or a `ModelSpec`
 ) -> ModelSpec:
-    "What the library must know of a model."
+    "The record of a model."
     if isinstance(model, ModelSpec): return model
     loss_takes = arguments_of(model, 'compute_loss')
     return ModelSpec(

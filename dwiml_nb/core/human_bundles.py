@@ -18,7 +18,8 @@ from .errors import DataProblem, did_you_mean
 from .files import progress
 from .ragged import Ragged
 from .lines import resample_nb_points, resample_step, reverse
-from .phantom import SimulatedSubject, grid_around, simulate_subject, write_study_files, write_subject
+from .phantom import (SimulatedSubject, grid_around, simulate_subject, write_study_files,
+                                   write_subject)
 
 # %% ../../nbs/00_core/13_human_bundles.ipynb #8bb34914
 SUBJECTS = ('sub_1', 'sub_2', 'sub_3', 'sub_4', 'sub_5')
@@ -28,15 +29,18 @@ BUNDLES = ('AF_L', 'CST_R', 'CC_ForcepsMajor')
 def load_human_bundles() -> dict: # subject -> bundle -> Ragged, rasmm, as stored
     "The streamlines of five people that come with dipy."
     path = Path(dipy.__file__).parent/'data/files/minimal_bundles.zip'
-    if not path.is_file(): raise DataProblem("this dipy has no minimal_bundles.zip", expected="dipy 1.9 or newer, as installed by pip", found=f"dipy {dipy.__version__}", file=path,
-                                             do='pip install "dipy>=1.9"')
+    if not path.is_file():
+        raise DataProblem("this dipy has no minimal_bundles.zip",
+                          expected="dipy 1.9 or newer, as installed by pip",
+                          found=f"dipy {dipy.__version__}", file=path, do='pip install "dipy>=1.9"')
     with zipfile.ZipFile(path) as z:
-        read = lambda name: Ragged.from_array_sequence(nib.streamlines.load(io.BytesIO(z.read(name))).streamlines).to(torch.float32)
+        read = lambda name: Ragged.from_array_sequence(
+            nib.streamlines.load(io.BytesIO(z.read(name))).streamlines).to(torch.float32)
         return {s: {b: read(f'{s}/{b}.trk') for b in BUNDLES} for s in SUBJECTS}
 
 # %% ../../nbs/00_core/13_human_bundles.ipynb #6e0f7271
 def orient_alike(
-    lines:Ragged, # One bundle
+    lines:Ragged, # (P, 3) one bundle
 ) -> Ragged: # The same lines, some of them turned
     "Lines of a bundle that all run the same way, that of the first line."
     if len(lines) == 0: return lines
@@ -53,26 +57,29 @@ def human_bundles(
     subject:str, # sub_1 … sub_5
 ) -> dict: # bundle -> Ragged, rasmm, 1 mm steps, oriented alike
     "The bundles of one person, ready to simulate around."
-    if subject not in SUBJECTS: raise DataProblem(f"there is no person '{subject}' in dipy's bundles", expected=', '.join(SUBJECTS), found=subject, do=did_you_mean(subject, SUBJECTS).strip() or None)
-    return {name: orient_alike(resample_step(lines, 1.)) for name,lines in load_human_bundles()[subject].items()}
+    if subject not in SUBJECTS:
+        raise DataProblem(f"there is no person '{subject}' in dipy's bundles", expected=', '.join(SUBJECTS),
+                          found=subject, do=did_you_mean(subject, SUBJECTS).strip() or None)
+    return {name: orient_alike(resample_step(lines, 1.))
+            for name,lines in load_human_bundles()[subject].items()}
 
 # %% ../../nbs/00_core/13_human_bundles.ipynb #4b60bd4e
 def simulate_human_subject(
     subject:str, # sub_1 … sub_5
     seed:int=1234, # Of the noise
-    axes=None, # (3, 3) columns = voxel axes in RAS; aligned with the world when not given
+    axes=None, # (3, 3) columns = voxel axes in RAS; None takes the world's axes
 ) -> SimulatedSubject:
     "A DWI around one person's streamlines, by the fixed recipe."
     bundles = human_bundles(subject)
     grid = grid_around(Ragged.cat(list(bundles.values())), 2.5, 8., axes)
-    return simulate_subject(bundles, grid, ((0, 4), (1000, 16), (2500, 48)), order=8, snr=25., fibre_mm=2.5, nb_sub=3, fluid=False,
-                            seed=[seed, SUBJECTS.index(subject)])
+    return simulate_subject(bundles, grid, ((0, 4), (1000, 16), (2500, 48)), order=8, snr=25., fibre_mm=2.5,
+                            nb_sub=3, fluid=False, seed=[seed, SUBJECTS.index(subject)])
 
 # %% ../../nbs/00_core/13_human_bundles.ipynb #9fbab8bb
 def write_human_subject(
     root, # Folder to make the subject folder in
     subject:str, # sub_1 … sub_5
-    seed:int=1234,
+    seed:int=1234, # Of the noise
 ) -> Path: # The subject folder
     "Simulate one person and write the subject folder."
     return write_subject(Path(root)/subject, simulate_human_subject(subject, seed))
@@ -81,16 +88,18 @@ def write_human_subject(
 def human_folds(
     held_out:str='sub_5', # The person to test on
 ) -> dict: # 'training', 'validation', 'testing': lists of ids
-    "Who trains, validates and tests when one person is held out."
-    if held_out not in SUBJECTS: raise DataProblem(f"'{held_out}' cannot be held out", expected=', '.join(SUBJECTS), found=held_out)
+    "The people who train, validate and test if one person is held out."
+    if held_out not in SUBJECTS:
+        raise DataProblem(f"'{held_out}' cannot be held out", expected=', '.join(SUBJECTS), found=held_out)
     validation = SUBJECTS[(SUBJECTS.index(held_out) + 1) % len(SUBJECTS)]
-    return {'training': [s for s in SUBJECTS if s not in (held_out, validation)], 'validation': [validation], 'testing': [held_out]}
+    return {'training': [s for s in SUBJECTS if s not in (held_out, validation)],
+            'validation': [validation], 'testing': [held_out]}
 
 # %% ../../nbs/00_core/13_human_bundles.ipynb #d5c11a4e
 def write_human_study(
     root, # Folder to make the subject folders in
     held_out:str='sub_5', # The person to test on
-    seed:int=1234,
+    seed:int=1234, # Of the noise
     peaks:bool=True, # Also list the strongest peaks as a group
     subjects=SUBJECTS, # Leave some out for a smaller study
 ) -> Path: # The root
@@ -98,5 +107,6 @@ def write_human_study(
     root,folds = Path(root), human_folds(held_out)
     root.mkdir(parents=True, exist_ok=True)
     for s in progress(subjects, 'simulating', unit='person'): write_human_subject(root, s, seed)
-    write_study_files(root, *[[s for s in folds[k] if s in subjects] for k in ('training', 'validation', 'testing')], peaks=peaks)
+    write_study_files(root, *[[s for s in folds[k] if s in subjects]
+                              for k in ('training', 'validation', 'testing')], peaks=peaks)
     return root

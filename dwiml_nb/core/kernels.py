@@ -27,32 +27,34 @@ def mark_forked():
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=mark_forked)
 
 def is_worker() -> bool:
-    "Whether this process works for another one: forked, or started by `multiprocessing`."
+    "Does this process work for another one? It does if it was forked, or started by `multiprocessing`."
     return forked or multiprocessing.parent_process() is not None
 
 # %% ../../nbs/00_core/06_kernels.ipynb #e3f0c13f
 all_kernels = {}                 # name -> Kernel, for `warm_up`
 
 def compiled(
-    f, # A function numba understands
-    name:str, # Keeps its form apart from the other on disk
-    parallel:bool,
+    f, # A function that numba understands
+    name:str, # Keeps this form apart from the other on disk
+    parallel:bool, # Over several threads
 ): # -> the compiled function
-    "One form of a loop; kept on disk where the function comes from a file."
+    "One form of a loop. It is kept on disk if the function comes from a file."
     twin = type(f)(f.__code__.replace(co_name=name), f.__globals__, name, f.__defaults__)
     twin.__qualname__,twin.__module__ = name, f.__module__
     options = dict(nogil=True, parallel=parallel, error_model='numpy')
     try: return numba.njit(twin, cache=True, **options)
-    except RuntimeError: return numba.njit(twin, **options)          # defined in a notebook: there is no file to keep it beside
+    except RuntimeError: return numba.njit(twin, **options)     # defined in a notebook: no file to keep it by
 
 # %% ../../nbs/00_core/06_kernels.ipynb #779ec4f1
 def tell_compiled(
-    seconds:float, # That it took
-    told=[], # What was told before; shared, so that it is said once a process
+    seconds:float, # How long it took
+    told=[], # The times already told; shared between calls, so that one process tells once
 ):
     "Say why the first call took so long."
-    if not told: print(f"dwiml_nb compiled a loop for this machine ({seconds:.1f} s), and will others at their first call: once. "
-                       "Beforehand: dwiml_nb.core.kernels.warm_up()", file=sys.stderr)
+    if not told:
+        print(f"dwiml_nb compiled a loop for this machine ({seconds:.1f} s), "
+              "and will others at their first call: once. "
+              "Beforehand: dwiml_nb.core.kernels.warm_up()", file=sys.stderr)
     told.append(seconds)
 
 # %% ../../nbs/00_core/06_kernels.ipynb #d12346a2
@@ -60,20 +62,22 @@ one_at_a_time = threading.Lock()
 WORTH_SHARING = 1 << 16         # numbers in the largest array, below which one thread is quicker
 
 class Kernel:
-    "A compiled loop; calling it picks the form that fits the process and the moment."
+    "A compiled loop. Calling it picks the form that fits the process and the moment."
     def __init__(self,
         f, # A function with `numba.prange`, every turn independent
-        example, # Function without arguments that makes small arguments, for `warm_up`
+        example, # Function without arguments that returns small arguments, for `warm_up`
     ):
         update_wrapper(self, f)
         self.python,self.example = f, example
-        self.sequential,self.parallel = compiled(f, f'{f.__name__}_sequential', False), compiled(f, f'{f.__name__}_parallel', True)
+        self.sequential,self.parallel = (compiled(f, f'{f.__name__}_sequential', False),
+                                         compiled(f, f'{f.__name__}_parallel', True))
         all_kernels[f.__name__] = self
 
     def __call__(self, *args):
         threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
         small = max((getattr(a, 'size', 0) for a in args[1:]), default=0) < WORTH_SHARING
-        if small or threads == 1 or is_worker() or not one_at_a_time.acquire(blocking=False): return self.run(self.sequential, args)
+        if small or threads == 1 or is_worker() or not one_at_a_time.acquire(blocking=False):
+            return self.run(self.sequential, args)
         try:
             numba.set_num_threads(threads)
             return self.run(self.parallel, args)
@@ -81,15 +85,17 @@ class Kernel:
     def run(self, form, args):
         known,start = len(form.overloads), time.perf_counter()
         result = form(*args)
-        if len(form.overloads) > known and form.stats.cache_misses and self.python.__module__.startswith('dwiml_nb') and not is_worker(): tell_compiled(time.perf_counter() - start)
+        if (len(form.overloads) > known and form.stats.cache_misses
+                and self.python.__module__.startswith('dwiml_nb') and not is_worker()):
+            tell_compiled(time.perf_counter() - start)
         return result
     def __reduce__(self): return self.python.__qualname__
     def __repr__(self): return f"Kernel({self.__name__})"
 
 # %% ../../nbs/00_core/06_kernels.ipynb #8b5171a4
 def kernel(
-    example, # Function without arguments that makes small arguments of the usual types; a list of them where there are several
-):
+    example, # Function without arguments: small arguments of the usual types, or a list of such tuples
+): # -> a decorator
     "Decorate a loop over lines or points with this to have it compiled."
     return lambda f: Kernel(f, example)
 
@@ -97,13 +103,14 @@ def kernel(
 def fits(
     *tensors:Tensor, # Or None
 ) -> bool:
-    "Whether a kernel can serve: everything on the CPU, and no gradient asked for."
+    "Can a kernel serve? It can if everything is on the CPU and needs no gradient."
     there = [t for t in tensors if t is not None]
-    return all(t.device.type == 'cpu' for t in there) and not (torch.is_grad_enabled() and any(t.requires_grad for t in there))
+    return (all(t.device.type == 'cpu' for t in there)
+            and not (torch.is_grad_enabled() and any(t.requires_grad for t in there)))
 
 # %% ../../nbs/00_core/06_kernels.ipynb #1004cf7d
 def warm_up(
-    kernels=None, # `Kernel`s; all that are imported when not given
+    kernels=None, # `Kernel`s; None takes all that are imported
 ) -> float: # seconds
     "Compile kernels, both forms, or load what an earlier process compiled."
     start = time.perf_counter()

@@ -19,18 +19,19 @@ from .ragged import Ragged, rows_of
 
 # %% ../../nbs/00_core/07_lines.ipynb #e928197d
 def suits_kernel(
-    lines:Ragged,
+    lines:Ragged, # (P, D)
 ) -> bool:
-    "Whether the compiled loops on this page take these lines."
-    return fits(lines.data) and lines.data.ndim == 2 and lines.data.shape[1] == 3 and lines.dtype in (torch.float32, torch.float64)
+    "Can the compiled loops on this page take these lines?"
+    return (fits(lines.data) and lines.data.ndim == 2 and lines.data.shape[1] == 3
+            and lines.dtype in (torch.float32, torch.float64))
 
 def as_arrays(
     *tensors:Tensor, # On the CPU
 ) -> list: # of numpy arrays, contiguous
-    "What a kernel is called with."
+    "The arrays that a kernel is called with."
     return [t.detach().contiguous().numpy() for t in tensors]
 
-# %% ../../nbs/00_core/07_lines.ipynb #26f4a5b8
+# %% ../../nbs/00_core/07_lines.ipynb #a8d015af
 points_example = lambda: (np.zeros((4, 3), np.float32), np.array([0, 4]))
 
 @kernel(lambda: (*points_example(), np.array([0, 3]), np.empty((3, 3), np.float32)))
@@ -41,6 +42,7 @@ def fill_directions(data, offsets, to, out):
         line,steps = flat[3*offsets[i]:3*offsets[i+1]], flat_out[3*to[i]:3*to[i+1]]
         for j in range(len(steps)): steps[j] = line[j+3] - line[j]
 
+# %% ../../nbs/00_core/07_lines.ipynb #26f4a5b8
 def directions(
     lines:Ragged, # (P, 3)
 ) -> Ragged: # N-1 rows a line; none for a line without points
@@ -53,7 +55,7 @@ def directions(
     rows = rows_of(lines.offsets[:-1], lengths)
     return Ragged.from_lengths(lines.data[rows + 1] - lines.data[rows], lengths)
 
-# %% ../../nbs/00_core/07_lines.ipynb #f3c442c8
+# %% ../../nbs/00_core/07_lines.ipynb #e373a6bf
 @kernel(lambda: (np.ones((4, 3), np.float32), np.empty((4, 3), np.float32)))
 def fill_units(vectors, out):
     "Each row divided by its norm; zero stays zero."
@@ -63,6 +65,7 @@ def fill_units(vectors, out):
         scale = vectors.dtype.type(1)/np.sqrt(squared) if squared > 0 else vectors.dtype.type(0)
         out[i, 0],out[i, 1],out[i, 2] = x*scale, y*scale, z*scale
 
+# %% ../../nbs/00_core/07_lines.ipynb #f3c442c8
 def unit(
     vectors:Tensor, # (..., 3)
 ) -> Tensor: # (..., 3) of norm 1, or 0 where the vector was 0
@@ -84,7 +87,8 @@ def fill_previous(data, offsets, n, normalize, out):
         scratch = np.zeros(3*(longest + n), data.dtype)             # n zero steps, then the line's own
         steps = scratch[3*n:]
         for i in range(64*block, min(len(offsets) - 1, 64*block + 64)):
-            line,rows,nb = flat[3*offsets[i]:3*offsets[i+1]], out[offsets[i]:offsets[i+1]], offsets[i+1] - offsets[i]
+            line,rows,nb = (flat[3*offsets[i]:3*offsets[i+1]], out[offsets[i]:offsets[i+1]],
+                            offsets[i+1] - offsets[i])
             for k in range(3*nb - 3): steps[k] = line[k+3] - line[k]
             if normalize:
                 for k in range(0, 3*nb - 3, 3):
@@ -93,7 +97,8 @@ def fill_previous(data, offsets, n, normalize, out):
                     for c in range(k, k + 3): steps[c] *= scale
             for k in range(n):
                 shifted,columns = scratch[3*(n - 1 - k):3*(n - 1 - k + nb)], rows[:, 3*k:3*k+3]
-                for j in range(nb): columns[j, 0],columns[j, 1],columns[j, 2] = shifted[3*j], shifted[3*j+1], shifted[3*j+2]
+                for j in range(nb):
+                    columns[j, 0],columns[j, 1],columns[j, 2] = shifted[3*j], shifted[3*j+1], shifted[3*j+2]
 
 # %% ../../nbs/00_core/07_lines.ipynb #0504a236
 def previous_directions(
@@ -132,6 +137,7 @@ def fill_lengths(data, offsets, out):
             for k in range(n): total += gaps[k]
             out[i] = total
 
+# %% ../../nbs/00_core/07_lines.ipynb #ac7bb1b4
 def lengths_of(
     lines:Ragged,
 ) -> Tensor: # (S,) in the unit of the points, float64
@@ -148,12 +154,14 @@ def lengths_of(
 def arc_positions(
     lines:Ragged, # (P, 3)
 ) -> Tensor: # (P,) float64, 0 at each line's first point
-    "How far along its line each point is; a step that is not a number counts as none, so that it spoils no other line."
+    "How far along its line each point is. A step that is NaN or infinite counts as zero."
     step = torch.zeros(len(lines.data), dtype=torch.float64, device=lines.device)
     dirs = directions(lines)
-    step[rows_of(lines.offsets[:-1] + 1, dirs.lengths)] = dirs.data.double().norm(dim=1).nan_to_num(0., posinf=0.)
+    step[rows_of(lines.offsets[:-1] + 1, dirs.lengths)] = (
+        dirs.data.double().norm(dim=1).nan_to_num(0., posinf=0.))
     along = step.cumsum(0)
-    return along - along[lines.offsets[:-1][lines.lengths > 0]].repeat_interleave(lines.lengths[lines.lengths > 0])
+    return along - along[lines.offsets[:-1][lines.lengths > 0]].repeat_interleave(
+        lines.lengths[lines.lengths > 0])
 
 # %% ../../nbs/00_core/07_lines.ipynb #91edf80a
 @kernel(lambda: (*points_example(), np.ones(1), np.array([0, 2]), np.empty((2, 3), np.float32)))
@@ -164,13 +172,16 @@ def fill_along(data, offsets, lengths, to, out):
         if not length < np.inf:
             length = 0.
             for j in range(len(line) - 1):
-                gap = np.sqrt(np.float64(line[j+1, 0] - line[j, 0])**2 + np.float64(line[j+1, 1] - line[j, 1])**2 + np.float64(line[j+1, 2] - line[j, 2])**2)
+                gap = np.sqrt(np.float64(line[j+1, 0] - line[j, 0])**2
+                              + np.float64(line[j+1, 1] - line[j, 1])**2
+                              + np.float64(line[j+1, 2] - line[j, 2])**2)
                 if gap < np.inf: length += gap
         apart = length/max(1, len(new) - 1)
         for j in range(len(line) - 1):
             a,b,c = np.float64(line[j, 0]), np.float64(line[j, 1]), np.float64(line[j, 2])
             x,y,z = line[j+1, 0] - a, line[j+1, 1] - b, line[j+1, 2] - c
-            gap = np.sqrt(np.float64(line[j+1, 0] - line[j, 0])**2 + np.float64(line[j+1, 1] - line[j, 1])**2 + np.float64(line[j+1, 2] - line[j, 2])**2)
+            gap = np.sqrt(np.float64(line[j+1, 0] - line[j, 0])**2 + np.float64(line[j+1, 1] - line[j, 1])**2
+                          + np.float64(line[j+1, 2] - line[j, 2])**2)
             if not gap < np.inf: gap = 0.
             while k < len(new) and (k*apart < start + gap or j == len(line) - 2):
                 t = min(1., (k*apart - start)/gap) if gap > 0 else 0.
@@ -183,11 +194,14 @@ def fill_along(data, offsets, lengths, to, out):
 def points_along(
     lines:Ragged, # (P, 3)
     nb_points:Tensor, # (S,) points wanted on each line; none on a line without points
-    lengths:Tensor=None, # (S,) float64 as `lengths_of` says, for a caller who has them
+    lengths:Tensor=None, # (S,) float64, from `lengths_of`, if the caller has them
 ) -> Ragged:
-    "Each line with this many points, equally far apart along the arc; ends stay where they are."
-    if bool(((nb_points > 0) & (lines.lengths == 0)).any()): raise ValueError("points cannot be placed on a line without points")
-    if not lines.dtype.is_floating_point: raise ValueError(f"points between points are no whole numbers: expected floating point, found {lines.dtype}")
+    "Each line with this many points, equally far apart along the arc. The ends stay where they are."
+    if bool(((nb_points > 0) & (lines.lengths == 0)).any()):
+        raise ValueError("points cannot be placed on a line without points")
+    if not lines.dtype.is_floating_point:
+        raise ValueError("points between points are no whole numbers: "
+                         f"expected floating point, found {lines.dtype}")
     if len(lines.data) == 0: return lines
     if suits_kernel(lines):
         new = Ragged.from_lengths(torch.empty(int(nb_points.sum()), 3, dtype=lines.dtype), nb_points)
@@ -198,8 +212,9 @@ def points_along(
     total = along[lines.offsets[1:] - 1]
     new = Ragged.from_lengths(torch.zeros(int(nb_points.sum()), 0, device=lines.device), nb_points)
     wanted = new.point_index * (total/(nb_points - 1).clamp(min=1)).repeat_interleave(nb_points)
-    start = torch.nn.functional.pad((total + 1).cumsum(0), (1, 0))[:-1]         # 1 apart, so lines never touch
-    left = torch.searchsorted(along + start.repeat_interleave(lines.lengths), wanted + start.repeat_interleave(nb_points), right=True) - 1
+    start = torch.nn.functional.pad((total + 1).cumsum(0), (1, 0))[:-1]        # 1 apart, so lines never touch
+    left = torch.searchsorted(along + start.repeat_interleave(lines.lengths),
+                              wanted + start.repeat_interleave(nb_points), right=True) - 1
     first = lines.offsets[:-1].repeat_interleave(nb_points)
     last_left = first + (dirs - 1).clamp(min=0).repeat_interleave(nb_points)
     left = torch.maximum(torch.minimum(left, last_left), first)
@@ -208,7 +223,7 @@ def points_along(
     t = torch.where(gap > 0, (wanted - along[left]) / gap.clamp(min=1e-30), torch.zeros_like(gap)).clamp(0, 1)
     return new.with_data(torch.lerp(lines.data[left], lines.data[right], t.to(lines.dtype)[:, None]))
 
-# %% ../../nbs/00_core/07_lines.ipynb #e13b7b3a
+# %% ../../nbs/00_core/07_lines.ipynb #6c344fb9
 def resample_nb_points(
     lines:Ragged,
     nb_points:int, # Points a line, >= 2
@@ -216,9 +231,10 @@ def resample_nb_points(
     "The same number of equidistant points on every line."
     return points_along(lines, torch.where(lines.lengths > 0, nb_points, 0))
 
+# %% ../../nbs/00_core/07_lines.ipynb #e13b7b3a
 def resample_step(
     lines:Ragged, # (P, 3), mm
-    step:float, # mm between points; the real spacing is length/(n-1), at least the step where the line is that long
+    step:float, # mm between points; the real spacing is length/(n-1): at least this, if the line is that long
 ) -> Ragged:
     "Equidistant points, `max(2, ceil(length/step))` a line."
     if not step > 0: raise ValueError(f"a step size is a positive number of mm, found {step}")
@@ -227,7 +243,8 @@ def resample_step(
     return points_along(lines, torch.where(lines.lengths > 1, wanted, lines.lengths), lengths)
 
 # %% ../../nbs/00_core/07_lines.ipynb #873347d4
-@kernel(lambda: (np.zeros((4, 3), np.float32), np.array([0, 4]), np.empty(4, np.bool_), np.empty(1, np.int64), .1, 10.))
+@kernel(lambda: (np.zeros((4, 3), np.float32), np.array([0, 4]), np.empty(4, np.bool_), np.empty(1, np.int64),
+                 .1, 10.))
 def mark_bends(data, offsets, kept, nb_kept, tolerance, longest):
     "Marks in `kept` the points that linearisation keeps, and counts them."
     for i in numba.prange(len(offsets) - 1):
@@ -252,10 +269,10 @@ def mark_bends(data, offsets, kept, nb_kept, tolerance, longest):
 # %% ../../nbs/00_core/07_lines.ipynb #c15fe7f3
 def compress(
     lines:Ragged, # (P, 3) mm
-    tolerance_mm:float, # How far a point left out may be from the line through its neighbours kept
-    max_segment_mm:float=10., # No two points kept lie further apart, unless they did before
-) -> Ragged: # Some of the points, the ends always
-    "Fewer points, the same shape within a tolerance; gradients flow to the points kept."
+    tolerance_mm:float, # How far a dropped point may lie from the line through its kept neighbours
+    max_segment_mm:float=10., # Kept points lie no further apart than this, unless they already did
+) -> Ragged: # Some of the points; always the ends
+    "Fewer points, the same shape within a tolerance. Gradients flow to the points kept."
     if not tolerance_mm > 0: raise ValueError(f"a tolerance is a positive number of mm, found {tolerance_mm}")
     data,offsets = lines.numpy()
     kept,nb_kept = np.empty(len(data), np.bool_), np.empty(len(lines), np.int64)
@@ -266,7 +283,7 @@ def compress(
 # %% ../../nbs/00_core/07_lines.ipynb #bc013bcc
 @kernel(lambda: (*points_example(), np.ones(1, np.bool_), np.empty((4, 3), np.float32)))
 def fill_reversed(data, offsets, which, out):
-    "Each line, from its other end where `which` says so."
+    "Each line, from its other end where `which` is true."
     flat,flat_out,longest = data.ravel(), out.ravel(), np.diff(offsets).max() if len(offsets) > 1 else 0
     three,one,two = np.uint64(3), np.uint64(1), np.uint64(2)
     for block in numba.prange((len(which) + 63)//64):
@@ -281,14 +298,16 @@ def fill_reversed(data, offsets, which, out):
                     j -= three
                     turned[k],turned[k+1],turned[k+2] = scratch[j], scratch[j+one], scratch[j+two]
 
+# %% ../../nbs/00_core/07_lines.ipynb #7a0657b9
 def reverse(
-    lines:Ragged,
-    which:Tensor=None, # (S,) bool, which lines to turn; all when not given
+    lines:Ragged, # (P, 3)
+    which:Tensor=None, # (S,) bool: the lines to turn; None turns all
 ) -> Ragged:
     "Lines read from their other end."
-    which = torch.ones(len(lines), dtype=torch.bool, device=lines.device) if which is None else which.to(lines.device)
+    which = (torch.ones(len(lines), dtype=torch.bool, device=lines.device) if which is None
+             else which.to(lines.device))
     if suits_kernel(lines) and which.dtype == torch.bool and which.shape == (len(lines),):
-        out = torch.empty(lines.data.shape, dtype=lines.dtype)             # rows side by side, however `lines` keeps them
+        out = torch.empty(lines.data.shape, dtype=lines.dtype)      # rows side by side, whatever `lines` has
         fill_reversed(*as_arrays(lines.data, lines.offsets, which, out))
         return lines.with_data(out)
     here = torch.arange(len(lines.data), device=lines.device)
@@ -296,7 +315,7 @@ def reverse(
     turned = torch.where(which.repeat_interleave(lines.lengths), ends - here, here)
     return lines.with_data(lines.data.index_select(0, turned))
 
-# %% ../../nbs/00_core/07_lines.ipynb #dfb367d6
+# %% ../../nbs/00_core/07_lines.ipynb #d5c1df42
 @kernel(lambda: (points_example()[0], np.array([0]), np.array([0, 2]), np.empty((2, 3), np.float32)))
 def fill_runs(data, starts, to, out):
     "Rows `starts[i]` and on, as many as `to` has room for."
@@ -307,35 +326,39 @@ def fill_runs(data, starts, to, out):
         rows = flat[width*starts[i]:width*starts[i] + len(run)]
         for j in range(len(run)): run[j] = rows[j]
 
+# %% ../../nbs/00_core/07_lines.ipynb #dfb367d6
 def cut(
     lines:Ragged,
     start:Tensor, # (S,) first point kept of each line
     nb_points:Tensor, # (S,) points kept; start + nb_points <= N
 ) -> Ragged:
     "A run of points of each line."
-    if bool(((start < 0) | (nb_points < 0) | (start + nb_points > lines.lengths)).any()): raise ValueError("a cut reaches beyond its line")
+    if bool(((start < 0) | (nb_points < 0) | (start + nb_points > lines.lengths)).any()):
+        raise ValueError("a cut reaches beyond its line")
     if suits_kernel(lines):
         out = Ragged.from_lengths(torch.empty(int(nb_points.sum()), 3, dtype=lines.dtype), nb_points)
         fill_runs(*as_arrays(lines.data, lines.offsets[:-1] + start, out.offsets, out.data))
         return out
-    return Ragged.from_lengths(lines.data.index_select(0, rows_of(lines.offsets[:-1] + start, nb_points)), nb_points)
+    return Ragged.from_lengths(lines.data.index_select(0, rows_of(lines.offsets[:-1] + start, nb_points)),
+                               nb_points)
 
 # %% ../../nbs/00_core/07_lines.ipynb #d35294f9
 def all_but_last(
-    lines:Ragged,
+    lines:Ragged, # (P, ...) rows of any kind
 ) -> Ragged: # N-1 points a line; a line without points stays so
     "Every point but the last of each line."
     return cut(lines, torch.zeros_like(lines.lengths), (lines.lengths - 1).clamp(min=0))
 
 # %% ../../nbs/00_core/07_lines.ipynb #3576e417
 def split(
-    lines:Ragged,
+    lines:Ragged, # (P, 3)
     at:Tensor, # (S,) first point of the second part, < N; 0 or less leaves the line whole
-) -> tuple: # Ragged of the parts, which follow each other and share their points with `lines`; (S',) line each part was
+) -> tuple: # Ragged of S' parts, in order, sharing the points of `lines`; (S',) the line each part was
     "Lines cut in two; no point is lost."
     at = torch.as_tensor(at, dtype=torch.long, device=lines.device)
     cuts = at > 0
-    if bool((cuts & (at >= lines.lengths)).any()): raise ValueError("a split lies behind the last point of its line")
+    if bool((cuts & (at >= lines.lengths)).any()):
+        raise ValueError("a split lies behind the last point of its line")
     origin = torch.arange(len(lines), device=lines.device).repeat_interleave(1 + cuts.long())
     starts = lines.offsets[origin]
     second = (torch.arange(len(lines), device=lines.device) + cuts.cumsum(0))[cuts]
@@ -344,7 +367,7 @@ def split(
 
 # %% ../../nbs/00_core/07_lines.ipynb #14976a77
 def white_noise(
-    lines:Ragged,
+    lines:Ragged, # (P, 3) mm
     sigma_mm:float, # Standard deviation on each axis; what lies beyond 2 sigma is set to 2 sigma
     generator:torch.Generator=None, # CPU generator; the draw is the same on every device
 ) -> Ragged:
@@ -359,7 +382,8 @@ def wander(data, offsets, draws, sigma, corr):
     for i in numba.prange(len(offsets) - 1):
         line,x = data[offsets[i]:offsets[i+1]], draws[offsets[i]:offsets[i+1]]
         for j in range(1, len(line)):
-            gap = np.sqrt(np.float64(line[j, 0] - line[j-1, 0])**2 + np.float64(line[j, 1] - line[j-1, 1])**2 + np.float64(line[j, 2] - line[j-1, 2])**2)
+            gap = np.sqrt(np.float64(line[j, 0] - line[j-1, 0])**2 + np.float64(line[j, 1] - line[j-1, 1])**2
+                          + np.float64(line[j, 2] - line[j-1, 2])**2)
             a = np.exp(-gap/corr) if gap < np.inf else 1.
             b = np.sqrt(1 - a*a)
             for c in range(3): x[j, c] = a*x[j-1, c] + b*x[j, c]
@@ -378,7 +402,8 @@ def wandering_noise(
     draws = torch.randn(len(lines.data), 3, generator=generator).to(lines.data)
     sigma = torch.as_tensor(sigma_mm).to(lines.data)
     if suits_kernel(lines) and fits(sigma):
-        wander(*as_arrays(lines.data, lines.offsets, draws, sigma.reshape(-1).expand(len(lines))), float(corr_mm))
+        wander(*as_arrays(lines.data, lines.offsets, draws, sigma.reshape(-1).expand(len(lines))),
+               float(corr_mm))
         return lines.with_data(draws)
     eps = lines.with_data(draws).to_padded()[0]
     gaps = lines.with_data(arc_positions(lines)[:, None]).to_padded()[0].diff(dim=1).clamp(min=0)
@@ -392,17 +417,20 @@ def wandering_noise(
 def fill_lead_back(data, offsets, displaced, lead, out):
     "Unit vectors from each displaced point to the line `lead` points further on."
     for i in numba.prange(len(offsets) - 1):
-        line,off,wanted = data[offsets[i]:offsets[i+1]], displaced[offsets[i]:offsets[i+1]], out[offsets[i]:offsets[i+1]]
+        line,off,wanted = (data[offsets[i]:offsets[i+1]], displaced[offsets[i]:offsets[i+1]],
+                           out[offsets[i]:offsets[i+1]])
         for j in range(len(line)):
             back,aim = max(0, min(j, len(line) - 2)), min(j + lead, len(line) - 1)
             ahead = min(back + 1, len(line) - 1)
-            a,b,c = line[ahead, 0] - line[back, 0], line[ahead, 1] - line[back, 1], line[ahead, 2] - line[back, 2]
+            a,b,c = (line[ahead, 0] - line[back, 0], line[ahead, 1] - line[back, 1],
+                     line[ahead, 2] - line[back, 2])
             x,y,z = line[aim, 0] - off[j, 0], line[aim, 1] - off[j, 1], line[aim, 2] - off[j, 2]
-            if not x*a + y*b + z*c > 0: x,y,z = a,b,c               # never ask for a turn backwards at the very end
+            if not x*a + y*b + z*c > 0: x,y,z = a,b,c         # never ask for a turn backwards at the very end
             squared = x*x + y*y + z*z
             scale = data.dtype.type(1)/np.sqrt(squared) if squared > 0 else data.dtype.type(0)
             wanted[j, 0],wanted[j, 1],wanted[j, 2] = x*scale, y*scale, z*scale
 
+# %% ../../nbs/00_core/07_lines.ipynb #eac132d1
 def lead_back_directions(
     clean:Ragged, # (P, 3) mm, equidistant points
     displaced:Ragged, # The same points, off track
@@ -421,7 +449,7 @@ def lead_back_directions(
     wanted = unit(aim - displaced.data)
     return torch.where((wanted*own).sum(1, keepdim=True) > 0, wanted, own)
 
-# %% ../../nbs/00_core/07_lines.ipynb #c000d37c
+# %% ../../nbs/00_core/07_lines.ipynb #ddd47108
 @kernel(lambda: (*points_example(), .5, np.empty((4, 3), np.float32)))
 def join_steps(start, offsets, length, steps):
     "Replaces the steps of each line, in place, by the polyline they make from its first point."
@@ -434,6 +462,7 @@ def join_steps(start, offsets, length, steps):
                 new[j, 0],new[j, 1],new[j, 2] = x, y, z
                 x,y,z = x + length*a, y + length*b, z + length*c
 
+# %% ../../nbs/00_core/07_lines.ipynb #c000d37c
 def lead_back_targets(
     clean:Ragged, # (P, 3) mm, points `step` apart
     displaced:Ragged, # (P, 3) the same points, off track

@@ -38,10 +38,11 @@ def sh_degrees(
     "The degree of each coefficient."
     order = int(round((np.sqrt(8*nb_coefficients + 1) - 3)/2))
     if order % 2 or sh_size(order) != nb_coefficients:
-        raise DataProblem("this is not a symmetric SH volume", expected="1, 6, 15, 28, 45 … coefficients on the last axis", found=nb_coefficients)
+        raise DataProblem("this is not a symmetric SH volume",
+                          expected="1, 6, 15, 28, 45 … coefficients on the last axis", found=nb_coefficients)
     return sph_harm_ind_list(order)[1]
 
-# %% ../../nbs/00_core/11_sh.ipynb #5340c4f6
+# %% ../../nbs/00_core/11_sh.ipynb #cc28bd7c
 Convention = Literal['fsl', 'image', 'world']
 
 def image_axes(
@@ -51,17 +52,20 @@ def image_axes(
     axes = np.asarray(affine, float)[:3, :3]
     return axes / np.linalg.norm(axes, axis=0)
 
+# %% ../../nbs/00_core/11_sh.ipynb #5340c4f6
 def flip_bvecs(
     bvecs, # (v, 3)
     affine, # (4, 4) of the image
-    src:Convention, # What they are
-    dst:Convention='image', # What they become
+    src:Convention, # The convention they follow
+    dst:Convention='image', # The convention to return
 ) -> np.ndarray: # (v, 3)
     "b-vectors in another convention."
-    axes, mirror = image_axes(affine), np.array([-1. if np.linalg.det(np.asarray(affine)[:3, :3]) > 0 else 1., 1, 1])
-    into = {'image': np.eye(3), 'fsl': np.diag(mirror), 'world': np.linalg.inv(axes)}   # (3, 3) that leads to image axes
+    axes, mirror = (image_axes(affine),
+                    np.array([-1. if np.linalg.det(np.asarray(affine)[:3, :3]) > 0 else 1., 1, 1]))
+    into = {'image': np.eye(3), 'fsl': np.diag(mirror), 'world': np.linalg.inv(axes)}  # (3, 3), to image axes
     for c in (src, dst):
-        if c not in into: raise ValueError(f"unknown b-vector convention '{c}': it is one of fsl, image, world")
+        if c not in into:
+            raise ValueError(f"unknown b-vector convention '{c}': it is one of fsl, image, world")
     return np.asarray(bvecs, float) @ into[src].T @ np.linalg.inv(into[dst]).T
 
 # %% ../../nbs/00_core/11_sh.ipynb #60137035
@@ -74,14 +78,20 @@ def read_gradients(
     "b-values and image-axes b-vectors from text files."
     def table(path):
         if not Path(path).is_file(): raise DataProblem("no such gradient file", file=path)
-        try: return np.array([[float(x) for x in row.replace(',', ' ').split()] for row in Path(path).read_text().splitlines() if row.strip()])
-        except ValueError as e: raise DataProblem(f"the gradient file is not a table of numbers ({e})", file=path) from e
+        try:
+            return np.array([[float(x) for x in row.replace(',', ' ').split()]
+                             for row in Path(path).read_text().splitlines() if row.strip()])
+        except ValueError as e:
+            raise DataProblem(f"the gradient file is not a table of numbers ({e})", file=path) from e
     bvals,bvecs = table(bval).ravel(), table(bvec)
-    if bvecs.ndim == 2 and bvecs.shape[0] == 3 and bvecs.shape != (len(bvals), 3) or bvecs.shape == (3, 3): bvecs = bvecs.T
+    if bvecs.ndim == 2 and bvecs.shape[0] == 3 and bvecs.shape != (len(bvals), 3) or bvecs.shape == (3, 3):
+        bvecs = bvecs.T
     if convention != 'image':
-        if affine is None: raise ValueError(f"the affine of the DWI is needed to read '{convention}' b-vectors")
+        if affine is None:
+            raise ValueError(f"the affine of the DWI is needed to read '{convention}' b-vectors")
     if bvecs.shape != (len(bvals), 3):
-        raise DataProblem("b-values and b-vectors do not match", expected=f"3 x {len(bvals)} numbers", found=f"{' x '.join(map(str, bvecs.shape))}", file=bvec,
+        raise DataProblem("b-values and b-vectors do not match", expected=f"3 x {len(bvals)} numbers",
+                          found=f"{' x '.join(map(str, bvecs.shape))}", file=bvec,
                           do="check that both belong to the same acquisition.")
     bvecs = check_bvecs(bvals, bvecs, bvec)
     return bvals, bvecs if convention == 'image' else flip_bvecs(bvecs, affine, convention)
@@ -98,7 +108,9 @@ def check_bvecs(
     norm = np.linalg.norm(bvecs, axis=1)
     wrong = np.flatnonzero((bvals > B0_MAX) & ~(np.abs(norm - 1) < .1))
     if len(wrong):
-        raise DataProblem(f"the b-vector of volume {wrong[0]} is no unit vector", expected="length 1 where b > 50", found=f"length {norm[wrong[0]]:.3g} at b = {bvals[wrong[0]]:g}",
+        raise DataProblem(f"the b-vector of volume {wrong[0]} is no unit vector",
+                          expected="length 1 where b > 50",
+                          found=f"length {norm[wrong[0]]:.3g} at b = {bvals[wrong[0]]:g}",
                           file=file, do="set its b-value to 0 if it is not weighted, or repair the vector.")
     return np.where((bvals > B0_MAX)[:, None], bvecs/np.maximum(norm, 1e-12)[:, None], 0.)
 
@@ -116,7 +128,7 @@ def write_gradients(
     with atomic_file(bval) as tmp: np.savetxt(tmp, np.atleast_2d(bvals), fmt='%g')
     with atomic_file(bvec) as tmp: np.savetxt(tmp, np.asarray(bvecs).T + 0., fmt='%.8f')
 
-# %% ../../nbs/00_core/11_sh.ipynb #78e8e3e8
+# %% ../../nbs/00_core/11_sh.ipynb #7206267e
 def shells_of(
     bvals, # (v,)
     gap:float=100., # s/mm2 between two shells
@@ -124,20 +136,27 @@ def shells_of(
     "The shell of each volume."
     bvals = np.asarray(bvals, float)
     rank = np.argsort(bvals)
-    number = np.empty(len(bvals), int); number[rank] = np.cumsum(np.diff(bvals[rank], prepend=bvals[rank[0]]) >= gap)
+    number = np.empty(len(bvals), int)
+    number[rank] = np.cumsum(np.diff(bvals[rank], prepend=bvals[rank[0]]) >= gap)
     mean = np.round(np.bincount(number, bvals)/np.bincount(number), -1)
     return np.where(bvals <= B0_MAX, 0, mean[number])
 
+# %% ../../nbs/00_core/11_sh.ipynb #78e8e3e8
 def choose_shell(
     bvals, # (v,)
-    shell:float=None, # Wanted b-value; the highest when not given
+    shell:float=None, # Wanted b-value; None takes the highest
 ) -> tuple: # b0 volumes (v,) bool, shell volumes (v,) bool, the shell's b-value
-    "Which volumes are b0 and which belong to the wanted shell."
+    "The volumes that are b0 and those of the wanted shell."
     shells = shells_of(bvals); there = [int(s) for s in np.unique(shells) if s]
-    if not (shells == 0).any(): raise DataProblem("the DWI has no b0 volume", expected=f"at least one b-value <= {B0_MAX}", found=f"shells {there}")
-    if not there: raise DataProblem("the DWI has no diffusion-weighted volume", expected=f"b-values above {B0_MAX}", found="b0 only")
+    if not (shells == 0).any():
+        raise DataProblem("the DWI has no b0 volume", expected=f"at least one b-value <= {B0_MAX}",
+                          found=f"shells {there}")
+    if not there:
+        raise DataProblem("the DWI has no diffusion-weighted volume", expected=f"b-values above {B0_MAX}",
+                          found="b0 only")
     b = there[-1] if shell is None else min(there, key=lambda s: abs(s - shell))
-    if shell is not None and abs(b - shell) > 100: raise DataProblem(f"there is no shell at b = {shell:g}", expected=f"one of {there}", found=shell)
+    if shell is not None and abs(b - shell) > 100:
+        raise DataProblem(f"there is no shell at b = {shell:g}", expected=f"one of {there}", found=shell)
     return shells == 0, shells == b, float(b)
 
 # %% ../../nbs/00_core/11_sh.ipynb #5e24ed09
@@ -160,19 +179,22 @@ def fit_attenuation(
     bvecs, # (v, 3) image axes
     mask, # (X, Y, Z) brain
     order:int=8, # Highest degree
-    shell:float=None, # b-value; the highest when not given
+    shell:float=None, # b-value; None takes the highest
     smooth:float=.001, # Laplace–Beltrami regularisation, 0 for none
 ) -> np.ndarray: # (X, Y, Z, c) float32, 0 outside the brain
-    "SH coefficients of one shell's signal over the mean b0, as they are."
+    "SH coefficients of one shell's signal over the mean b0, not standardised."
     mask,bvals,bvecs = check_dwi(dwi, bvals, bvecs, mask)
     b0,volumes,b = choose_shell(bvals, shell)
     if volumes.sum() < sh_size(order):
         fits = max(o for o in range(0, order, 2) if sh_size(o) <= volumes.sum())
-        raise DataProblem(f"shell {b:g} has too few directions for order {order}", expected=f"{sh_size(order)} or more", found=int(volumes.sum()),
+        raise DataProblem(f"shell {b:g} has too few directions for order {order}",
+                          expected=f"{sh_size(order)} or more", found=int(volumes.sum()),
                           do=f"use order {fits}.")
     signal = np.asarray(dwi)[mask].astype(np.float32)                                     # (P, v)
-    if not np.isfinite(signal).all(): raise DataProblem("the DWI has NaN or infinite values within the brain", expected="numbers", found=f"{int((~np.isfinite(signal)).any(1).sum())} such voxels",
-                                                        do="repair them or leave them out of the mask.")
+    if not np.isfinite(signal).all():
+        raise DataProblem("the DWI has NaN or infinite values within the brain", expected="numbers",
+                          found=f"{int((~np.isfinite(signal)).any(1).sum())} such voxels",
+                          do="repair them or leave them out of the mask.")
     s0 = signal[:, b0].mean(1, keepdims=True)
     ratio = np.divide(signal[:, volumes], s0, out=np.zeros_like(signal[:, volumes]), where=s0 > 0)
     degrees = sh_degrees(sh_size(order))
@@ -182,15 +204,25 @@ def fit_attenuation(
     return out
 
 # %% ../../nbs/00_core/11_sh.ipynb #9572e6ef
-def check_dwi(dwi, bvals, bvecs, mask):
+def check_dwi(
+    dwi, # (X, Y, Z, v)
+    bvals, # (v,)
+    bvecs, # (v, 3)
+    mask, # (X, Y, Z) or (X, Y, Z, 1) brain
+):
     "The mask as bool and the gradients as arrays, or a problem that says which shapes disagree."
     mask,bvals,bvecs = np.asarray(mask) > 0, np.asarray(bvals, float), np.asarray(bvecs, float)
     if mask.ndim == 4: mask = mask.any(-1)
-    if len(np.shape(dwi)) != 4: raise DataProblem("a DWI has four axes", expected="(X, Y, Z, volumes)", found=np.shape(dwi))
-    if mask.shape != np.shape(dwi)[:3]: raise DataProblem("the brain mask is on another grid than the DWI", expected=np.shape(dwi)[:3], found=mask.shape)
+    if len(np.shape(dwi)) != 4:
+        raise DataProblem("a DWI has four axes", expected="(X, Y, Z, volumes)", found=np.shape(dwi))
+    if mask.shape != np.shape(dwi)[:3]:
+        raise DataProblem("the brain mask is on another grid than the DWI",
+                          expected=np.shape(dwi)[:3], found=mask.shape)
     if len(bvals) != np.shape(dwi)[3] or bvecs.shape != (len(bvals), 3):
-        raise DataProblem("the gradients do not match the DWI", expected=f"{np.shape(dwi)[3]} volumes", found=f"{len(bvals)} b-values, b-vectors {bvecs.shape}")
-    if not mask.any(): raise DataProblem("the brain mask is empty", expected="at least one voxel above 0", found="none")
+        raise DataProblem("the gradients do not match the DWI", expected=f"{np.shape(dwi)[3]} volumes",
+                          found=f"{len(bvals)} b-values, b-vectors {bvecs.shape}")
+    if not mask.any():
+        raise DataProblem("the brain mask is empty", expected="at least one voxel above 0", found="none")
     return mask, bvals, bvecs
 
 # %% ../../nbs/00_core/11_sh.ipynb #a51e4d8d
@@ -199,22 +231,28 @@ def degree_scales(
     mask, # (X, Y, Z) brain
 ) -> tuple: # mean of l = 0, and standard deviation of each coefficient's degree (c,)
     "The mean of degree 0 and the standard deviation of each degree over the brain."
-    degrees,inside = sh_degrees(np.shape(volume)[-1]), np.asarray(volume)[np.asarray(mask) > 0].astype(np.float64)
-    if not len(inside): raise DataProblem("the brain mask is empty", expected="at least one voxel above 0", found="none")
+    degrees,inside = (sh_degrees(np.shape(volume)[-1]),
+                      np.asarray(volume)[np.asarray(mask) > 0].astype(np.float64))
+    if not len(inside):
+        raise DataProblem("the brain mask is empty", expected="at least one voxel above 0", found="none")
     inside[:, 0] -= (mean := inside[:, 0].mean())
     scales = np.array([inside[:, degrees == l].std() for l in degrees])
-    return float(mean), np.maximum(scales, 1e-6)                                           # a flat degree stays flat
+    return float(mean), np.maximum(scales, 1e-6)                                    # a flat degree stays flat
 
 # %% ../../nbs/00_core/11_sh.ipynb #695c5704
 def zero_outside(
     volume, # (X, Y, Z, c) or (X, Y, Z)
     mask, # (X, Y, Z)
-) -> np.ndarray:
+) -> np.ndarray: # Shape and type of the volume
     "A copy of the volume with zeros where the mask is not above 0."
     mask = np.asarray(mask) > 0
-    if mask.shape != np.shape(volume)[:3]: raise DataProblem("the mask is on another grid than the volume", expected=np.shape(volume)[:3], found=mask.shape)
-    return np.where(mask.reshape(mask.shape + (1,)*(np.ndim(volume) - 3)), volume, np.zeros((), np.asarray(volume).dtype))
+    if mask.shape != np.shape(volume)[:3]:
+        raise DataProblem("the mask is on another grid than the volume", expected=np.shape(volume)[:3],
+                          found=mask.shape)
+    return np.where(mask.reshape(mask.shape + (1,)*(np.ndim(volume) - 3)), volume,
+                    np.zeros((), np.asarray(volume).dtype))
 
+# %% ../../nbs/00_core/11_sh.ipynb #2c2e999c
 def standardize_per_degree(
     volume, # (X, Y, Z, c) SH coefficients
     mask, # (X, Y, Z) brain
@@ -232,7 +270,7 @@ def fit_sh(
     bvecs, # (v, 3) image axes, as `read_gradients` returns
     mask, # (X, Y, Z) brain
     order:int=8, # Highest degree: 6 needs 28 directions, 8 needs 45
-    shell:float=None, # b-value; the highest when not given
+    shell:float=None, # b-value; None takes the highest
 ) -> np.ndarray: # (X, Y, Z, c) float32
     "The model input: SH of one shell over b0, one scale per degree, l = 0 centred, zero outside the brain."
     raw = fit_attenuation(dwi, bvals, bvecs, mask, order, shell)
@@ -241,26 +279,28 @@ def fit_sh(
 # %% ../../nbs/00_core/11_sh.ipynb #65fb9018
 @lru_cache
 def peak_sampling(
-    nb_coefficients:int,
+    nb_coefficients:int, # Size of the last axis of an SH volume
     sphere:str='repulsion724', # One of dipy's spheres
 ) -> tuple: # half a sphere (k, 3), and the matrix (k, c) from signal SH to the ODF on it
     "Directions to look in, and the matrix that gives the sharpened ODF there."
     degrees,vertices = sh_degrees(nb_coefficients), sphere_vertices(sphere).double().numpy()
-    vertices = vertices[(vertices @ [1e-6, 1e-3, 1]) > 0]                                # one of each pair of opposites
+    vertices = vertices[(vertices @ [1e-6, 1e-3, 1]) > 0]           # one of each pair of opposites
     funk_radon = 2*np.pi*eval_legendre(degrees, 0)
-    sharper = degrees*(degrees + 1)                                                       # minus the Laplacian: separates crossings
+    sharper = degrees*(degrees + 1)                                 # minus the Laplacian: separates crossings
     return vertices, sh_basis(vertices, int(degrees[-1])) * (funk_radon*sharper)
 
+# %% ../../nbs/00_core/11_sh.ipynb #68f75d4b
 def strongest_peak(
-    sh, # (X, Y, Z, c) SH of the signal as `fit_attenuation` returns them, not standardised
+    sh, # (X, Y, Z, c) SH of the signal from `fit_attenuation`, not standardised
     mask, # (X, Y, Z)
-    sphere:str='repulsion724', # Where to look
+    sphere:str='repulsion724', # One of dipy's spheres: the directions to try
 ) -> np.ndarray: # (X, Y, Z, 3) float32 unit vectors in image axes, sign arbitrary, 0 outside
     "The main direction of the signal's orientation distribution in each voxel."
     mask = np.asarray(mask) > 0
     vertices,matrix = peak_sampling(np.shape(sh)[-1], sphere)
     out,inside = np.zeros(mask.shape + (3,), np.float32), np.asarray(sh)[mask]
-    best = [(part @ matrix.T.astype(np.float32)).argmax(1) for part in np.array_split(inside, len(inside)//10_000 + 1)]
+    best = [(part @ matrix.T.astype(np.float32)).argmax(1)
+            for part in np.array_split(inside, len(inside)//10_000 + 1)]
     out[mask] = vertices[np.concatenate(best)]
     return out
 
@@ -273,15 +313,19 @@ def write_sh(
     **more, # Anything else worth recording
 ):
     "Write SH coefficients with a JSON beside them that names basis, order, shell and frame."
-    if not str(path).endswith(('.nii', '.nii.gz')): raise DataProblem("an SH volume is written as NIfTI", expected=".nii or .nii.gz", found=Path(path).name)
+    if not str(path).endswith(('.nii', '.nii.gz')):
+        raise DataProblem("an SH volume is written as NIfTI", expected=".nii or .nii.gz",
+                          found=Path(path).name)
     with atomic_file(path) as tmp: nib.save(nib.Nifti1Image(np.asarray(sh, np.float32), affine), tmp)
-    write_json({'basis': BASIS, 'legacy': False, 'order': int(sh_degrees(np.shape(sh)[-1])[-1]), 'shell': shell, 'frame': 'image',
-                'signal': 'shell / mean b0', 'standardization': 'per_degree', 'outside': 'zero', **more}, sh_json(path))
+    write_json({'basis': BASIS, 'legacy': False, 'order': int(sh_degrees(np.shape(sh)[-1])[-1]),
+                'shell': shell, 'frame': 'image', 'signal': 'shell / mean b0',
+                'standardization': 'per_degree', 'outside': 'zero', **more}, sh_json(path))
 
+# %% ../../nbs/00_core/11_sh.ipynb #4e5b3ea3
 def sh_json(
     path, # .nii.gz
-) -> Path:
-    "Where the description of an SH file is."
+) -> Path: # .json
+    "The path of the file that describes an SH file."
     return Path(str(path).removesuffix('.gz').removesuffix('.nii') + '.json')
 
 # %% ../../nbs/00_core/11_sh.ipynb #a83766ef
@@ -295,7 +339,8 @@ def write_fit(
 ):
     "Standardise raw SH (one scale per degree, zero outside) and write them with their description."
     mean,scales = degree_scales(raw, mask)
-    write_sh(zero_outside(standardize_per_degree(raw, mask), mask), affine, path, shell, mean=mean, scales=scales, **more)
+    write_sh(zero_outside(standardize_per_degree(raw, mask), mask), affine, path, shell,
+             mean=mean, scales=scales, **more)
 
 # %% ../../nbs/00_core/11_sh.ipynb #7904d55f
 def fit_sh_files(
@@ -305,23 +350,27 @@ def fit_sh_files(
     mask, # NIfTI, brain
     out, # .nii.gz to write, with a JSON beside it
     order:int=8, # Highest degree: 6 needs 28 directions, 8 needs 45
-    shell:float=None, # b-value; the highest when not given
+    shell:float=None, # b-value; None takes the highest
     convention:Convention='fsl', # Whose axes the b-vectors use
     peaks=None, # .nii.gz for the strongest peaks as well
-    overwrite:bool=False,
+    overwrite:bool=False, # Replace files that exist
 ) -> Path: # The SH file
     "Prepare a subject's model input from its files."
     for file in (dwi, mask):
         if not Path(file).is_file(): raise DataProblem("no such image", file=file)
     for file in (out, peaks):
-        if file is not None and Path(file).exists() and not overwrite: raise DataProblem("the file exists already", file=file, do="choose another name, or ask to overwrite it.")
+        if file is not None and Path(file).exists() and not overwrite:
+            raise DataProblem("the file exists already", file=file,
+                              do="choose another name, or ask to overwrite it.")
     img,mask_img = nib.load(dwi), nib.load(mask)
-    if len(img.shape) == 4 and not fits_grid(grid_of(mask_img), grid_of(img), "the grids of brain mask and DWI", file=mask):
-        raise DataProblem("the brain mask is on another grid than the DWI", expected=grid_of(img), found=grid_of(mask_img),
-                          file=mask)
+    if len(img.shape) == 4 and not fits_grid(grid_of(mask_img), grid_of(img),
+                                             "the grids of brain mask and DWI", file=mask):
+        raise DataProblem("the brain mask is on another grid than the DWI", expected=grid_of(img),
+                          found=grid_of(mask_img), file=mask)
     brain,gradients = np.asarray(mask_img.dataobj) > 0, read_gradients(bvals, bvecs, img.affine, convention)
     raw = fit_attenuation(img.dataobj, *gradients, brain, order, shell)
-    write_fit(raw, brain, img.affine, out, choose_shell(gradients[0], shell)[2], convention_of_bvecs=convention)
+    write_fit(raw, brain, img.affine, out, choose_shell(gradients[0], shell)[2],
+              convention_of_bvecs=convention)
     if peaks is not None:
         with atomic_file(peaks) as tmp: nib.save(nib.Nifti1Image(strongest_peak(raw, brain), img.affine), tmp)
     return Path(out)

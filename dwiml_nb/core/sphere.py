@@ -19,8 +19,10 @@ def sphere_vertices(
     name:str='symmetric724', # One of `SPHERES`
 ) -> Tensor: # (K, 3) float32 unit vectors
     "The vertices of one of dipy's spheres."
-    if name not in SPHERES: raise ValueError(f"unknown sphere '{name}'. It is one of {', '.join(SPHERES)}.{did_you_mean(name, SPHERES)}")
-    from dipy.data import get_sphere                # here, because it brings in all that dipy draws with
+    if name not in SPHERES:
+        raise ValueError(f"unknown sphere '{name}'. It is one of {', '.join(SPHERES)}."
+                         f"{did_you_mean(name, SPHERES)}")
+    from dipy.data import get_sphere                # here, because it imports all that dipy draws with
     return torch.tensor(get_sphere(name=name).vertices, dtype=torch.float32)
 
 # %% ../../nbs/00_core/09_sphere.ipynb #e08b18d0

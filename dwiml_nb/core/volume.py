@@ -21,20 +21,20 @@ import torch.nn.functional as F
 from .kernels import fits, kernel
 
 # %% ../../nbs/00_core/08_volume.ipynb #32705b4f
-FAR = 2.**20                                                         # voxels outside the volume: whatever lies further out has the same edge
+FAR = 2.**20                                     # voxels outside the volume: beyond, nothing changes any more
 
 def trilinear_corners(
     points_vox:Tensor, # (M, 3) vox space
     dimensions, # (3,) voxels of the volume
     legacy_half_voxel:bool=False, # Take a voxel's value to sit at its corner, as dwi_ml does
-    vectors:Tensor=None, # (K, 3) voxels: the corners around each point + each vector instead, K rows a point
+    vectors:Tensor=None, # (K, 3) voxels: if given, the corners around point + vector, K rows a point
 ) -> tuple: # (M*K, 8) flat voxel numbers, (M*K, 8) weights
-    "The eight voxels around each point and what each counts."
+    "The eight voxels around each point, and the weight of each."
     centred = points_vox if legacy_half_voxel else points_vox - .5
     low = centred.detach().floor()
     frac = centred - low
     low = low.nan_to_num(0.).clamp(-FAR, max(dimensions) + FAR).long()
-    if vectors is not None:                                          # whole voxels are added as such: a fraction keeps its precision
+    if vectors is not None:                    # whole voxels are added apart: a fraction keeps its precision
         whole = vectors.floor()
         frac = frac[:, None] + (vectors - whole).to(frac)
         over = frac.detach().floor()
@@ -60,8 +60,9 @@ def sample_by_bag(
     table = volume.reshape(-1, volume.shape[-1])
     if not table.is_floating_point(): table = table.float()
     if len(index) == 0: return table.new_zeros(0, volume.shape[-1])
-    lost = weight.detach().isnan().any(1, keepdim=True)             # a point that is NaN: no part in any gradient
-    values = F.embedding_bag(index, table, per_sample_weights=weight.masked_fill(lost, 0).to(table.dtype), mode='sum')
+    lost = weight.detach().isnan().any(1, keepdim=True)             # points that are NaN have no gradient
+    values = F.embedding_bag(index, table, per_sample_weights=weight.masked_fill(lost, 0).to(table.dtype),
+                             mode='sum')
     return values.masked_fill(lost, torch.nan)
 
 # %% ../../nbs/00_core/08_volume.ipynb #35a000f1
@@ -72,8 +73,11 @@ def neighborhood_vectors(
 ) -> Tensor: # (K, 3) voxels, the origin first
     "Where a neighbourhood looks, relative to the point."
     if kind is None: return torch.zeros(1, 3)
-    if kind not in ('axes', 'grid'): raise ValueError(f"a neighbourhood is None, 'axes' or 'grid', found '{kind}'")
-    if int(radius) != radius or radius < 1 or not resolution > 0: raise ValueError(f"a neighbourhood needs a whole radius >= 1 and a resolution > 0, found {radius} and {resolution}")
+    if kind not in ('axes', 'grid'):
+        raise ValueError(f"a neighbourhood is None, 'axes' or 'grid', found '{kind}'")
+    if int(radius) != radius or radius < 1 or not resolution > 0:
+        raise ValueError("a neighbourhood needs a whole radius >= 1 and a resolution > 0, "
+                         f"found {radius} and {resolution}")
     if kind == 'axes':
         six = torch.cat([torch.eye(3), -torch.eye(3)])
         steps = torch.cat([six*r for r in range(1, radius+1)])
@@ -87,8 +91,8 @@ def neighborhood_vectors(
 def cell_of(
     position:float, # Along one axis; voxel i has its value at i
     size:int, # Voxels along it
-) -> tuple: # the lower voxel (outside by at most `FAR`), the fraction of the way to the next
-    "Between which two voxels a position lies; the fraction is NaN where the position is not finite."
+) -> tuple: # the lower voxel (at most `FAR` outside), the fraction of the way to the next
+    "The two voxels a position lies between; the fraction is NaN if the position is not finite."
     if not np.isfinite(position): return 0, np.float32(np.nan)
     low = np.floor(position)
     return int(min(max(low, -FAR), size + FAR)), np.float32(position - low)
@@ -96,18 +100,21 @@ def cell_of(
 @register_jitable
 def clamped(i, size): return min(max(i, 0), size - 1)
 
-# %% ../../nbs/00_core/08_volume.ipynb #05addcca
+# %% ../../nbs/00_core/08_volume.ipynb #a4117f31
 @lru_cache(maxsize=64)
 def reading_plan(
     vectors:tuple, # K triples, voxels
 ) -> list: # of (shift (3,), runs (R, 5), columns (C, 4)), one for each fraction that occurs
-    "Runs of neighbours (dx, dy, dz, how many, first place in the output) and columns of voxels below them (dx, dy, dz, how many)."
+    """Runs of neighbours (dx, dy, dz, how many, first place in the output) and columns of voxels below them
+    (dx, dy, dz, how many)."""
     groups = {}
     for k,v in enumerate(vectors):
         whole = np.floor(v)
         groups.setdefault(tuple(np.subtract(v, whole)), []).append((*whole.astype(int).tolist(), k))
-    return [(np.array(shift, float), np.array(runs_of(members)), np.array(columns_of(members))) for shift,members in groups.items()]
+    return [(np.array(shift, float), np.array(runs_of(members)), np.array(columns_of(members)))
+            for shift,members in groups.items()]
 
+# %% ../../nbs/00_core/08_volume.ipynb #05addcca
 def runs_of(members):
     runs = []
     for x,y,z,k in members:
@@ -119,7 +126,8 @@ def runs_of(members):
 def columns_of(members):
     heights,columns = {}, []
     for x,y,z,_ in members:
-        for dx,dy in itertools.product((0, 1), (0, 1)): heights.setdefault((x + dx, y + dy), set()).update((z, z + 1))
+        for dx,dy in itertools.product((0, 1), (0, 1)):
+            heights.setdefault((x + dx, y + dy), set()).update((z, z + 1))
     for (x,y),zs in heights.items():
         for z in sorted(zs):
             if z - 1 in zs: columns[-1][3] += 1
@@ -132,12 +140,14 @@ def block_order(
     points, # (M, 3) vox
     dimensions, # (3,) voxels
 ): # -> (M,) which point to visit when
-    "The points, block of voxels by block of voxels; within a block as they came."
+    "The points, block of voxels by block of voxels; within a block in the order given."
     by,bz = dimensions[1]//4 + 1, dimensions[2]//4 + 1
     block,first = np.empty(len(points), np.int32), np.zeros((dimensions[0]//4 + 1)*by*bz + 1, np.int32)
     for m in range(len(points)):
-        x,y,z = cell_of(points[m, 0], dimensions[0])[0], cell_of(points[m, 1], dimensions[1])[0], cell_of(points[m, 2], dimensions[2])[0]
-        block[m] = (clamped(x, dimensions[0])//4*by + clamped(y, dimensions[1])//4)*bz + clamped(z, dimensions[2])//4
+        x,y,z = (cell_of(points[m, 0], dimensions[0])[0], cell_of(points[m, 1], dimensions[1])[0],
+                 cell_of(points[m, 2], dimensions[2])[0])
+        block[m] = ((clamped(x, dimensions[0])//4*by + clamped(y, dimensions[1])//4)*bz
+                    + clamped(z, dimensions[2])//4)
         first[block[m] + 1] += 1
     for b in range(len(first) - 1): first[b+1] += first[b]
     order = np.empty(len(points), np.int32)
@@ -153,21 +163,25 @@ def prefetch(typing, array, index):
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
         place = builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(8).as_pointer())
         number = ir.IntType(32)
-        f = builder.module.declare_intrinsic('llvm.prefetch', [place.type], ir.FunctionType(ir.VoidType(), [place.type, number, number, number]))
-        builder.call(f, [place, number(0), number(3), number(1)])             # to be read; into the nearest cache; data
+        f = builder.module.declare_intrinsic(
+            'llvm.prefetch', [place.type],
+            ir.FunctionType(ir.VoidType(), [place.type, number, number, number]))
+        builder.call(f, [place, number(0), number(3), number(1)])   # to be read; into the nearest cache; data
         return context.get_dummy_value()
     return numba.void(array, numba.intp), instruction
 
+# %% ../../nbs/00_core/08_volume.ipynb #9619a444
 def fetch(
     array, # (n,) contiguous
-    start:int,
-    stop:int,
+    start:int, # First place
+    stop:int, # Place after the last
 ):
-    "Ask for `array[start:stop]` to be brought near. Only a hint: places outside do no harm. Does nothing in plain Python."
+    """Ask for `array[start:stop]` to be brought near. It is a hint: places outside do no harm,
+    and plain Python does nothing."""
 
 @overload(fetch)
 def fetch_compiled(array, start, stop):
-    line = 8*64//array.dtype.bitwidth                     # numbers in a cache line: known when compiled, or each loop would start with a division
+    line = 8*64//array.dtype.bitwidth     # numbers in a cache line, known when compiled: no loop divides
     def ask(array, start, stop):
         for i in range(start, stop, line): prefetch(array, i)
     return ask
@@ -175,7 +189,8 @@ def fetch_compiled(array, start, stop):
 # %% ../../nbs/00_core/08_volume.ipynb #2d419d80
 def loop_example():
     shift,runs,columns = reading_plan(((0., 0., 0.), (0., 0., 1.)))[0]
-    return np.ones((8, 3), np.float32), (2, 2, 2), np.ones((3, 3), np.float32), shift, runs, columns, np.empty((3, 6), np.float32)
+    return (np.ones((8, 3), np.float32), (2, 2, 2), np.ones((3, 3), np.float32), shift, runs, columns,
+            np.empty((3, 6), np.float32))
 
 @kernel(loop_example)
 def fill_around(table, dimensions, points, shift, runs, columns, out):
@@ -192,24 +207,31 @@ def fill_around(table, dimensions, points, shift, runs, columns, out):
         if not np.isfinite(fx + fy + fz):
             out[m] = np.nan
             continue
-        xn,yn,zn = cell_of(points[after, 0] + shift[0], nx)[0], cell_of(points[after, 1] + shift[1], ny)[0], cell_of(points[after, 2] + shift[2], nz)[0]
+        xn,yn,zn = (cell_of(points[after, 0] + shift[0], nx)[0], cell_of(points[after, 1] + shift[1], ny)[0],
+                    cell_of(points[after, 2] + shift[2], nz)[0])
         gx,gy,gz = np.float32(1) - fx, np.float32(1) - fy, np.float32(1) - fz
-        w0,w1,w2,w3,w4,w5,w6,w7 = gx*gy*gz, gx*gy*fz, gx*fy*gz, gx*fy*fz, fx*gy*gz, fx*gy*fz, fx*fy*gz, fx*fy*fz
+        w0,w1,w2,w3,w4,w5,w6,w7 = (gx*gy*gz, gx*gy*fz, gx*fy*gz, gx*fy*fz,
+                                   fx*gy*gz, fx*gy*fz, fx*fy*gz, fx*fy*fz)
         for r in range(len(runs)):
             dx,dy,dz,n,k = runs[r, 0], runs[r, 1], runs[r, 2], runs[r, 3], runs[r, 4]
             for c in range(r*share, min((r + 1)*share, len(columns))):
                 row = ((xn + columns[c, 0])*ny + yn + columns[c, 1])*nz + zn + columns[c, 2]
                 fetch(flat, row*nf, (row + columns[c, 3])*nf)
             fetch(flat_out, after*width + k*nf, after*width + (k + n)*nf)
-            x0,x1,y0,y1 = clamped(x + dx, nx)*ny, clamped(x + dx + 1, nx)*ny, clamped(y + dy, ny), clamped(y + dy + 1, ny)
+            x0,x1,y0,y1 = (clamped(x + dx, nx)*ny, clamped(x + dx + 1, nx)*ny,
+                           clamped(y + dy, ny), clamped(y + dy + 1, ny))
             r00,r01,r10,r11 = (x0 + y0)*nz, (x0 + y1)*nz, (x1 + y0)*nz, (x1 + y1)*nz
             together = n if z + dz >= 0 and z + dz + n < nz else 1
             for j in range(0, n, together):
                 z0,z1,size = clamped(z + dz + j, nz), clamped(z + dz + j + 1, nz), together*nf
-                v0,v1,v2,v3 = flat[(r00 + z0)*nf:][:size], flat[(r00 + z1)*nf:][:size], flat[(r01 + z0)*nf:][:size], flat[(r01 + z1)*nf:][:size]
-                v4,v5,v6,v7 = flat[(r10 + z0)*nf:][:size], flat[(r10 + z1)*nf:][:size], flat[(r11 + z0)*nf:][:size], flat[(r11 + z1)*nf:][:size]
+                v0,v1,v2,v3 = (flat[(r00 + z0)*nf:][:size], flat[(r00 + z1)*nf:][:size],
+                               flat[(r01 + z0)*nf:][:size], flat[(r01 + z1)*nf:][:size])
+                v4,v5,v6,v7 = (flat[(r10 + z0)*nf:][:size], flat[(r10 + z1)*nf:][:size],
+                               flat[(r11 + z0)*nf:][:size], flat[(r11 + z1)*nf:][:size])
                 o = flat_out[m*width + (k + j)*nf:][:size]
-                for f in range(size): o[f] = w0*v0[f] + w1*v1[f] + w2*v2[f] + w3*v3[f] + w4*v4[f] + w5*v5[f] + w6*v6[f] + w7*v7[f]
+                for f in range(size):
+                    o[f] = (w0*v0[f] + w1*v1[f] + w2*v2[f] + w3*v3[f]
+                            + w4*v4[f] + w5*v5[f] + w6*v6[f] + w7*v7[f])
 
 # %% ../../nbs/00_core/08_volume.ipynb #15b5e1f7
 def sample_by_loop(
@@ -226,20 +248,23 @@ def sample_by_loop(
         fill_around(table, dimensions, points, shift - (0. if legacy_half_voxel else .5), runs, columns, out)
     return torch.from_numpy(out)
 
+# %% ../../nbs/00_core/08_volume.ipynb #8f881d83
 def suits_loop(
-    volume:Tensor,
-    points_vox:Tensor,
+    volume:Tensor, # (X, Y, Z, F)
+    points_vox:Tensor, # (M, 3)
 ) -> bool:
-    "Whether the loop takes them: on the CPU, no gradient asked for, the usual types."
-    return fits(volume, points_vox) and volume.dtype == torch.float32 and points_vox.dtype in (torch.float32, torch.float64)
+    "Can the loop take them? They must be on the CPU, of the usual types, and need no gradient."
+    return (fits(volume, points_vox) and volume.dtype == torch.float32
+            and points_vox.dtype in (torch.float32, torch.float64))
 
 def check_shapes(
-    volume:Tensor,
-    points_vox:Tensor,
+    volume:Tensor, # (X, Y, Z, F), or refused
+    points_vox:Tensor, # (M, 3), or refused
 ):
-    "Refuse what would be read beyond its end."
+    "Raise if a reader would run past the end of the volume or of the points."
     if volume.ndim != 4 or 0 in volume.shape[:3] or points_vox.ndim != 2 or points_vox.shape[1] != 3:
-        raise ValueError(f"expected a volume (X, Y, Z, F) and points (M, 3), found {tuple(volume.shape)} and {tuple(points_vox.shape)}")
+        raise ValueError("expected a volume (X, Y, Z, F) and points (M, 3), "
+                         f"found {tuple(volume.shape)} and {tuple(points_vox.shape)}")
 
 # %% ../../nbs/00_core/08_volume.ipynb #0bcd8d0b
 def sample_trilinear(
@@ -247,9 +272,11 @@ def sample_trilinear(
     points_vox:Tensor, # (M, 3) vox space, corner origin
     legacy_half_voxel:bool=False, # As dwi_ml: half a voxel off; only for models it trained
 ) -> Tensor: # (M, F)
-    "The volume's values at the points, linear between voxel centres, the edge repeated outside. Keep a volume contiguous: any other is copied at each call."
+    """The volume's values at the points: linear between voxel centres, the edge repeated outside.
+    Keep a volume contiguous: any other is copied at each call."""
     check_shapes(volume, points_vox)
-    if suits_loop(volume, points_vox): return sample_by_loop(volume, points_vox, ((0., 0., 0.),), legacy_half_voxel)
+    if suits_loop(volume, points_vox):
+        return sample_by_loop(volume, points_vox, ((0., 0., 0.),), legacy_half_voxel)
     return sample_by_bag(volume, points_vox, legacy_half_voxel)
 
 # %% ../../nbs/00_core/08_volume.ipynb #5b74fdb4
@@ -263,7 +290,8 @@ def sample_neighborhood(
     check_shapes(volume, points_vox)
     if suits_loop(volume, points_vox) and fits(vectors):
         return sample_by_loop(volume, points_vox, tuple(map(tuple, vectors.tolist())), legacy_half_voxel)
-    return sample_by_bag(volume, points_vox, legacy_half_voxel, vectors.to(points_vox.device)).reshape(len(points_vox), len(vectors)*volume.shape[-1])
+    return (sample_by_bag(volume, points_vox, legacy_half_voxel, vectors.to(points_vox.device))
+            .reshape(len(points_vox), len(vectors)*volume.shape[-1]))
 
 # %% ../../nbs/00_core/08_volume.ipynb #435c656e
 def sample_nearest(
@@ -278,4 +306,5 @@ def sample_nearest(
     values = volume[x, y, z]
     if outside is None: return values
     out = ((cell < 0) | (cell >= size)).any(1)
-    return torch.where(out.reshape(-1, *[1]*(values.ndim-1)), torch.as_tensor(outside, dtype=values.dtype, device=values.device), values)
+    return torch.where(out.reshape(-1, *[1]*(values.ndim-1)),
+                       torch.as_tensor(outside, dtype=values.dtype, device=values.device), values)

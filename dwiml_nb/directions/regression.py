@@ -24,7 +24,7 @@ class CosineRegressionDG(DirectionGetter):
         *,
         normalize_targets:float=None, # Length given to target directions; None leaves them
         normalize_outputs:float=False, # Length given to output directions; False leaves them
-        **parts, # How it ends and starts
+        **parts, # Options of the end and the start
     ):
         super().__init__(input_size, **parts)
         self.normalize_targets,self.normalize_outputs = normalize_targets,normalize_outputs
@@ -39,7 +39,7 @@ class CosineRegressionDG(DirectionGetter):
 # %% ../../nbs/04_directions/02_regression.ipynb #87d96380
 @patch
 def target_steps(self:CosineRegressionDG, dirs:Ragged) -> Ragged: # (D, 3)
-    "The steps, of the length that was asked for."
+    "The steps, with the length `normalize_targets`."
     if self.normalize_targets is None: return dirs
     return dirs.with_data(float(self.normalize_targets)*unit(dirs.data))
 

@@ -25,7 +25,7 @@ class SphereClassificationDG(DirectionGetter):
         input_size:int, # D, features per row
         *,
         sphere:str='symmetric724', # One of dipy's spheres
-        **parts, # How it ends and starts; eos_weight must stay 1, as the end is a class like the others
+        **parts, # Options of the end and the start; eos_weight must stay 1, as the end is a class
     ):
         vertices = sphere_vertices(sphere)
         super().__init__(input_size, len(vertices), **parts)
@@ -50,7 +50,7 @@ def det_directions(self:SphereClassificationDG, rows:Tensor) -> Tensor: # (M, K)
 @patch
 def prob_directions(self:SphereClassificationDG,
     rows:Tensor, # (M, K)
-    draws:Tensor, # (M, >=1) uniform in (0, 1); the first column decides
+    draws:Tensor, # (M, >=1) uniform in (0, 1); only the first column is used
 ) -> Tensor: # (M, 3) unit vectors
     "A vertex drawn from the softmax over the K vertices."
     cdf = rows.softmax(1).cumsum(1)

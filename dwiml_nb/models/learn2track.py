@@ -30,7 +30,7 @@ class Learn2TrackModel(ModelWithOneInput, ModelWithPreviousDirections, ModelWith
         use_skip_connection:bool=False, # Input to every layer; all layers and the input to the output
         use_layer_normalization:bool=False, # LayerNorm after each layer
         dropout:float=0., # After the embeddings and between layers
-        **parts, # What it sees, what it remembers, how it answers
+        **parts, # Options of the input, the previous directions and the direction getter
     ):
         super().__init__(nb_features=nb_features, **parts)
         self.embedding_dropout = nn.Dropout(dropout or 0.)
@@ -45,17 +45,18 @@ def features(self:Learn2TrackModel,
     inputs:Tensor, # (M, K·F)
     embedded_dirs:Tensor=None, # (M, embedded size), when the model sees previous directions
 ) -> Tensor: # (M, rnn input)
-    "What the recurrent layers see."
+    "The input of the recurrent layers."
     x = self.embedding_dropout(self.input_embedding_layer(inputs))
     return x if embedded_dirs is None else torch.cat([x, self.embedding_dropout(embedded_dirs)], 1)
 
+# %% ../../nbs/05_models/04_learn2track.ipynb #b7661c05
 @patch
 def encode(self:Learn2TrackModel,
     inputs:Ragged, # (P, K·F)
     lines:Ragged, # (P, 3)
     hidden:list=None, # State of each layer, to go on from
 ) -> tuple: # (Ragged (P, rnn output), state of each layer)
-    "Whole lines through the recurrent layers."
+    "The recurrent layers' outputs and states for whole lines."
     if inputs.offsets is not lines.offsets and not torch.equal(inputs.offsets, lines.offsets):
         found = [r.lengths.tolist()[:5] for r in (inputs, lines)]
         raise ValueError(f"inputs and streamlines must have the same points: "
@@ -92,7 +93,7 @@ def tracking_step(self:Learn2TrackModel,
     previous_dirs:Tensor=None, # (n, 3·nb_previous_dirs) displacements, most recent first, zeros where none
     state:list=None, # From the step before; None at the first point
 ) -> tuple: # ((n, outputs), state)
-    "One step of every line."
+    "The outputs of one step of every line, and the new state."
     n = 3*self.nb_previous_dirs
     dirs = self.embed_previous_dirs(previous_dirs[:, :n]) if n else None
     x,state = self.rnn_model.step(self.features(inputs, dirs), state)

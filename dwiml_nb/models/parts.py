@@ -23,8 +23,8 @@ class ModelWithNeighborhood(MainModelAbstract):
     "Looks at K places around each point."
     def __init__(self, experiment_name:str=None, *, # A name for your own use
         neighborhood_type:Literal[None, 'axes', 'grid']=None, # Where to look around a point; None: nowhere
-        neighborhood_radius:int=None, # Steps in each direction; 1 when a shape is given without it
-        neighborhood_resolution:float=None, # Voxels per step; 1 when a shape is given without it
+        neighborhood_radius:int=None, # Steps in each direction; None: 1 if there is a type
+        neighborhood_resolution:float=None, # Voxels per step; None: 1 if there is a type
         **parts, # For the other parts
     ):
         super().__init__(experiment_name=experiment_name, **parts)
@@ -72,7 +72,7 @@ class ModelWithPreviousDirections(MainModelAbstract):
     "Remembers the last n directions."
     def __init__(self, experiment_name:str=None, *, # A name for your own use
         nb_previous_dirs:int=0, # n, previous directions that the model sees
-        prev_dirs_embedding_key:str|dict='no_embedding', # Their first layer: one of `EMBEDDINGS`, or dict(…)
+        prev_dirs_embedding_key:str|dict='no_embedding', # Their first layer, of `EMBEDDINGS`; or dict(…)
         prev_dirs_embedded_size:int=None, # Features after their nn_embedding
         normalize_prev_dirs:bool=False, # Previous directions as unit vectors, not displacements
         **parts, # For the other parts
@@ -88,7 +88,7 @@ class ModelWithPreviousDirections(MainModelAbstract):
     def embed_previous_dirs(self,
         previous_dirs:Tensor, # (M, 3n) displacements, most recent first, zeros where none
     ) -> Tensor: # (M, embedded size)
-        "Displacements, as a tracker remembers them, through the embedding."
+        "The embedding of displacements, as a tracker remembers them."
         if self.normalize_prev_dirs:
             previous_dirs = unit(previous_dirs.reshape(-1, self.nb_previous_dirs, 3)).flatten(1)
         return self.prev_dirs_embedding(previous_dirs)
@@ -96,13 +96,13 @@ class ModelWithPreviousDirections(MainModelAbstract):
     def embed_lines(self,
         lines:Ragged, # (P, 3)
     ) -> Tensor: # (P, embedded size)
-        "The previous directions at every point of whole lines, through the embedding."
+        "The embedding of the previous directions at every point of whole lines."
         return self.embed_previous_dirs(previous_directions(lines, self.nb_previous_dirs).data)
 
 # %% ../../nbs/05_models/02_parts.ipynb #42dd7c4d
 @with_parts
 class ModelWithDirectionGetter(MainModelAbstract):
-    "Ends in a direction getter, and can track."
+    "Has a direction getter as its last part, and can track."
     def __init__(self, experiment_name:str=None, *, # A name for your own use
         dg_key:str='cosine-regression', # Direction getter, one of `DIRECTION_GETTERS`
         dg_args:dict=None, # Its options, e.g. dict(add_eos=True) or dict(axis_head=True)
@@ -120,7 +120,7 @@ class ModelWithDirectionGetter(MainModelAbstract):
         return self.direction_getter.add_eos
 
     def compute_loss(self, outputs, target_streamlines, average_results=True, return_eos_probs=False):
-        "The direction getter's loss against whole lines."
+        "The direction getter's loss on whole lines."
         getter = self.direction_getter
         return getter.compute_loss(outputs, target_streamlines, average_results, return_eos_probs)
 

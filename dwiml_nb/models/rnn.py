@@ -53,7 +53,7 @@ def state_by_time(self:TimeSteps,
 @patch
 def state_by_line(self:TimeSteps,
     state, # (1, lines with points, H) longest first, or a tuple of two
-    before=None, # What the lines came with, (1, S, H); zeros when not given
+    before=None, # The state before, (1, S, H); zeros when not given
 ):
     "A hidden state in the order of the lines."
     if isinstance(state, tuple):
@@ -67,11 +67,11 @@ def state_by_line(self:TimeSteps,
 
 # %% ../../nbs/05_models/03_rnn.ipynb #9447f70d
 def run_layer(
-    layer:nn.Module, # nn.GRU, nn.LSTM or another that is called like them
+    layer:nn.Module, # nn.GRU, nn.LSTM or another with their signature
     x:Tensor, # (P, D) in the order of time
     sizes:Tensor, # (L,) how many lines have a point at each step, never growing; on the CPU
     hidden=None, # (1, S, H) longest line first, or a tuple of two; zeros when not given
-    dense:bool=None, # True: rectangular runs; False: torch's packed form; None: what layer and device like
+    dense:bool=None, # True: rectangular runs; False: torch's packed form; None: by layer and device
 ) -> tuple: # ((P, H), hidden state after each line's last point)
     "One recurrent layer over lines of different lengths."
     if dense is None: dense = not (x.is_cuda and isinstance(layer, nn.RNNBase))
@@ -133,7 +133,7 @@ def through_layers(self:StackedRNN,
     hidden, # One state per layer, or None
     run, # (layer, x, state) -> (outputs, state)
 ) -> tuple: # ((M, output_size), one state per layer)
-    "All layers, one after the other."
+    "The outputs of all layers, one after the other."
     outputs,states,y = [], [], x
     for i in range(len(self.layer_sizes)):
         below = torch.cat([y, x], 1) if self.use_skip_connection and i else y
@@ -143,12 +143,13 @@ def through_layers(self:StackedRNN,
         outputs.append(y); states.append(state)
     return (torch.cat([*outputs, x], 1) if self.use_skip_connection else y), states
 
+# %% ../../nbs/05_models/03_rnn.ipynb #57b8ec66
 @patch
 def forward(self:StackedRNN,
     x:Ragged, # (P, D)
     hidden:list=None, # One state per layer in line order, each (1, S, H) or (h, c); zeros when not given
 ) -> tuple: # (Ragged (P, output_size), one state per layer)
-    "Whole lines."
+    "The outputs and the last states of whole lines."
     if len(x.data) == 0: return x.with_data(x.data.new_zeros(0, self.output_size)), hidden
     steps = TimeSteps(x)
     run = lambda layer, x, state: run_layer(layer, x, steps.sizes, state)
@@ -157,12 +158,13 @@ def forward(self:StackedRNN,
     before = [None]*len(states) if hidden is None else hidden
     return x.with_data(steps.by_line(y)), [steps.state_by_line(o, b) for o,b in zip(states, before)]
 
+# %% ../../nbs/05_models/03_rnn.ipynb #0ce5c7cb
 @patch
 def step(self:StackedRNN,
     x:Tensor, # (S, D) the next point of each line
     hidden:list=None, # One state per layer
 ) -> tuple: # ((S, output_size), one state per layer)
-    "One point of every line."
+    "The outputs and states of one more point of every line."
     def once(layer, x, state):
         y,state = layer(x[None], state)
         return y[0], state

@@ -65,7 +65,7 @@ from .tracking.stops import STOP_REASONS, STOP_RULES, StopRule
 from .tracking.tracker import Tracker
 
 # %% ../nbs/all.ipynb #c38d9ac2
-from .training.means import BestEpochMonitor, Row
+from .training.means import BestEpochMonitor, Logged
 from .training.sinks import SINKS, Sink, export_csv, read_logs
 from .training.checkpoints import Checkpoint, read_checkpoint
 from .training.schedules import SCHEDULES

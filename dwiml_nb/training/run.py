@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Experiment', 'lines_per_subject', 'check_not_empty', 'run_params', 'check_same_run', 'check_not_ended', 'in_words',
-           'arguments_again', 'sinks_again', 'sums_again']
+           'is_name', 'check_known', 'arguments_again', 'sinks_again', 'sums_again']
 
-# %% ../../nbs/07_training/08_run.ipynb #68352c81
+# %% ../../nbs/07_training/08_run.ipynb #f540fa2c
 import platform
 import warnings
 from contextlib import contextmanager
@@ -22,7 +22,9 @@ from ..core.registry import all_trusted, class_path
 from .checkpoints import Checkpoint, check_same, checkpoint_parts, write_model
 from .control import only_one
 from .means import BestEpochMonitor, Sums, WeightedMean
-from .sinks import PHASES
+from .optimizers import OPTIMIZERS, torch_optimizers
+from .schedules import SCHEDULES
+from .sinks import PHASES, SINKS
 
 # %% ../../nbs/07_training/08_run.ipynb #89870d3b
 class Experiment:
@@ -186,37 +188,57 @@ def check_not_ended(
                           expected=f"fewer than patience={monitor.patience}", found=bad, file=folder,
                           do=f"give new_patience (more than {bad}) to train on.")
 
-# %% ../../nbs/07_training/08_run.ipynb #874253e7
+# %% ../../nbs/07_training/08_run.ipynb #c7636cbc
 def in_words(
     given, # A name, a function or an object
 ) -> str:
     "What a record keeps of an argument that need not be a name."
     return given if given is None or isinstance(given, str) else repr(given)
 
+def is_name(
+    words:str, # As `in_words` gave it
+) -> bool:
+    "Whether it was a name."
+    return not set('<(') & set(words)
+
+def check_known(
+    what:str, # 'optimizer', 'lr_schedule' or 'sinks'
+    name:str,
+    known, # The names there are
+):
+    "Refuse a name of a record that nobody has registered here."
+    if name in known: return
+    raise DataProblem(f"the run's {what} {name!r} is not known here", expected=f"one of {list(known)}",
+                      do="import what registers it first, or trust it: --trust FILE.py (in Python trust=…).")
+
+# %% ../../nbs/07_training/08_run.ipynb #5ae6761e
 def arguments_again(
     kept:dict, # The trainer's arguments, as recorded
     **given, # Those given now; None: as recorded
 ) -> dict:
     "The arguments of a trainer that goes on."
     given = {name: value for name,value in given.items() if value is not None}
-    for name in ('lr_schedule', 'optimizer'):
-        if name not in given and set('<(') & set(str(kept.get(name))):
-            raise ValueError(f"the run's {name} was a function, {kept[name]}. "
-                             f"Give it again: init_from_checkpoint(…, {name}=…)")
+    for name,known in (('lr_schedule', SCHEDULES), ('optimizer', {**OPTIMIZERS, **torch_optimizers()})):
+        if name in given or kept.get(name) is None: continue
+        if is_name(kept[name]): check_known(name, kept[name], known)
+        else: raise ValueError(f"the run's {name} was a function, {kept[name]}. "
+                               f"Give it again: init_from_checkpoint(…, {name}=…)")
     if isinstance(given.get('optimizer'), str) and given['optimizer'] != kept.get('optimizer'):
         raise ValueError(f"the run's optimizer is {kept.get('optimizer')!r}, and its state goes on: "
                          f"leave it out. Found {given['optimizer']!r}.")
-    return {**kept, **sinks_again(kept), **given}
+    sinks = sinks_again(kept['sinks']) if 'sinks' in kept and 'sinks' not in given else {}
+    return {**kept, **sinks, **given}
 
 def sinks_again(
-    kept:dict, # The trainer's arguments, as recorded
-) -> dict: # sinks, if there were any
+    kept:list, # Names, or objects in words
+) -> dict: # {'sinks': names}
     "The sinks that can be had by name; a warning about others."
-    if 'sinks' not in kept: return {}
-    lost = [o for o in kept['sinks'] if '<' in o or '(' in o]
+    lost = [o for o in kept if not is_name(o)]
+    for name in kept:
+        if name not in lost: check_known('sinks', name, SINKS)
     if lost: warnings.warn(f"the run sent its rows to {', '.join(lost)} too, which was an object: "
                            "give it again with sinks=[…], or it gets no more.", stacklevel=2)
-    return {'sinks': [o for o in kept['sinks'] if o not in lost]}
+    return {'sinks': [o for o in kept if o not in lost]}
 
 # %% ../../nbs/07_training/08_run.ipynb #18c19211
 def sums_again(

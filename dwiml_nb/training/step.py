@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.errors import DataProblem
 from ..batch.sampler import keyed_rng
 from ..batch.spec import checked_loss
-from .means import Row, Value
+from .means import Logged, Row
 
 # %% ../../nbs/07_training/07_step.ipynb #97a88df8
 class NotFinite(DataProblem):
@@ -81,13 +81,13 @@ TAKEN = ('phase', 'epoch', 'batch', 'loss', 'n', 'grad_norm', 'learning_rate', '
          'train_loss', 'valid_loss', 'nb_batches', 'is_best', 'best_epoch', 'best_loss')        # in the logs
 
 def checked_values(
-    values:dict, # name -> number, tensor of one number, or `Value`
-) -> dict: # name -> number or `Value`
+    values:dict, # name -> number, tensor of one number, or `Logged`
+) -> dict: # name -> number or `Logged`
     "Further values of a batch as the logs can keep them."
     if taken := [name for name in values if name in TAKEN]:
         raise ValueError(f"the logs have a column {taken[0]!r} already: give your value another name.")
     def number(name, v):
-        if isinstance(v, Value): return Value(number(name, v.value), v.weight, v.how)
+        if isinstance(v, Logged): return Logged(number(name, v.value), v.weight, v.how)
         try: return v.item() if hasattr(v, 'item') else float(v)
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"the value {name!r} of a batch must be one number, found {v!r:.60}") from None
@@ -114,5 +114,5 @@ class Step:
         if not self.learn: return Row(value, n, values)
         try: norm = self.learn(loss)
         except NotFinite as e: refuse("gradient's norm", e.found, self.describe(batch))
-        learnt = {'grad_norm': Value(norm, weight=1), 'learning_rate': Value(rate, how='last')}
+        learnt = {'grad_norm': Logged(norm, weight=1), 'learning_rate': Logged(rate, how='last')}
         return Row(value, n, {**learnt, **values})

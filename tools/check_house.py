@@ -6,6 +6,7 @@ The last lines tell how the pages are written (docs/contributing.md says what is
 """
 import ast
 import hashlib
+import os
 import re
 import statistics
 import subprocess
@@ -28,11 +29,13 @@ def contents():
 
 
 def out_of_step():
-    "Export and clean; name the files which that changed or made."
-    before = contents()
+    "Export and clean; name the files which that changed or made. The others keep their time, to which compiled loops on disk belong."
+    before, times = contents(), {file: file.stat() for file in ROOT.glob("dwiml_nb/**/*.py")}
     for command in ("nbdev_export", "nbdev_clean"): subprocess.run([Path(sys.executable).with_name(command)], cwd=ROOT, check=True)
     after = contents()
     changed = sorted(name for name in after if after[name] != before.get(name))
+    for file, was in times.items():
+        if str(file.relative_to(ROOT)) not in changed: os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
     return [f"{name} was not in step with its page: look at it and commit it" for name in changed]
 
 

@@ -12,15 +12,32 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test install kernels system check pages docs tests fastcore2 wheel quick-demo readme lab clean
+# What `make test` runs, two steps at a time; `timed-x: timed-y` below says what waits for what
+STEPS := packages system check kernels wheel fastcore2 pages quick-demo tests docs
+TIMED := $(STEPS:%=timed-%)
+
+.PHONY: demo test install $(STEPS) $(TIMED) readme lab clean
 
 demo: export OMP_NUM_THREADS = $(shell nproc 2>/dev/null || echo 2)
 demo: $(VENV)/.ready kernels
 	$(BIN)/dwiml_demo --out demo
 
-test: install system check wheel fastcore2 pages docs quick-demo tests
+test:
+	@mkdir -p build; rm -f build/steps; start=$$(date +%s); $(MAKE) --no-print-directory -j2 $(WHOLE) $(TIMED) && \
+		{ printf '\nseconds of each step\n'; cat build/steps; echo "all in $$(($$(date +%s) - start)) s"; }
 
-install: $(VENV)/.ready kernels
+WHOLE := $(if $(filter output-sync,$(.FEATURES)),-Orecurse)
+timed-check timed-kernels timed-wheel timed-fastcore2: timed-packages
+timed-pages: timed-check timed-kernels
+timed-quick-demo: timed-kernels
+timed-tests: timed-pages timed-system
+timed-docs: timed-pages
+$(TIMED): timed-%:
+	@start=$$(date +%s); echo "==== $*"; $(MAKE) --no-print-directory $* && printf '%5d  %s\n' $$(($$(date +%s) - start)) $* >> build/steps
+
+install: packages kernels
+
+packages: $(VENV)/.ready
 	$(PY) -m pip check
 
 kernels: $(VENV)/.ready  # compile the loops for this machine, both forms, instead of at their first call
@@ -28,8 +45,7 @@ kernels: $(VENV)/.ready  # compile the loops for this machine, both forms, inste
 
 $(VENV)/.ready: settings.ini setup.py constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --no-compile $(TORCH_PIP_ARGS) "$(TORCH)"
-	$(PY) -m pip install --quiet --no-compile $(TORCH_PIP_ARGS) --constraint constraints.txt --editable ".[dev]"
+	$(PY) -m pip install --quiet --no-compile $(TORCH_PIP_ARGS) --constraint constraints.txt "$(TORCH)" --editable ".[dev]"
 	touch $@
 
 system:  # a browser and software Vulkan for the tests that draw

@@ -6,11 +6,12 @@ The last lines tell how the pages are written (docs/contributing.md says what is
 """
 import ast
 import hashlib
-import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from build_docs import readme
@@ -22,20 +23,22 @@ DOOR = 150  # names that `from dwiml_nb.all import *` may bring
 MOST_METHODS = 28  # of a class
 
 
-def contents():
+def contents(root):
     "Digest of every page and module."
-    files = [*ROOT.glob("nbs/**/*.ipynb"), *ROOT.glob("dwiml_nb/**/*.py")]
-    return {str(f.relative_to(ROOT)): hashlib.sha1(f.read_bytes()).hexdigest() for f in files if ".ipynb_checkpoints" not in f.parts}
+    files = [*root.glob("nbs/**/*.ipynb"), *root.glob("dwiml_nb/**/*.py")]
+    return {str(f.relative_to(root)): hashlib.sha1(f.read_bytes()).hexdigest() for f in files if ".ipynb_checkpoints" not in f.parts}
 
 
 def out_of_step():
-    "Export and clean; name the files which that changed or made. The others keep their time, to which compiled loops on disk belong."
-    before, times = contents(), {file: file.stat() for file in ROOT.glob("dwiml_nb/**/*.py")}
-    for command in ("nbdev_export", "nbdev_clean"): subprocess.run([Path(sys.executable).with_name(command)], cwd=ROOT, check=True)
-    after = contents()
-    changed = sorted(name for name in after if after[name] != before.get(name))
-    for file, was in times.items():
-        if str(file.relative_to(ROOT)) not in changed: os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
+    "Export and clean a copy; name the files that differ there, and bring them here. The others are not touched: loops compiled from them stay valid."
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / ROOT.name
+        for name in ("nbs", "dwiml_nb"): shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        for name in ("settings.ini", "pyproject.toml", "README.md"): shutil.copy(ROOT / name, copy)
+        for command in ("nbdev_export", "nbdev_clean"): subprocess.run([Path(sys.executable).with_name(command)], cwd=copy, check=True)
+        before, after = contents(ROOT), contents(copy)
+        changed = sorted(name for name in after if after[name] != before.get(name))
+        for name in changed: shutil.copy(copy / name, ROOT / name)
     return [f"{name} was not in step with its page: look at it and commit it" for name in changed]
 
 

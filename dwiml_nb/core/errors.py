@@ -28,7 +28,8 @@ class DataProblem(ValueError):
     def sentence(self) -> str:
         "The full sentence: place, problem, expected and found, what to do."
         place = [f"{label}{value}" for label,value in
-                 (("subject ", self.subject), ("group ", self.group), ("file ", self.file)) if value is not None]
+                 (("subject ", self.subject), ("group ", self.group), ("file ", self.file))
+                 if value is not None]
         text = (", ".join(place) + ": " if place else "") + str(self.problem).rstrip('.')
         text += "" if text.endswith('?') else "."
         if self.expected is not None: text += f" Expected: {self.expected}."
@@ -36,19 +37,20 @@ class DataProblem(ValueError):
         return text + (f" To do: {self.do}" if self.do else "")
 
     def __reduce__(self):
-        return type(self), (self.problem, self.expected, self.found, self.do, self.subject, self.group, self.file)
+        return type(self), (self.problem, self.expected, self.found, self.do,
+                            self.subject, self.group, self.file)
 
 # %% ../../nbs/00_core/00_errors.ipynb #257f71a9
 @contextmanager
 def naming(
-    problem:str, # What is wrong when something is raised
+    problem:str, # What is wrong, if something is raised
     expected=None, # What would have been right
     do:str="copy the file again from its source, or make it again.", # The next step for the reader
     subject:str=None, # Subject id
     group:str=None, # HDF5 group name
     file=None, # Path of the file
 ):
-    "Within this, or within a function that this decorates, any exception becomes a `DataProblem` that names the file."
+    "Within this block, or a function it decorates, an exception becomes a `DataProblem` that names the file."
     try: yield
     except DataProblem as e:
         if (e.subject, e.group, e.file) == (e.subject or subject, e.group or group, e.file or file): raise
@@ -56,7 +58,9 @@ def naming(
         e.args = (e.sentence(),)
         raise
     except MemoryError: raise
-    except Exception as e: raise DataProblem(problem, expected, f"{type(e).__name__}: {str(e)[:300]}", do, subject, group, file) from e
+    except Exception as e:
+        raise DataProblem(problem, expected, f"{type(e).__name__}: {str(e)[:300]}",
+                          do, subject, group, file) from e
 
 # %% ../../nbs/00_core/00_errors.ipynb #b2524c89
 def did_you_mean(

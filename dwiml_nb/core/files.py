@@ -19,12 +19,12 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 # %% ../../nbs/00_core/01_files.ipynb #525e1620
-durable = ContextVar('durable', default=True) # Whether written files are flushed to the disk
+durable = ContextVar('durable', default=True) # Are written files flushed to the disk?
 
 def fsync_path(
     path, # A file or a folder
 ):
-    "Flush a file's bytes, or a folder's names, to the disk; nothing within `can_be_made_again`."
+    "Flush a file's bytes, or a folder's names, to the disk. Does nothing within `can_be_made_again`."
     if not durable.get(): return
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
@@ -36,10 +36,13 @@ def atomic_file(
     path, # The final name
     overwrite:bool=True, # False: an existing file is an error
 ):
-    "A temporary path beside `path` that takes its name when the block ends well and vanishes when it does not."
+    "A temporary path beside `path`. It takes the name of `path` if the block ends well, and vanishes if not."
     path = Path(path)
-    if not overwrite and path.exists(): raise FileExistsError(f"{path} exists already. Choose another name, or ask to overwrite it.")
-    if not path.parent.is_dir(): raise FileNotFoundError(f"{path.parent} is not a folder, so {path.name} cannot be written there. Create it first.")
+    if not overwrite and path.exists():
+        raise FileExistsError(f"{path} exists already. Choose another name, or ask to overwrite it.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is not a folder, "
+                                f"so {path.name} cannot be written there. Create it first.")
     stem,suffix = path.name.split('.', 1) if '.' in path.name[1:] else (path.name, '')
     tmp = path.with_name(f".{stem}.{os.getpid()}.partial{'.' if suffix else ''}{suffix}")
     try:
@@ -62,7 +65,7 @@ def can_be_made_again():
 # %% ../../nbs/00_core/01_files.ipynb #8933524e
 def write_json(
     obj, # Anything JSON can hold; numpy scalars and arrays, and paths, are converted
-    path, # Where to
+    path, # The file to write
 ):
     "Write `obj` as indented JSON, whole or not at all."
     def plain(o):
@@ -72,22 +75,25 @@ def write_json(
     text = json.dumps(obj, indent=1, default=plain)
     with atomic_file(path) as tmp: tmp.write_text(text)
 
+# %% ../../nbs/00_core/01_files.ipynb #b5f17482
 def read_json(
     path, # A JSON file
 ): # -> what it holds
-    "Read a JSON file, naming it when it is not one."
+    "The content of a JSON file. An error names the file."
     def each_once(pairs):
-        if twice := [k for i,(k,_) in enumerate(pairs) if k in dict(pairs[:i])]: raise ValueError(f"the key '{twice[0]}' is there twice")
+        if twice := [k for i,(k,_) in enumerate(pairs) if k in dict(pairs[:i])]:
+            raise ValueError(f"the key '{twice[0]}' is there twice")
         return dict(pairs)
     try: return json.loads(Path(path).read_text(encoding='utf-8-sig'), object_pairs_hook=each_once)
-    except ValueError as e: raise ValueError(f"{path} is not valid JSON: {e}. Correct it there, or restore a copy.") from e
+    except ValueError as e:
+        raise ValueError(f"{path} is not valid JSON: {e}. Correct it there, or restore a copy.") from e
 
 # %% ../../nbs/00_core/01_files.ipynb #3c7de1fa
 def exchange_folders(
     a, # A folder
     b, # Another folder on the same file system
 ):
-    "Make two folders swap names in one atomic step; `OSError` (ENOSYS or EINVAL) where that is not possible."
+    "Make two folders swap names in one atomic step; `OSError` (ENOSYS or EINVAL) if that is not possible."
     if not sys.platform.startswith('linux'): raise OSError(errno.ENOSYS, "no atomic exchange on this system")
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, 'renameat2'): raise OSError(errno.ENOSYS, "no renameat2 in this C library")
@@ -96,19 +102,21 @@ def exchange_folders(
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), os.fspath(a), None, os.fspath(b))
 
-# %% ../../nbs/00_core/01_files.ipynb #75d11f36
+# %% ../../nbs/00_core/01_files.ipynb #ebdc6e8e
 def shows_bars() -> bool:
-    "Whether a progress bar would be seen: in a terminal, or in the thread that runs a notebook's cells."
+    "Would a progress bar be seen? It is in a terminal, or in the thread that runs a notebook's cells."
     if threading.current_thread() is not threading.main_thread(): return False
     ipython = 'IPython' in sys.modules and sys.modules['IPython'].get_ipython()
     return getattr(ipython, 'kernel', None) is not None or sys.stderr.isatty()
 
+# %% ../../nbs/00_core/01_files.ipynb #75d11f36
 def progress(
     items, # What to go through
     desc:str, # What is being done, in a word or two
-    total:int=None, # How many, when `items` cannot tell
+    total:int=None, # How many, if `items` has no length
     unit:str='it', # What one item is
-    disable:bool=None, # None: silent where `shows_bars` says so
+    disable:bool=None, # True: no bar; None: as `shows_bars` finds
 ): # -> an iterable over `items`
-    "Go through `items` showing how far it is."
-    return tqdm(items, desc=desc, total=total, unit=unit, disable=not shows_bars() if disable is None else disable, leave=False, mininterval=.2)
+    "The items, with a bar that shows how far they are."
+    return tqdm(items, desc=desc, total=total, unit=unit,
+                disable=not shows_bars() if disable is None else disable, leave=False, mininterval=.2)

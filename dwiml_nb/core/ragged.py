@@ -17,9 +17,12 @@ def check_offsets(
     offsets, # (S+1,) numpy int64
     nb_points:int, # Rows of the data
 ):
-    "Refuse offsets that do not begin at 0, fall, or do not end at the last point."
-    if offsets[0] == 0 and offsets[-1] == nb_points and not np.count_nonzero(offsets[1:] < offsets[:-1]): return
-    raise ValueError(f"offsets rise from 0 to the number of points, {nb_points}; found {offsets[:5].tolist()}{f' … {offsets[-1]}' if len(offsets) > 5 else ''}. Ragged.from_lengths takes lengths.")
+    "Raise if the offsets do not begin at 0, fall, or do not end at the last point."
+    if offsets[0] == 0 and offsets[-1] == nb_points and not np.count_nonzero(offsets[1:] < offsets[:-1]):
+        return
+    raise ValueError(f"offsets rise from 0 to the number of points, {nb_points}; "
+                     f"found {offsets[:5].tolist()}{f' … {offsets[-1]}' if len(offsets) > 5 else ''}. "
+                     "Ragged.from_lengths takes lengths.")
 
 # %% ../../nbs/00_core/04_ragged.ipynb #ab7d7cfd
 class Ragged:
@@ -29,7 +32,8 @@ class Ragged:
         offsets:Tensor, # (S+1,) int64: first row of each line, and P at the end
     ):
         offsets = torch.as_tensor(offsets, dtype=torch.long, device=data.device)
-        if offsets.ndim != 1 or len(offsets) == 0: raise ValueError(f"offsets must be (S+1,), found shape {tuple(offsets.shape)}")
+        if offsets.ndim != 1 or len(offsets) == 0:
+            raise ValueError(f"offsets must be (S+1,), found shape {tuple(offsets.shape)}")
         if offsets.device.type == 'cpu': check_offsets(offsets.numpy(), len(data))
         self.data,self.offsets = data,offsets
 
@@ -43,7 +47,8 @@ class Ragged:
     def dtype(self): return self.data.dtype
     def __len__(self): return len(self.offsets) - 1
     def __repr__(self):
-        return f"Ragged({len(self)} lines, {len(self.data)} points x {tuple(self.data.shape[1:])}, {self.dtype}, {self.device})"
+        return (f"Ragged({len(self)} lines, {len(self.data)} points x {tuple(self.data.shape[1:])}, "
+                f"{self.dtype}, {self.device})")
 
 # %% ../../nbs/00_core/04_ragged.ipynb #4981f66f
 @patch(cls_method=True)
@@ -54,14 +59,16 @@ def from_lengths(cls:Ragged,
     "Lines that lie one after the other in `data`."
     data = torch.as_tensor(data)
     lengths = torch.as_tensor(lengths, dtype=torch.long, device=data.device)
-    if int(lengths.sum()) != len(data): raise ValueError(f"the lengths add up to {int(lengths.sum())}, but there are {len(data)} points")
+    if int(lengths.sum()) != len(data):
+        raise ValueError(f"the lengths add up to {int(lengths.sum())}, but there are {len(data)} points")
     return cls(data, torch.nn.functional.pad(lengths.cumsum(0), (1, 0)))
 
+# %% ../../nbs/00_core/04_ragged.ipynb #7806b422
 @patch(cls_method=True)
 def from_list(cls:Ragged,
     lines, # Iterable of (N_i, C) tensors, arrays or lists
 ) -> Ragged:
-    "Lines given one by one; none at all gives an empty batch of 3 columns."
+    "Lines given one by one. No line at all gives an empty batch of 3 columns."
     lines = [torch.as_tensor(np.asarray(o)) if not isinstance(o, Tensor) else o for o in lines]
     if not lines: return cls(torch.zeros(0, 3), torch.zeros(1, dtype=torch.long))
     return cls.from_lengths(torch.cat(lines), [len(o) for o in lines])
@@ -82,21 +89,27 @@ def rows_of(
 ) -> Tensor: # (sum of lengths,) row numbers, run after run
     "The row numbers of several runs of rows, without a loop."
     before,n = lengths.cumsum(0) - lengths, int(lengths.sum())
-    return (starts - before).repeat_interleave(lengths, output_size=n).add_(torch.arange(n, device=starts.device))
+    return ((starts - before).repeat_interleave(lengths, output_size=n)
+            .add_(torch.arange(n, device=starts.device)))
 
 # %% ../../nbs/00_core/04_ragged.ipynb #d0f0fc77
 @patch
 def __getitem__(self:Ragged, which):
     "One line as a view for an int; a new `Ragged` for a slice, mask, permutation or list of ints."
-    if isinstance(which, (int, np.integer)) or isinstance(which, Tensor) and which.ndim == 0 and which.dtype != torch.bool:
+    if (isinstance(which, (int, np.integer))
+            or isinstance(which, Tensor) and which.ndim == 0 and which.dtype != torch.bool):
         which = int(which)
         if not -len(self) <= which < len(self): raise IndexError(f"line {which} of {len(self)}")
         start,stop = self.offsets[which % len(self)], self.offsets[which % len(self) + 1]
         return self.data[start:stop]
-    if isinstance(which, slice): which = torch.arange(len(self), device=self.device)[which] if (which.step or 1) > 0 else \
-        torch.as_tensor(range(len(self))[which], dtype=torch.long, device=self.device)
-    which = torch.as_tensor(np.asarray(which) if isinstance(which, (list, tuple)) else which, device=self.device)
-    if which.ndim != 1 or which.is_floating_point() and len(which): raise IndexError(f"lines are chosen by whole numbers or a mask, found {tuple(which.shape)} of {which.dtype}")
+    if isinstance(which, slice):
+        which = (torch.arange(len(self), device=self.device)[which] if (which.step or 1) > 0 else
+                 torch.as_tensor(range(len(self))[which], dtype=torch.long, device=self.device))
+    which = torch.as_tensor(np.asarray(which) if isinstance(which, (list, tuple)) else which,
+                            device=self.device)
+    if which.ndim != 1 or which.is_floating_point() and len(which):
+        raise IndexError("lines are chosen by whole numbers or a mask, "
+                         f"found {tuple(which.shape)} of {which.dtype}")
     if which.dtype == torch.bool:
         if len(which) != len(self): raise IndexError(f"a mask of {len(which)} for {len(self)} lines")
         which = which.nonzero().flatten()
@@ -106,13 +119,14 @@ def __getitem__(self:Ragged, which):
 # %% ../../nbs/00_core/04_ragged.ipynb #596ee0a7
 @patch(as_prop=True)
 def line_index(self:Ragged) -> Tensor: # (P,) int64
-    "The number of the line each point belongs to."
+    "The number of the line that each point belongs to."
     return torch.repeat_interleave(self.lengths, output_size=len(self.data))
 
 @patch(as_prop=True)
 def point_index(self:Ragged) -> Tensor: # (P,) int64
     "The rank of each point within its line, from 0."
-    return torch.arange(len(self.data), device=self.device) - self.offsets[:-1].repeat_interleave(self.lengths, output_size=len(self.data))
+    return (torch.arange(len(self.data), device=self.device)
+            - self.offsets[:-1].repeat_interleave(self.lengths, output_size=len(self.data)))
 
 # %% ../../nbs/00_core/04_ragged.ipynb #45b476bc
 @patch
@@ -128,6 +142,7 @@ def to(self:Ragged, *args, **kwargs) -> Ragged:
     "Like `Tensor.to`: another device or dtype."
     return Ragged(self.data.to(*args, **kwargs), self.offsets)
 
+# %% ../../nbs/00_core/04_ragged.ipynb #9c92dac6
 @patch
 def clone(self:Ragged) -> Ragged: return Ragged(self.data.clone(), self.offsets.clone())
 @patch
@@ -137,11 +152,12 @@ def pin_memory(self:Ragged) -> Ragged: return Ragged(self.data.pin_memory(), sel
 @patch
 def numpy(self:Ragged) -> tuple: return self.data.detach().cpu().numpy(), self.offsets.cpu().numpy()
 
+# %% ../../nbs/00_core/04_ragged.ipynb #59a55240
 @patch(cls_method=True)
 def cat(cls:Ragged,
     batches, # Several `Ragged` with the same columns
 ) -> Ragged:
-    "All lines of several batches, in order; no batch at all gives no line."
+    "All lines of several batches, in order. No batch at all gives no line."
     batches = list(batches)
     if not batches: return cls.from_list([])
     return cls.from_lengths(torch.cat([b.data for b in batches]), torch.cat([b.lengths for b in batches]))
@@ -158,21 +174,23 @@ def to_padded(self:Ragged,
     padded = padded.masked_scatter(mask.reshape(*mask.shape, *[1]*(self.data.ndim-1)), self.data)
     return padded, mask
 
+# %% ../../nbs/00_core/04_ragged.ipynb #55744105
 @patch(cls_method=True)
 def from_padded(cls:Ragged,
     padded:Tensor, # (S, L, C)
-    lengths:Tensor, # (S,) number of real points; or the (S, L) mask `to_padded` gave
+    lengths:Tensor, # (S,) number of real points; or the (S, L) mask from `to_padded`
 ) -> Ragged:
     "The real points of padded lines."
     lengths = torch.as_tensor(lengths, device=padded.device)
-    mask = lengths if lengths.dtype == torch.bool else torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
+    mask = (lengths if lengths.dtype == torch.bool
+            else torch.arange(padded.shape[1], device=padded.device) < lengths[:, None])
     return cls.from_lengths(padded[mask], mask.sum(1))
 
 # %% ../../nbs/00_core/04_ragged.ipynb #217537d8
 def packing_order(
     lengths:Tensor, # (S,) points of each line, all at least 1
 ) -> tuple: # (P,) row of the ragged data for each packed row, (L,) batch sizes, (S,) lines sorted by length
-    "How the rows of a ragged batch are permuted by packing."
+    "How packing permutes the rows of a ragged batch."
     if len(lengths) and int(lengths.min()) < 1: raise ValueError("a line without points cannot be packed")
     by_length = torch.sort(lengths, descending=True, stable=True).indices
     sorted_lengths = lengths[by_length]
@@ -182,16 +200,18 @@ def packing_order(
     rows = (starts + steps[:, None])[alive]
     return rows, alive.sum(1), by_length
 
-# %% ../../nbs/00_core/04_ragged.ipynb #8199cec1
+# %% ../../nbs/00_core/04_ragged.ipynb #b2aedd9b
 @patch
 def to_packed(self:Ragged) -> PackedSequence:
-    "The batch as torch's recurrent layers take it."
+    "The batch in the form of torch's recurrent layers."
     rows,batch_sizes,by_length = packing_order(self.lengths)
-    return PackedSequence(self.data.index_select(0, rows), batch_sizes.cpu(), by_length, torch.argsort(by_length))
+    return PackedSequence(self.data.index_select(0, rows), batch_sizes.cpu(), by_length,
+                          torch.argsort(by_length))
 
+# %% ../../nbs/00_core/04_ragged.ipynb #8199cec1
 @patch(cls_method=True)
 def from_packed(cls:Ragged,
-    packed:PackedSequence, # As `to_packed` or torch's own `pack_sequence` made it
+    packed:PackedSequence, # From `to_packed`, or from torch's own `pack_sequence`
 ) -> Ragged:
     "The lines of a packed sequence, in their original order."
     sizes = packed.batch_sizes.to(packed.data.device)
@@ -205,7 +225,7 @@ def from_packed(cls:Ragged,
         rows = (starts + steps[:, None])[steps[:, None] < lengths[packed.sorted_indices]]
     return cls.from_lengths(packed.data.index_select(0, torch.argsort(rows)), lengths)
 
-# %% ../../nbs/00_core/04_ragged.ipynb #1e8c41f9
+# %% ../../nbs/00_core/04_ragged.ipynb #5ed2c41f
 @patch
 def to_array_sequence(self:Ragged):
     "nibabel's `ArraySequence` of the same lines."
@@ -215,13 +235,16 @@ def to_array_sequence(self:Ragged):
     seq._data,seq._offsets,seq._lengths = data, offsets[:-1].copy(), np.diff(offsets)
     return seq
 
+# %% ../../nbs/00_core/04_ragged.ipynb #1e8c41f9
 @patch(cls_method=True)
 def from_array_sequence(cls:Ragged,
     seq, # nibabel `ArraySequence`, a view or a whole one
 ) -> Ragged:
     "The lines of a nibabel `ArraySequence`."
-    starts,lengths = torch.as_tensor(np.asarray(seq._offsets, dtype=np.int64)), torch.as_tensor(np.asarray(seq._lengths, dtype=np.int64))
-    data = torch.as_tensor(np.ascontiguousarray(seq._data).reshape(len(seq._data), -1 if len(seq._data) else 3))
+    starts,lengths = (torch.as_tensor(np.asarray(seq._offsets, dtype=np.int64)),
+                      torch.as_tensor(np.asarray(seq._lengths, dtype=np.int64)))
+    data = torch.as_tensor(np.ascontiguousarray(seq._data)
+                           .reshape(len(seq._data), -1 if len(seq._data) else 3))
     return cls.from_lengths(data.index_select(0, rows_of(starts, lengths)), lengths)
 
 # %% ../../nbs/00_core/04_ragged.ipynb #e12f0d1a

@@ -168,6 +168,7 @@ def subjects_that_fit(
     typical = np.partition(row, k := int(.99*(len(row) - 1)))[k]
     return max(1, min(most, int(budget//typical) if typical > 0 else most))
 
+# %% ../../nbs/03_batch/03_layouts.ipynb #e0058a3f
 def chunks_by_size(
     subjects, # (S,) subject indices
     sizes, # S arrays, in each subject's shuffled order

@@ -130,7 +130,7 @@ class DWIMLBatchLoader:
         dataset, # `MultiSubjectDataset`, loaded
         model, # The model, or its `ModelSpec`
         streamline_group_name:str,
-        split_ratio:float=0., # Share of lines cut in two, each part a line of its own
+        split_ratio:float=0., # Share of lines cut in two; each part then counts as a line
         reverse_ratio:float=0., # Share of lines read from their other end
         segment_mm:float=None, # Keep a random run of this length of each longer line
         noise_mm_forward:float=0., # White noise on what the model sees, mm
@@ -166,7 +166,7 @@ class DWIMLBatchLoader:
                     noise_mm_forward=self.noise_mm_forward, noise_mm_loss=self.noise_mm_loss,
                     widen_mm=a.widen_mm, off_track_mm=a.off_track_mm, off_track_corr_mm=a.off_track_corr_mm,
                     lead_mm=a.lead_mm, seed=self.seed)
-    def __getstate__(self): return {**vars(self), 'at_hand': None}  # a worker has batches of its own
+    def __getstate__(self): return {**vars(self), 'at_hand': None}  # a worker has other batches
     def __repr__(self):
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k,v in self.params.items())})"
 
@@ -205,7 +205,7 @@ def load_lines_voxmm(self:DWIMLBatchLoader,
     subject:int, # Subject index
     ids, # (n,) streamline ids
 ) -> Ragged: # (P, 3) voxmm
-    "The chosen lines of one subject, as stored, in mm; lines that nobody can learn from are refused."
+    "The chosen lines of one subject, as stored, in mm; lines without a direction or with NaN are refused."
     lines = subset.get_lines(subject, self.streamline_group_name, ids)
     if len(lines) and int(lines.lengths.min()) < 2:
         self.refuse_lines(lines.lengths < 2, ids, subset.subjects[subject], "have fewer than 2 points",
@@ -383,6 +383,7 @@ def inputs_of(self:DWIMLBatchLoader, batch:Batch, seen:Ragged) -> tuple: # of `R
     "The inputs of a batch: none for this loader."
     return ()
 
+# %% ../../nbs/03_batch/07_loader.ipynb #c004542b
 @patch
 def hand_out(self:DWIMLBatchLoader,
     batch:Batch,

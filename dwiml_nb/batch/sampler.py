@@ -149,6 +149,7 @@ def cuts_between(
     "The places where one subject ends and the next begins."
     return [0, *(np.flatnonzero(who[1:] != who[:-1]) + 1).tolist(), len(who)]
 
+# %% ../../nbs/03_batch/05_sampler.ipynb #d494eb65
 @patch
 def ids_at(self:DWIMLBatchIDSampler,
     context:str, # 'training' or 'validation'
@@ -181,6 +182,7 @@ def passes(self:DWIMLBatchIDSampler, context:str) -> int:
     "How often an epoch goes through every line: `nb_passes` in training, once in validation."
     return self.nb_passes if context == 'training' else 1
 
+# %% ../../nbs/03_batch/05_sampler.ipynb #3312bb9f
 @patch
 def layout(self:DWIMLBatchIDSampler,
     context:str, # 'training' or 'validation'
@@ -277,6 +279,7 @@ def plan(self:DWIMLBatchIDSampler,
             who,nb = np.unique(p.lines(index)[0], return_counts=True)
             yield list(zip(who.tolist(), nb.tolist()))
 
+# %% ../../nbs/03_batch/05_sampler.ipynb #40b875a5
 @patch
 def __iter__(self:DWIMLBatchIDSampler): return self.batches(self.context)
 @patch

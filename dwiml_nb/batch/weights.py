@@ -39,6 +39,7 @@ class WeightsOfKey:
                           subject=subset.subjects[subject], group=group)
     def __repr__(self): return f"WeightsOfKey({self.key!r})"
 
+# %% ../../nbs/03_batch/04_weights.ipynb #63a29418
 def weight_function(
     line_weights, # A name, or a function
     dataset, # Its training subjects must have the key

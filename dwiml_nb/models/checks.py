@@ -114,7 +114,8 @@ def check_lines_are_alone(model, inputs, lines, tol:float=1e-5) -> str:
                          len(chosen))
         for i,o in zip(chosen, found):
             assert o.shape == together[i].shape, (
-                f"line {i} gives {tuple(o.shape)} outputs in another batch, {tuple(together[i].shape)} before.")
+                f"line {i} gives {tuple(o.shape)} outputs in another batch, "
+                f"{tuple(together[i].shape)} before.")
             worst = max(worst, float((o - together[i]).abs().max()) if o.numel() else 0.)
     assert worst <= tol, (
         "a line's outputs depend on the other lines of the batch, or on their order: "

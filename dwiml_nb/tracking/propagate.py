@@ -82,6 +82,7 @@ def inputs_along(self:Walk,
     "What the model sees along lines."
     return self.spec.together([lines.with_data(o) for o in self.inputs_at(lines.data/self.sizes)])
 
+# %% ../../nbs/06_tracking/02_propagate.ipynb #e5f9f9a3
 @patch
 def leaving(self:Walk,
     positions:Tensor, # (n, 3) voxmm

@@ -42,6 +42,7 @@ class StopRule:
 
 STOP_RULES = Registry('stop rule', StopRule)
 
+# %% ../../nbs/06_tracking/01_stops.ipynb #777d77b2
 def select_rows(
     state, # None, a tensor (n, …), or a tuple of these
     keep:Tensor, # (n,) bool
@@ -64,6 +65,7 @@ def stop_rules_of(
                             f"Registered: {', '.join(STOP_RULES)}.")
     return rules
 
+# %% ../../nbs/06_tracking/01_stops.ipynb #79ec85d8
 def reasons_with(
     rules, # of `StopRule`
 ) -> tuple: # of names; the first are `STOP_REASONS`

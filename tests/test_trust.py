@@ -281,6 +281,7 @@ def test_hostile_records(case, name, capsys):
 CHANGES = {
     "new trainer option": (lambda p, s: p["trainer"]["params"].update(new=1), "options that are not known here"),
     "new sampler option": (lambda p, s: p["sampler"]["params"].update(new=1), "Found: new."),
+    "an option that no record gives": (lambda p, s: p["loader"]["params"].update(model=1), "Found: model."),
     "no study": (lambda p, s: p.pop("study"), "no study"),
     "an empty record": (lambda p, s: p.clear(), "no trainer, no model"),
     "a part that is a list": (lambda p, s: p.update(loader=[]), "a list in loader"),

@@ -72,6 +72,7 @@ def bring_in(
     word:str, # A package's name, or the path of a .py file
 ) -> str: # The module's name
     "Import what is trusted."
+    if word.endswith('.py'): word = os.path.abspath(os.path.expanduser(word))
     if word in brought_in: return brought_in[word]
     name = brought_in[word] = name_of(word)
     try:
@@ -309,10 +310,10 @@ def check_allowed(
     if any(f'{path}.'.startswith(f'{name}.') for name in allowed()): return
     problem = f"{path} is a class of '{package}', which was not allowed to run here"
     if not is_on_this_machine(package):
-        problem = f"the class {path} cannot be imported: '{package}' is not on this machine, and was not allowed"
+        problem = f"the class {path} cannot be imported: '{package}' is not on this machine, nor allowed"
     raise DataProblem(problem, found=f"a record that names it as a {base.__name__}",
-                      do=f"if you trust it, say so: --trust {package}, or --trust and its .py file (trust=… in "
-                         f"Python); or import it first.{' Or ' if do else ''}{do}")
+                      do=f"if you trust it, say so: --trust {package}, or --trust and its .py file "
+                         f"(trust=… in Python); or import it first.{' Or ' if do else ''}{do}")
 
 # %% ../../nbs/00_core/03_registry.ipynb #3fe7cde6
 MOVED = {}        # path in older records -> path now

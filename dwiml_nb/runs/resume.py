@@ -27,11 +27,14 @@ def check_known(
     "Refuse a record with options that its class does not have."
     first,*others = chain_of(cls)
     known = put_together(first, others).parameters
-    new = [name for name in params if name not in known]
-    if not new or any(p.kind is p.VAR_KEYWORD for p in known.values()): return
-    folder,known = checkpoint.folder,", ".join(list(known)[1:])
-    raise DataProblem(f"the {part} of this run has options that are not known here", expected=known,
-                      found=", ".join(new), file=folder/'params.json', do=other_version(folder))
+    given = ('self', 'dataset', 'model', 'experiments_path', 'experiment_name', 'batch_sampler',
+             'batch_loader', 'device', 'checkpoint')                            # not by a record
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    new = [name for name in params if name in given or name not in known and not takes_all]
+    if not new: return
+    raise DataProblem(f"the {part} of this run has options that are not known here",
+                      expected=", ".join(name for name in known if name not in given), found=", ".join(new),
+                      file=checkpoint.folder/'params.json', do=other_version(checkpoint.folder))
 
 # %% ../../nbs/08_runs/01_resume.ipynb #3c5fd9e8
 PARTS = {'trainer': DWIMLTrainer, 'model': MainModelAbstract, 'sampler': DWIMLBatchIDSampler,

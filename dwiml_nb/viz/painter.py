@@ -19,7 +19,7 @@ class View:
     "A direction to look from, as the world directions of the picture's right and top."
     right:tuple # (3,) RAS
     up:tuple # (3,) RAS
-    flat:bool=False # Along an axis: slices are a backdrop instead of hiding what is behind them
+    flat:bool=False # Along an axis: slices are a backdrop and hide nothing
     @property
     def towards(self) -> np.ndarray: # (3,)
         "From the scene to the eye."
@@ -32,14 +32,15 @@ class View:
         right,up = np.asarray(self.right), np.asarray(self.up)
         return {'left': letter(-right), 'right': letter(right), 'top': letter(up), 'bottom': letter(-up)}
 
-VIEWS = {'axial': View((1, 0, 0), (0, 1, 0), True), 'coronal': View((1, 0, 0), (0, 0, 1), True), 'sagittal': View((0, 1, 0), (0, 0, 1), True)}
+VIEWS = {'axial': View((1, 0, 0), (0, 1, 0), True), 'coronal': View((1, 0, 0), (0, 0, 1), True),
+         'sagittal': View((0, 1, 0), (0, 0, 1), True)}
 
 # %% ../../nbs/09_viz/02_painter.ipynb #7f11f8c2
 def view_from(
     azimuth:float=30., # Degrees around the patient: 0 from behind, 90 from the right, 180 from the front
     elevation:float=20., # Degrees above the horizon
 ) -> View:
-    "Look from any side."
+    "A view from any side."
     a,e = np.radians([azimuth, elevation])
     right = np.array([np.cos(a), np.sin(a), 0])
     return View(tuple(right), tuple(np.array([np.sin(a)*-np.sin(e), np.cos(a)*np.sin(e), np.cos(e)])))
@@ -68,10 +69,12 @@ class Frame:
         "The point of a plane across an axis that each pixel sees."
         w,h = self.size
         x,y = np.meshgrid((np.arange(w) + .5 - w/2)/self.scale, (h/2 - np.arange(h) - .5)/self.scale)
-        flat = self.centre + x.reshape(-1, 1)*np.asarray(self.view.right) + y.reshape(-1, 1)*np.asarray(self.view.up)
+        flat = (self.centre + x.reshape(-1, 1)*np.asarray(self.view.right)
+                + y.reshape(-1, 1)*np.asarray(self.view.up))
         depth = (position_mm - flat[:, axis])/self.view.towards[axis]
         return flat + depth[:, None]*self.view.towards, depth
 
+# %% ../../nbs/09_viz/02_painter.ipynb #86a3caf9
 def frame_of(
     scene:Scene,
     view, # A `View` or the name of one
@@ -107,15 +110,17 @@ def dots_of(
     line_set:LineSet,
     frame:Frame,
     rows:np.ndarray, # First rows of the segments to draw
-) -> tuple: # (D, 2) pixels, (D,) depth, (D,) the row each dot has its colour from
+) -> tuple: # (D, 2) pixels, (D,) depth, (D,) the row that gives each dot its colour
     "The pixels under segments."
     pixels,depth = frame.project(line_set.positions), frame.depth(line_set.positions)
     a,b = pixels[rows], pixels[rows + 1]
     n = np.ceil(np.abs(b - a).max(1)).clip(1, 4*max(frame.size)).astype(np.int64)
     segment = np.repeat(np.arange(len(rows)), n)
     share = (np.arange(len(segment)) - np.repeat(np.cumsum(n) - n, n))/n[segment]
-    return a[segment] + share[:, None]*(b - a)[segment], depth[rows][segment] + share*(depth[rows + 1] - depth[rows])[segment], rows[segment]
+    return (a[segment] + share[:, None]*(b - a)[segment],
+            depth[rows][segment] + share*(depth[rows + 1] - depth[rows])[segment], rows[segment])
 
+# %% ../../nbs/09_viz/02_painter.ipynb #89bcac63
 def paint_dots(
     pixels:np.ndarray, # (H*W, 3) changed in place
     nearest:np.ndarray, # (H*W,) depth of what is seen so far, changed in place
@@ -142,7 +147,7 @@ def chosen_rows(
     line_set:LineSet,
     max_lines:int=3000, # The most lines to draw
 ) -> np.ndarray: # (n,) rows that begin a segment
-    "The segments of a fixed random choice of lines, all of them if they are few."
+    "First rows of the segments of a fixed random choice of lines, or of all lines if they are few."
     shown = np.isfinite(line_set.positions).all(1)
     if len(line_set) > max_lines:
         chosen = np.zeros(len(line_set), dtype=bool)
@@ -170,7 +175,8 @@ def paint(
         paint_dots(pixels, nearest, at, depth, s.colours[rows], fine, smooth)
     for p in scene.points:
         colours = np.broadcast_to(rgba(p.colour), (len(p), 4))
-        paint_dots(pixels, nearest, fine.project(p.positions), fine.depth(p.positions), colours, fine, int(round(p.size*smooth)))
+        paint_dots(pixels, nearest, fine.project(p.positions), fine.depth(p.positions),
+                   colours, fine, int(round(p.size*smooth)))
     pixels = pixels.reshape(h//smooth, smooth, w//smooth, smooth, 3).mean((1, 3))
     return label((pixels*255).round().astype(np.uint8), frame, scene.title if title is None else title)
 
@@ -184,8 +190,11 @@ def label(
     from PIL import Image as Picture, ImageDraw, ImageFont
     picture = Picture.fromarray(pixels)
     pen,font,(w,h) = ImageDraw.Draw(picture), ImageFont.load_default(14), frame.size
-    def write(at, text, anchor, fill=INK): pen.text(at, text, fill=fill, anchor=anchor, font=font, stroke_width=2, stroke_fill='white')
-    for side,at,anchor in (('left', (6, h/2), 'lm'), ('right', (w - 6, h/2), 'rm'), ('top', (w/2, 4 if font.getlength(title) < w/2 - 20 else 22), 'ma'), ('bottom', (w/2, h - 4), 'md')):
+    def write(at, text, anchor, fill=INK):
+        pen.text(at, text, fill=fill, anchor=anchor, font=font, stroke_width=2, stroke_fill='white')
+    for side,at,anchor in (('left', (6, h/2), 'lm'), ('right', (w - 6, h/2), 'rm'),
+                           ('top', (w/2, 4 if font.getlength(title) < w/2 - 20 else 22), 'ma'),
+                           ('bottom', (w/2, h - 4), 'md')):
         write(at, frame.view.letters[side], anchor)
     bar = next((mm for mm in (50, 20, 10, 5, 2, 1) if mm*frame.scale < .3*w), 1)
     pen.line([(8, h - 8), (8 + bar*frame.scale, h - 8)], fill=QUIET, width=2)
@@ -210,7 +219,8 @@ def paint_views(
     **options, # Of `paint`
 ) -> np.ndarray: # (H, n*W, 3) uint8
     "A scene from several sides."
-    return np.concatenate([paint(scene, view, size, title=None if i == 0 else '', **options) for i,view in enumerate(views)], 1)
+    return np.concatenate([paint(scene, view, size, title=None if i == 0 else '', **options)
+                           for i,view in enumerate(views)], 1)
 
 def paint_side_by_side(
     scenes:dict, # Title -> `Scene`
@@ -220,6 +230,8 @@ def paint_side_by_side(
 ) -> np.ndarray: # (H, n*W, 3) uint8
     "Several scenes at the same place and scale, to compare them."
     together = Scene()
-    together.lines,together.slices,together.points = ([x for s in scenes.values() for x in getattr(s, kind)] for kind in ('lines', 'slices', 'points'))
+    together.lines,together.slices,together.points = ([x for s in scenes.values() for x in getattr(s, kind)]
+                                                      for kind in ('lines', 'slices', 'points'))
+
     frame = frame_of(together, view, size)
     return np.concatenate([paint(scene, frame, title=title, **options) for title,scene in scenes.items()], 1)

@@ -24,17 +24,21 @@ def log_values(
     if parts := re.fullmatch(r'\s*(diff|sum)\((.+),(.+)\)\s*', name):
         a,b = (log_values(columns, part.strip()) for part in parts.groups()[1:])
         return a - b if parts[1] == 'diff' else a + b
-    if name not in columns: raise ValueError(f"there is no log '{name}'. There are {list(columns)}.{did_you_mean(name, columns)}")
+    if name not in columns:
+        raise ValueError(f"there is no log '{name}'. There are {list(columns)}.{did_you_mean(name, columns)}")
     return np.array([np.nan if v is None else float(v) for v in columns[name]])
 
 # %% ../../nbs/09_viz/05_plots.ipynb #7342f82b
 def default_graphs(
     columns:dict, # As `read_logs` gives them
 ) -> dict: # title -> names of logs
-    "Both losses together, and every other number on its own; what merely counts is left out."
-    def is_number(name): return any(isinstance(v, (int, float)) and not isinstance(v, bool) for v in columns[name])
+    "Both losses together, and every other number on its own; mere counts are left out."
+    def is_number(name):
+        return any(isinstance(v, (int, float)) and not isinstance(v, bool) for v in columns[name])
     losses = [name for name in ('train_loss', 'valid_loss') if name in columns]
-    others = [name for name in columns if is_number(name) and name not in (*losses, 'epoch', 'batch', 'best_epoch', 'best_loss', 'nb_batches', 'n', 'seconds')]
+    others = [name for name in columns if is_number(name)
+              and name not in (*losses, 'epoch', 'batch', 'best_epoch', 'best_loss',
+                               'nb_batches', 'n', 'seconds')]
     return ({'loss': losses} if losses else {}) | {name.replace('_', ' '): [name] for name in others}
 
 # %% ../../nbs/09_viz/05_plots.ipynb #9fbb7843
@@ -43,7 +47,8 @@ def split_outliers(
 ) -> tuple: # (n,) with NaN for outliers, indices of the outliers
     "Values within three standard deviations of the mean, and where the others are."
     spread = np.nanstd(values)
-    far = np.flatnonzero(np.abs(values - np.nanmean(values)) > 3*spread) if spread > 0 else np.array([], dtype=int)
+    far = (np.flatnonzero(np.abs(values - np.nanmean(values)) > 3*spread) if spread > 0
+           else np.array([], dtype=int))
     kept = np.array(values, dtype=float)
     kept[far] = np.nan
     return kept,far
@@ -62,9 +67,13 @@ def draw_graph(
         for j,log in enumerate(logs):
             values,far = log_values(columns, log), []
             if remove_outliers: values,far = split_outliers(values)
-            label = ', '.join(([experiment] if len(experiments) > 1 else []) + ([log] if len(logs) > 1 else []))
-            ax.plot(x, values, color=PALETTE[(k if len(experiments) > 1 else j) % len(PALETTE)], ls=['-', '--', ':', '-.'][j % 4] if len(experiments) > 1 else '-', label=label or None, marker='.' if len(x) < 3 else None)
-            if len(far): ax.plot(x[far], np.full(len(far), np.nanmax(values)), '*', color=PALETTE[k % len(PALETTE)], clip_on=False)
+            label = ', '.join(([experiment] if len(experiments) > 1 else [])
+                              + ([log] if len(logs) > 1 else []))
+            ax.plot(x, values, color=PALETTE[(k if len(experiments) > 1 else j) % len(PALETTE)],
+                    ls=['-', '--', ':', '-.'][j % 4] if len(experiments) > 1 else '-',
+                    label=label or None, marker='.' if len(x) < 3 else None)
+            if len(far): ax.plot(x[far], np.full(len(far), np.nanmax(values)), '*',
+                                 color=PALETTE[k % len(PALETTE)], clip_on=False)
 
 # %% ../../nbs/09_viz/05_plots.ipynb #6b066dc4
 def plot_columns(
@@ -80,7 +89,8 @@ def plot_columns(
     "Columns of logs as figures for a file or a page."
     import matplotlib
     from matplotlib.figure import Figure
-    graphs,figures = graphs or default_graphs({k: v for columns in tables.values() for k,v in columns.items()}), []
+    graphs,figures = (graphs or default_graphs({k: v for columns in tables.values()
+                                                for k,v in columns.items()}), [])
     titles = list(graphs)
     with matplotlib.rc_context(matplotlib_style()):
         for first in range(0, len(titles), nb_plots_per_fig):
@@ -93,6 +103,7 @@ def plot_columns(
             figures.append(figure)
     return figures
 
+# %% ../../nbs/09_viz/05_plots.ipynb #7e0a3e68
 def plot_logs(
     experiments, # Folder of an experiment, or several
     graphs:dict=None, # title -> names of logs; None: `default_graphs`
@@ -106,7 +117,8 @@ def plot_logs(
     "The logs of experiments as figures for a file or a page."
     folders = [experiments] if isinstance(experiments, (str, Path)) else list(experiments)
     tables = {Path(folder).name: read_logs(folder, which) for folder in folders}
-    return plot_columns(tables, graphs, 'epoch' if which == 'epochs' else 'batch', nb_plots_per_fig, xlim, ylims, fig_size, remove_outliers)
+    return plot_columns(tables, graphs, 'epoch' if which == 'epochs' else 'batch',
+                        nb_plots_per_fig, xlim, ylims, fig_size, remove_outliers)
 
 # %% ../../nbs/09_viz/05_plots.ipynb #b628731c
 def loss_figure(
@@ -116,11 +128,14 @@ def loss_figure(
 ): # -> a plotly `Figure` with the traces 'training' and 'validation'
     "Loss over epochs."
     import plotly.graph_objects as go
-    columns,figure = columns or {'epoch': []}, go.Figure(layout=plotly_style() | dict(width=width, height=height))
+    columns,figure = (columns or {'epoch': []},
+                      go.Figure(layout=plotly_style() | dict(width=width, height=height)))
     for name,log,colour in (('training', 'train_loss', PALETTE[0]), ('validation', 'valid_loss', PALETTE[1])):
         y = log_values(columns, log) if log in columns else []
-        figure.add_scatter(x=columns['epoch'], y=y, name=name, mode='lines+markers', line=dict(color=colour, width=2), marker=dict(size=5))
-    return figure.update_layout(xaxis_title='epoch', yaxis_title='loss', legend=dict(x=.99, xanchor='right', y=.98))
+        figure.add_scatter(x=columns['epoch'], y=y, name=name, mode='lines+markers',
+                           line=dict(color=colour, width=2), marker=dict(size=5))
+    return figure.update_layout(xaxis_title='epoch', yaxis_title='loss',
+                                legend=dict(x=.99, xanchor='right', y=.98))
 
 # %% ../../nbs/09_viz/05_plots.ipynb #b8feb118
 def histogram(
@@ -128,11 +143,13 @@ def histogram(
     nb_bins:int=40,
 ) -> tuple: # (bins+1,) edges, name -> (bins,) counts
     "Counts of several groups over common bins."
-    values = {name: np.asarray(v, dtype=float)[np.isfinite(np.asarray(v, dtype=float))] for name,v in groups.items()}
+    values = {name: np.asarray(v, dtype=float)[np.isfinite(np.asarray(v, dtype=float))]
+              for name,v in groups.items()}
     every = np.concatenate([*values.values(), np.zeros(0)])
     edges = np.histogram_bin_edges(every if len(every) else [0., 1.], nb_bins)
     return edges,{name: np.histogram(v, edges)[0] for name,v in values.items()}
 
+# %% ../../nbs/09_viz/05_plots.ipynb #18e3c87d
 def histogram_figure(
     groups:dict, # name -> (n,) values
     xlabel:str='', # What the values are, with their unit
@@ -143,9 +160,11 @@ def histogram_figure(
     import plotly.graph_objects as go
     edges,counts = histogram(groups, nb_bins)
     figure = go.Figure(layout=plotly_style() | dict(height=height, barmode='overlay', bargap=0))
-    for name,n in counts.items(): figure.add_bar(x=(edges[1:] + edges[:-1])/2, y=n, name=name, opacity=.65 if len(counts) > 1 else 1)
+    for name,n in counts.items():
+        figure.add_bar(x=(edges[1:] + edges[:-1])/2, y=n, name=name, opacity=.65 if len(counts) > 1 else 1)
     return figure.update_layout(xaxis_title=xlabel, yaxis_title='count')
 
+# %% ../../nbs/09_viz/05_plots.ipynb #71f4ef02
 def histogram_picture(
     groups:dict, # name -> (n,) values
     xlabel:str='', # What the values are, with their unit
@@ -178,4 +197,7 @@ def figure_png(
         figure.savefig(file, dpi=dpi, format='png')
         pictures.append(np.asarray(Picture.open(file).convert('RGB')))
     width = max(p.shape[1] for p in pictures)
-    return to_png(np.concatenate([np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in pictures]))
+    return to_png(np.concatenate([np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255)
+                                  for p in pictures]))
+
+

@@ -20,7 +20,7 @@ from .theme import INK, PAPER, rgba
 # %% ../../nbs/09_viz/03_stage.ipynb #6c5e3a96
 @contextmanager
 def quiet_runtime_folder():
-    "Without XDG_RUNTIME_DIR the graphics driver complains on the terminal; give it an empty folder while it starts."
+    "An empty XDG_RUNTIME_DIR where there is none: without it the graphics driver complains on the terminal."
     if 'XDG_RUNTIME_DIR' in os.environ:
         yield
         return
@@ -29,8 +29,9 @@ def quiet_runtime_folder():
         try: yield
         finally: os.environ.pop('XDG_RUNTIME_DIR', None)
 
+# %% ../../nbs/09_viz/03_stage.ipynb #7e539a8b
 @cache
-def gpu_adapter(): # -> None, or a dict with `device`, the name, and `software`: is it the processor in disguise?
+def gpu_adapter(): # -> None, or a dict: `device`, the name; `software`, whether it is the processor
     "The graphics adapter FURY would draw with."
     try: import wgpu
     except ImportError: return None
@@ -70,7 +71,8 @@ class LineBuffer:
         from fury.geometry import buffer_to_geometry
         from fury.lib import LineThinMaterial
         self.capacity = int(max(len(line_set.positions), 1000)*spare)
-        positions,colours = np.full((self.capacity, 3), np.nan, dtype=np.float32), np.zeros((self.capacity, 4), dtype=np.float32)
+        positions,colours = (np.full((self.capacity, 3), np.nan, dtype=np.float32),
+                             np.zeros((self.capacity, 4), dtype=np.float32))
         positions[:2],self.nb_rows = 0,0
         self.geometry = buffer_to_geometry(positions, colors=colours)
         self.actor = create_line(geometry=self.geometry, material=LineThinMaterial(color_mode='vertex'))
@@ -98,7 +100,7 @@ class LineBuffer:
         self.geometry.colors.update_range(0, max(self.nb_rows, 1))
 
     def show_lines(self,
-        most, # Draw this many lines at most; None: all
+        most, # The most lines to draw; None: all
     ):
         rows = self.nb_rows if most is None or most >= len(self.ends) else int(self.ends[most - 1])
         self.geometry.positions.draw_range = 0, max(rows, 2)
@@ -109,7 +111,8 @@ def slices_actor(
 ): # -> a FURY group of three planes
     "A volume on the graphics card."
     from fury import actor
-    group = actor.volume_slicer(slices.volume, affine=slices.affine, value_range=(slices.low, slices.high), depth_write=True)
+    group = actor.volume_slicer(slices.volume, affine=slices.affine,
+                                value_range=(slices.low, slices.high), depth_write=True)
     place_slices(group, slices)
     return group
 
@@ -130,8 +133,10 @@ def points_actor(
     from fury.actor.core import create_point
     from fury.geometry import buffer_to_geometry
     from fury.lib import PointsMaterial
-    return create_point(buffer_to_geometry(points.positions), PointsMaterial(size=points.size, color=tuple(rgba(points.colour).tolist())))
+    return create_point(buffer_to_geometry(points.positions),
+                        PointsMaterial(size=points.size, color=tuple(rgba(points.colour).tolist())))
 
+# %% ../../nbs/09_viz/03_stage.ipynb #5c7cbcc7
 def side_letters(
     bounds:np.ndarray, # (2, 3) RAS mm
 ): # -> list of FURY actors
@@ -141,7 +146,9 @@ def side_letters(
     middle,reach,letters = bounds.mean(0), (bounds[1] - bounds[0]).max()*.04, []
     for axis,pair in enumerate(('LR', 'PA', 'IS')):
         for end,letter in enumerate(pair):
-            text = Text(text=letter, font_size=15, screen_space=True, material=TextMaterial(color=INK, outline_color=PAPER, outline_thickness=.3, depth_test=False))
+            text = Text(text=letter, font_size=15, screen_space=True,
+                        material=TextMaterial(color=INK, outline_color=PAPER, outline_thickness=.3,
+                                              depth_test=False))
             at = middle.copy()
             at[axis] = bounds[end, axis] + reach*(2*end - 1)
             text.local.position = tuple(at.tolist())
@@ -162,8 +169,9 @@ class Stage:
         self.camera = PerspectiveCamera(0)
         self.fury_scene = FuryScene(background=tuple(rgba(PAPER).tolist()))
         with quiet_runtime_folder():
-            self.manager = on_demand_manager()(scene=self.fury_scene, camera=self.camera, controller=OrbitController(self.camera), size=size,
-                                               window_type=window, pixel_ratio=1)
+            self.manager = on_demand_manager()(scene=self.fury_scene, camera=self.camera,
+                                               controller=OrbitController(self.camera),
+                                               size=size, window_type=window, pixel_ratio=1)
         self.manager.renderer.ppaa = 'ddaa' if fine else 'none'
         self.manager.screens[0].controller.register_events(self.manager.screens[0].viewport)
         self.lines,self.slices,self.points,self.letters = [],[],[],[]
@@ -210,10 +218,9 @@ def set_scene(self:Stage,
     self.points = self.swap(self.points, [points_actor(p) for p in scene.points])
     self.letters = self.swap(self.letters, side_letters(scene.bounds))
     self.refresh()
-
 @patch
 def refresh(self:Stage):
-    "Colours and slice positions of the scene have changed."
+    "Show the scene's changed colours and slice positions."
     for b,s in zip(self.lines, self.scene.lines): b.recolour(s)
     for s,a in self.slices: place_slices(a, s)
     self.redraw()
@@ -248,5 +255,6 @@ def project(self:Stage,
 def draw(self:Stage) -> np.ndarray: # (H, W, 3) uint8
     "A frame now (offscreen stages)."
     frame = self.window.draw()
-    if frame is None: raise RuntimeError("FURY drew nothing; the log above says why. Use the painter: dwiml_nb.viz.painter.paint.")
+    if frame is None: raise RuntimeError("FURY drew nothing; the log above says why. "
+                                         "Use the painter: dwiml_nb.viz.painter.paint.")
     return np.asarray(frame)[..., :3]

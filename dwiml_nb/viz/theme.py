@@ -29,7 +29,7 @@ def direction_colours(
     "Red, green and blue for left-right, front-back and up-down."
     steps = unit(directions(lines).data)
     tangent,line = steps.new_zeros(len(lines.data), 3), lines.line_index
-    inner = (line[1:] == line[:-1]).nonzero().ravel()          # every point but the last of each line begins a step
+    inner = (line[1:] == line[:-1]).nonzero().ravel()  # every point but a line's last begins a step
     tangent[inner] += steps
     tangent[inner + 1] += steps
     colours = np.ones((len(lines.data), 4), dtype=np.float32)
@@ -51,27 +51,32 @@ def value_colours(
     high:float=None, # Value of the last one; None: the largest
     scale:str='viridis', # A colormap of matplotlib
 ) -> np.ndarray: # (n, 4) float32
-    "Values as colours; what lies outside low..high takes the end colours."
+    "Values as colours; values outside low..high take the colours at the ends."
     import matplotlib
     values = np.asarray(values, dtype=np.float64)
     known = np.isfinite(values)
     low = low if low is not None else values[known].min(initial=np.inf)
     high = high if high is not None else values[known].max(initial=-np.inf)
-    share = np.clip((np.where(known, values, low) - low)/(high - low if high > low else 1), 0, 1) if known.any() else np.zeros(len(values))
+    share = (np.clip((np.where(known, values, low) - low)/(high - low if high > low else 1), 0, 1)
+             if known.any() else np.zeros(len(values)))
     colours = matplotlib.colormaps[scale](share).astype(np.float32)
     colours[~known] = .6,.6,.6,1
     return colours
 
 # %% ../../nbs/09_viz/00_theme.ipynb #cf9c9bae
 def matplotlib_style() -> dict:
-    "What `plt.rc_context` takes."
+    "Settings for `plt.rc_context`."
     from cycler import cycler
-    return {'axes.prop_cycle': cycler(color=PALETTE), 'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': QUIET,
-            'axes.labelcolor': INK, 'axes.titlesize': 'medium', 'axes.grid': True, 'grid.color': '#e2e6ea', 'grid.linewidth': .6,
-            'text.color': INK, 'xtick.color': QUIET, 'ytick.color': QUIET, 'legend.frameon': False, 'lines.linewidth': 1.6, 'figure.facecolor': PAPER}
+    return {'axes.prop_cycle': cycler(color=PALETTE),
+            'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': QUIET,
+            'axes.labelcolor': INK, 'axes.titlesize': 'medium',
+            'axes.grid': True, 'grid.color': '#e2e6ea', 'grid.linewidth': .6,
+            'text.color': INK, 'xtick.color': QUIET, 'ytick.color': QUIET,
+            'legend.frameon': False, 'lines.linewidth': 1.6, 'figure.facecolor': PAPER}
 
 def plotly_style() -> dict:
     "Arguments of `Figure.update_layout`."
     axis = dict(gridcolor='#e2e6ea', linecolor=QUIET, zeroline=False, ticks='outside', tickcolor=QUIET)
-    return dict(colorway=list(PALETTE), paper_bgcolor=PAPER, plot_bgcolor=PAPER, font=dict(family='system-ui, sans-serif', size=12, color=INK),
+    return dict(colorway=list(PALETTE), paper_bgcolor=PAPER, plot_bgcolor=PAPER,
+                font=dict(family='system-ui, sans-serif', size=12, color=INK),
                 margin=dict(l=60, r=20, t=40, b=45), hovermode='x unified', xaxis=axis, yaxis=axis)

@@ -39,7 +39,9 @@ class Panel(W.VBox):
         "Write under the widget."
         colour = PALETTE[1] if error else QUIET
         safe = str(text).replace('&', '&amp;').replace('<', '&lt;')
-        self.message.value = f'<div style="color:{colour};line-height:1.35;white-space:pre-wrap">{safe}</div>' if text else ''
+        self.message.value = (f'<div style="color:{colour};line-height:1.35;white-space:pre-wrap">'
+                              f'{safe}</div>'
+                              if text else '')
 
     def guard(self, callback):
         "The callback, with its errors shown under the widget."
@@ -79,27 +81,37 @@ class Viewer(Panel):
         self.face = self.make_face()
         super().__init__([self.face])
         self.set_state_from_scene()
-        self.observe(self.guard(lambda change: self.apply(change['name'])), ['colour', 'cut_mm', 'planes', 'view'])
-        self.children = [self.face, self.make_controls(), W.HTML(f'<div style="color:{QUIET};line-height:1.35">{self.limits}</div>'), self.message]
+        self.observe(self.guard(lambda change: self.apply(change['name'])),
+                     ['colour', 'cut_mm', 'planes', 'view'])
+        self.children = [self.face, self.make_controls(),
+                         W.HTML(f'<div style="color:{QUIET};line-height:1.35">{self.limits}</div>'),
+                         self.message]
 
     @T.validate('colour', 'view')
     def known_word(self, proposal):
-        word,known = proposal['value'], self.scene.colourings if proposal['trait'].name == 'colour' else ['oblique', *VIEWS]
-        if word not in known: raise T.TraitError(f"{proposal['trait'].name} is one of {known}, found '{word}'.{did_you_mean(word, known)}")
+        word,known = (proposal['value'], self.scene.colourings if proposal['trait'].name == 'colour'
+                                         else ['oblique', *VIEWS])
+        if word not in known:
+            raise T.TraitError(f"{proposal['trait'].name} is one of {known}, "
+                               f"found '{word}'.{did_you_mean(word, known)}")
         return word
 
     def make_face(self): raise NotImplementedError
     def refresh(self): raise NotImplementedError
-    def __repr__(self): return f"{type(self).__name__}({sum(map(len, self.scene.lines))} lines, {len(self.scene.slices)} volumes, by {self.colour}, {self.view})"
+    def __repr__(self):
+        return (f"{type(self).__name__}({sum(map(len, self.scene.lines))} lines, "
+                f"{len(self.scene.slices)} volumes, by {self.colour}, {self.view})")
 
     def set_state_from_scene(self):
         "Take the traits from the scene."
-        if self.scene.slices: self.cut_mm,self.planes = tuple(self.scene.slices[0].position_mm.tolist()), self.scene.slices[0].planes
+        if self.scene.slices:
+            self.cut_mm,self.planes = (tuple(self.scene.slices[0].position_mm.tolist()),
+                                       self.scene.slices[0].planes)
         if self.colour not in self.scene.colourings: self.colour = 'direction'
         elif self.colour != 'direction': self.scene.colour_by(self.colour)
 
     def apply(self, name:str):
-        "A trait has changed."
+        "Follow a trait that has changed."
         if name == 'colour': self.scene.colour_by(self.colour)
         if name == 'cut_mm': self.scene.move_slices(self.cut_mm)
         if name == 'planes':
@@ -107,27 +119,33 @@ class Viewer(Panel):
         if name == 'view': self.look()
         self.refresh()
 
-    def still(self) -> dict: return {'image/png': base64.b64encode(to_png(paint(self.scene, self.painted_frame()))).decode()}
+    def still(self) -> dict:
+        return {'image/png': base64.b64encode(to_png(paint(self.scene, self.painted_frame()))).decode()}
 
 # %% ../../nbs/09_viz/04_viewers.ipynb #6c4243ca
 @patch
 def make_controls(self:Viewer): # -> a widget
     "Buttons and sliders that set the traits."
     views = W.HBox([self.view_button(name) for name in ('oblique', *VIEWS)])
-    self.colours = W.Dropdown(options=self.scene.colourings, description='colour by', layout=W.Layout(width='14em'), style={'description_width': '5em'})
+    self.colours = W.Dropdown(options=self.scene.colourings, description='colour by',
+                              layout=W.Layout(width='14em'), style={'description_width': '5em'})
     W.link((self, 'colour'), (self.colours, 'value'))
     self.saver = W.Button(description='Save picture', icon='camera', layout=W.Layout(width='10em'))
     self.saved = W.Output()
     self.saver.on_click(self.guard(lambda _: self.show_picture()))
-    rows = [W.HBox([views, self.colours, self.saver], layout=W.Layout(flex_flow='row wrap')), *self.extra_controls()]
-    if self.scene.slices: rows.append(W.HBox([self.cut_control(axis, name) for axis,name in enumerate('xyz')], layout=W.Layout(flex_flow='row wrap')))
+    rows = [W.HBox([views, self.colours, self.saver], layout=W.Layout(flex_flow='row wrap')),
+            *self.extra_controls()]
+    if self.scene.slices:
+        rows.append(W.HBox([self.cut_control(axis, name) for axis,name in enumerate('xyz')],
+                           layout=W.Layout(flex_flow='row wrap')))
     return W.VBox([*rows, self.saved])
 
+# %% ../../nbs/09_viz/04_viewers.ipynb #1a0dc3cf
 @patch
 def view_button(self:Viewer,
     name:str, # A view
 ): # -> a widget
-    "A button that goes back to a view, even if it is the one the mouse started from."
+    "A button that goes back to a view, even after the mouse has turned away from it."
     button = W.Button(description=name, layout=W.Layout(width='6em'))
     def go(_):
         if self.view == name: self.look(); self.refresh()
@@ -140,6 +158,7 @@ def extra_controls(self:Viewer) -> list:
     "Controls of one kind of viewer."
     return []
 
+# %% ../../nbs/09_viz/04_viewers.ipynb #94d136fc
 @patch
 def cut_control(self:Viewer,
     axis:int, # 0, 1 or 2
@@ -147,10 +166,13 @@ def cut_control(self:Viewer,
 ): # -> a widget
     "A box to show the cut across an axis and a slider to move it."
     low,high = self.scene.slices[0].bounds[:, axis].tolist()
-    shown = W.Checkbox(value=name in self.planes, indent=False, description=name, layout=W.Layout(width='2.6em'))
-    slider = W.FloatSlider(value=self.cut_mm[axis], min=low, max=high, step=.5, readout_format='.0f', layout=W.Layout(width='14em'), continuous_update=self.rung == 'live')
+    shown = W.Checkbox(value=name in self.planes, indent=False, description=name,
+                       layout=W.Layout(width='2.6em'))
+    slider = W.FloatSlider(value=self.cut_mm[axis], min=low, max=high, step=.5, readout_format='.0f',
+                           layout=W.Layout(width='14em'), continuous_update=self.rung == 'live')
     def put(change): self.cut_mm = tuple(change['new'] if i == axis else v for i,v in enumerate(self.cut_mm))
-    def choose(change): self.planes = ''.join(p for p in 'xyz' if (change['new'] if p == name else p in self.planes))
+    def choose(change):
+        self.planes = ''.join(p for p in 'xyz' if (change['new'] if p == name else p in self.planes))
     slider.observe(put, 'value'); shown.observe(choose, 'value')
     self.observe(lambda change: setattr(slider, 'value', change['new'][axis]), 'cut_mm')
     self.observe(lambda change: setattr(shown, 'value', name in change['new']), 'planes')
@@ -177,20 +199,23 @@ class PictureViewer(Viewer):
     def painted_frame(self, size=None) -> Frame:
         frame = frame_of(self.scene, self.current_view(), size or self.size)
         return Frame(frame.view, frame.centre, frame.scale*self.zoom, frame.size)
-    def current_view(self): return view_from(self.azimuth, self.elevation) if self.view == 'oblique' else VIEWS[self.view]
+    def current_view(self):
+        return view_from(self.azimuth, self.elevation) if self.view == 'oblique' else VIEWS[self.view]
     def pixels(self, smooth=1) -> np.ndarray: return paint(self.scene, self.painted_frame(), smooth=smooth)
     def refresh(self): self.face.value = to_png(self.pixels())
 
     def extra_controls(self) -> list:
         def slider(name, low, high):
-            s = W.FloatSlider(min=low, max=high, step=.1 if name == 'zoom' else 5, description=name, readout=False, continuous_update=False, layout=W.Layout(width='16em'))
+            s = W.FloatSlider(min=low, max=high, step=.1 if name == 'zoom' else 5, description=name,
+                              readout=False, continuous_update=False, layout=W.Layout(width='16em'))
             W.link((self, name), (s, 'value'))
             return s
-        return [W.HBox([slider('azimuth', -180, 180), slider('elevation', -90, 90), slider('zoom', .5, 6)], layout=W.Layout(flex_flow='row wrap'))]
+        return [W.HBox([slider('azimuth', -180, 180), slider('elevation', -90, 90), slider('zoom', .5, 6)],
+                       layout=W.Layout(flex_flow='row wrap'))]
 
 # %% ../../nbs/09_viz/04_viewers.ipynb #d9f838c5
 class OffscreenViewer(PictureViewer):
-    "The same, drawn by the graphics adapter."
+    "A picture that is drawn anew whenever something changes; drawn by the graphics adapter."
     def __init__(self, scene, size=(600, 450), limits=''):
         self.stage = Stage(scene, size)
         super().__init__(scene, size, limits)
@@ -209,7 +234,8 @@ class LiveViewer(Viewer):
         super().__init__(scene, size)
 
     def make_face(self):
-        with capture_output(): self.stage = Stage(self.scene, self.size, 'jupyter')     # it displays where errors go: not here, under the canvas
+        # building a stage displays the place for errors: not here, but under the canvas
+        with capture_output(): self.stage = Stage(self.scene, self.size, 'jupyter')
         self.stage.window.has_titlebar = False
         self.stage.manager.renderer.add_event_handler(self.on_pointer, 'pointer_down', 'pointer_up')
         return W.VBox([self.stage.window, self.stage.window._output_context])
@@ -217,7 +243,9 @@ class LiveViewer(Viewer):
     def look(self): self.stage.look(None if self.view == 'oblique' else self.view)
     def refresh(self): self.stage.refresh()
     def pixels(self, smooth=1) -> np.ndarray: return fine_picture(self)
-    def painted_frame(self, size=None) -> Frame: return frame_of(self.scene, view_from(30, 30) if self.view == 'oblique' else self.view, size or self.size)
+    def painted_frame(self, size=None) -> Frame:
+        return frame_of(self.scene, view_from(30, 30) if self.view == 'oblique' else self.view,
+                        size or self.size)
     def close(self): self.stage.close(); super().close()
 
     def on_pointer(self, event):
@@ -225,7 +253,8 @@ class LiveViewer(Viewer):
         down = event.type == 'pointer_down'
         for buffer in self.stage.lines: buffer.show_lines(self.lines_while_dragging if down else None)
         if down: self.pressed_at = event.x, event.y
-        elif np.hypot(event.x - self.pressed_at[0], event.y - self.pressed_at[1]) < 3: self.point_at(event.x, event.y)
+        elif np.hypot(event.x - self.pressed_at[0], event.y - self.pressed_at[1]) < 3:
+            self.point_at(event.x, event.y)
         self.stage.redraw()
 
     def point_at(self, x:float, y:float):
@@ -278,18 +307,23 @@ def replace(self:Viewer,
 
 # %% ../../nbs/09_viz/04_viewers.ipynb #42d19e66
 LIMITS = {
-    'software': "Drawn by the processor, not by a graphics card: large tractograms turn slowly, and show a thousand lines while turning.",
-    'no canvas': "A picture, not a canvas to turn with the mouse: jupyter_rfb is missing. <code>pip install 'jupyter_rfb&gt;=1.0,&lt;2'</code>, then restart the kernel and reload this page.",
-    'no adapter': "A painted picture, not a canvas to turn with the mouse: this machine has no graphics adapter that FURY can use. "
-                  "A software one will do: <code>sudo apt install libvulkan1 mesa-vulkan-drivers</code>, then restart the kernel.",
+    'software': "Drawn by the processor, not by a graphics card: large tractograms turn slowly, "
+                "and show a thousand lines while turning.",
+    'no canvas': "A picture, not a canvas to turn with the mouse: jupyter_rfb is missing. "
+                 "<code>pip install 'jupyter_rfb&gt;=1.0,&lt;2'</code>, "
+                 "then restart the kernel and reload this page.",
+    'no adapter': "A painted picture, not a canvas to turn with the mouse: "
+                  "this machine has no graphics adapter that FURY can use. A software one will do: "
+                  "<code>sudo apt install libvulkan1 mesa-vulkan-drivers</code>, then restart the kernel.",
     'no kernel': ""}
 
+# %% ../../nbs/09_viz/04_viewers.ipynb #db18179d
 def in_notebook() -> bool:
     "Whether there is a kernel that widgets can talk to."
     from IPython import get_ipython
     return getattr(get_ipython(), 'kernel', None) is not None
 
-def best_rung() -> tuple: # 'live', 'offscreen' or 'painter'; the reason why not better
+def best_rung() -> tuple: # 'live', 'offscreen' or 'painter'; the reason why not a better one
     "The highest rung this machine and this notebook can stand on."
     if not in_notebook(): return 'painter',LIMITS['no kernel']
     adapter = gpu_adapter()
@@ -305,8 +339,11 @@ def show(
 ) -> Viewer:
     "A viewer of the scene."
     rungs = {'live': LiveViewer, 'offscreen': OffscreenViewer, 'painter': PictureViewer}
-    if rung is not None and rung not in rungs: raise ValueError(f"a viewer is one of {list(rungs)}, found {rung!r}")
+    if rung is not None and rung not in rungs:
+        raise ValueError(f"a viewer is one of {list(rungs)}, found {rung!r}")
     best,limits = best_rung()
     if rung in ('live', 'offscreen') and gpu_adapter() is None:
-        raise RuntimeError(f"the '{rung}' viewer needs a graphics adapter; FURY finds none here. A software one will do: sudo apt install libvulkan1 mesa-vulkan-drivers, then restart the kernel.")
+        raise RuntimeError(f"the '{rung}' viewer needs a graphics adapter; FURY finds none here. "
+                           "A software one will do: sudo apt install libvulkan1 mesa-vulkan-drivers, "
+                           "then restart the kernel.")
     return rungs[rung or best](scene, size, limits=limits if rung in (None, best) else '')

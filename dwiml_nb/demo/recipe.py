@@ -19,9 +19,13 @@ def recipe_model(
     **changes, # Other arguments of `Learn2TrackModel`
 ) -> Learn2TrackModel:
     "The model of the recipe."
-    settings = dict(nb_features=nb_features, step_size=1., input_embedding_key='nn_embedding', input_embedded_size=128, dropout=.1,
-                    neighborhood_type='axes', neighborhood_radius=1, neighborhood_resolution=1., nb_previous_dirs=1, normalize_prev_dirs=True, prev_dirs_embedding_key='nn_embedding', prev_dirs_embedded_size=32,
-                    rnn_key='gru', rnn_layer_sizes=[128], use_skip_connection=True, dg_key='cosine-regression', dg_args=dict(axis_head=True, second_step_weight=.25))
+    settings = dict(nb_features=nb_features, step_size=1.,
+                    input_embedding_key='nn_embedding', input_embedded_size=128, dropout=.1,
+                    neighborhood_type='axes', neighborhood_radius=1, neighborhood_resolution=1.,
+                    nb_previous_dirs=1, normalize_prev_dirs=True,
+                    prev_dirs_embedding_key='nn_embedding', prev_dirs_embedded_size=32,
+                    rnn_key='gru', rnn_layer_sizes=[128], use_skip_connection=True,
+                    dg_key='cosine-regression', dg_args=dict(axis_head=True, second_step_weight=.25))
     return Learn2TrackModel(**{**settings, **changes})
 
 # %% ../../nbs/13_demo/00_recipe.ipynb #b959b72f
@@ -43,11 +47,16 @@ def recipe_trainer(
     model = model or recipe_model(dataset.nb_features[input_group_name])
     per_epoch = max(1, nb_batches//10)
     lines = int(dataset.training.nb_streamlines(streamline_group_name).sum())
-    sampler = DWIMLBatchIDSampler(dataset, streamline_group_name, batch_size_training=batch_size, nb_passes=-(-per_epoch*batch_size//lines) + 1, seed=seed)
-    options = {**dict(reverse_ratio=.5, segment_mm=40., widen_mm=2., off_track_mm=.8, off_track_corr_mm=8., lead_mm=5.), **augmentation}
-    loader = DWIMLBatchLoaderOneInput(dataset, model, input_group_name, streamline_group_name, seed=seed, **options)
-    return DWIMLTrainerOneInput(model, experiments_path, experiment_name, sampler, loader, learning_rates=[2e-3], lr_schedule='cosine-warmup', optimizer='AdamW',
-                                weight_decay=1e-3, clip_grad=1., max_epochs=10, max_batches_per_epoch_training=per_epoch, seed=seed, device=device)
+    sampler = DWIMLBatchIDSampler(dataset, streamline_group_name, batch_size_training=batch_size,
+                                  nb_passes=-(-per_epoch*batch_size//lines) + 1, seed=seed)
+    options = {**dict(reverse_ratio=.5, segment_mm=40., widen_mm=2., off_track_mm=.8, off_track_corr_mm=8.,
+                      lead_mm=5.), **augmentation}
+    loader = DWIMLBatchLoaderOneInput(dataset, model, input_group_name, streamline_group_name,
+                                      seed=seed, **options)
+    return DWIMLTrainerOneInput(model, experiments_path, experiment_name, sampler, loader,
+                                learning_rates=[2e-3], lr_schedule='cosine-warmup', optimizer='AdamW',
+                                weight_decay=1e-3, clip_grad=1., max_epochs=10,
+                                max_batches_per_epoch_training=per_epoch, seed=seed, device=device)
 
 # %% ../../nbs/13_demo/00_recipe.ipynb #2eb9b169
 def recipe_tracker(
@@ -59,4 +68,5 @@ def recipe_tracker(
     **changes, # Other arguments of `Tracker`
 ) -> Tracker:
     "The tracker of the recipe."
-    return Tracker(model, dataset, subj_id, input_group_name, tracking_mask_group, **{**dict(theta_deg=45, min_length_mm=20, max_length_mm=200), **changes})
+    return Tracker(model, dataset, subj_id, input_group_name, tracking_mask_group,
+                   **{**dict(theta_deg=45, min_length_mm=20, max_length_mm=200), **changes})

@@ -38,7 +38,7 @@ def stage(
     name:str, # Shown, and the key of its time
     seconds:dict, # Receives the time
 ):
-    "Time a block and say so."
+    "A block whose time is printed and kept."
     print(f"{name} …", flush=True)
     began = perf_counter()
     yield
@@ -50,9 +50,10 @@ def demo_study(
     out, # Folder of the demo
     held_out:str='sub_5', # The person to test on
 ) -> MultiSubjectDataset:
-    "Simulate the subjects, create the study, open it."
+    "The study of simulated subjects, created and opened."
     root = write_human_study(Path(out)/'subjects', held_out)
-    create_study(root, Path(out)/'study.hdf5', root/'config.json', root/'training.txt', root/'validation.txt', root/'testing.txt', overwrite=True)
+    create_study(root, Path(out)/'study.hdf5', root/'config.json',
+                 root/'training.txt', root/'validation.txt', root/'testing.txt', overwrite=True)
     dataset = MultiSubjectDataset(Path(out)/'study.hdf5')
     dataset.load_data()
     return dataset
@@ -68,8 +69,10 @@ def demo_seeds(
     "Seeds in the seeding mask of a subject."
     subset = next(s for s in (dataset.testing, dataset.validation, dataset.training) if subj_id in s.subjects)
     index = subset.subjects.index(subj_id)
-    return seeds_from_mask(subset.get_volume(index, 'seed_mask'), subset.grid(index, 'seed_mask').affine, npv=npv if nt is None else None, nt=nt, seed=seed)
+    return seeds_from_mask(subset.get_volume(index, 'seed_mask'), subset.grid(index, 'seed_mask').affine,
+                           npv=npv if nt is None else None, nt=nt, seed=seed)
 
+# %% ../../nbs/13_demo/01_demo.ipynb #d418c781
 def demo_scores(
     lines, # Tractogram or Ragged, rasmm
     subject_folder, # Of the held-out person, with its truth
@@ -94,9 +97,11 @@ def side_by_side(
     size=(330, 330), # Pixels of each picture
     max_lines:int=1500, # The most lines of each
 ) -> np.ndarray: # (H, W, 3) uint8
-    "Tractograms next to each other, seen alike."
-    scenes = {name: Scene(name).add_slices(volume, affine, planes='').add_lines(t) for name,t in tractograms.items()}
-    return np.concatenate([paint_side_by_side(scenes, view, size, max_lines=max_lines, smooth=2) for view in views])
+    "A picture of tractograms next to each other, in the same frame."
+    scenes = {name: Scene(name).add_slices(volume, affine, planes='').add_lines(t)
+              for name,t in tractograms.items()}
+    return np.concatenate([paint_side_by_side(scenes, view, size, max_lines=max_lines, smooth=2)
+                           for view in views])
 
 # %% ../../nbs/13_demo/01_demo.ipynb #580a13c6
 def loss_curve(
@@ -114,11 +119,15 @@ def loss_curve(
         plt.close(fig)
 
 # %% ../../nbs/13_demo/01_demo.ipynb #9e151dd0
-CAVEATS = """The streamlines are real: five people, three bundles of fifty lines each, from the dipy package. The diffusion signal
-around them is simulated, so the volume holds these three bundles and nothing else. The mask in which both trackers walk comes
-from the truth, which flatters the OR and NC of both. This shows that the kit works from end to end and how two trackers compare
-on equal terms; it says nothing about a whole brain."""
-SCORE_NAMES = dict(VB='valid bundles', VS='valid streamlines', IB='invalid connections', NC='no connection', OL='overlap', OR='overreach', F1='F1 of voxels')
+CAVEATS = ("The streamlines are real: five people, three bundles of fifty lines each, from the dipy package. "
+           "The diffusion signal\n"
+           "around them is simulated, so the volume holds these three bundles and nothing else. "
+           "The mask in which both trackers walk comes\n"
+           "from the truth, which flatters the OR and NC of both. "
+           "This shows that the kit works from end to end and how two trackers compare\n"
+           "on equal terms; it says nothing about a whole brain.")
+SCORE_NAMES = dict(VB='valid bundles', VS='valid streamlines', IB='invalid connections', NC='no connection',
+                   OL='overlap', OR='overreach', F1='F1 of voxels')
 
 def as_image(
     png:bytes,
@@ -126,12 +135,17 @@ def as_image(
     "A picture that travels within the page."
     return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
+# %% ../../nbs/13_demo/01_demo.ipynb #fd15831e
 def score_rows(
-    scores:dict, # who -> scores
+    scores:dict, # name of a tractogram -> scores
 ) -> str: # HTML table
     "Scores as a table, one column for each tractogram."
     head = ''.join(f'<th>{html.escape(who)}</th>' for who in scores)
-    rows = ''.join(f"<tr><td>{key}, {name}</td>{''.join(f'<td>{s[key]:.0f}</td>' if key == 'VB' else f'<td>{s[key]:.3f}</td>' for s in scores.values())}</tr>" for key,name in SCORE_NAMES.items())
+    rows = ''.join(
+        f"<tr><td>{key}, {name}</td>"
+        f"""{''.join(f'<td>{s[key]:.0f}</td>' if key == 'VB' else f'<td>{s[key]:.3f}</td>'
+                     for s in scores.values())}"""
+        f"</tr>" for key,name in SCORE_NAMES.items())
     return f'<table><tr><th></th>{head}</tr>{rows}</table>'
 
 # %% ../../nbs/13_demo/01_demo.ipynb #acf7760e
@@ -142,16 +156,22 @@ def write_report(
     subject:str, # Who was held out
 ):
     "Write the demo's report, one self-contained page."
-    seconds = ''.join(f'<tr><td>{html.escape(k)}</td><td>{v:.1f} s</td></tr>' for k,v in scores['seconds'].items())
+    seconds = ''.join(f'<tr><td>{html.escape(k)}</td><td>{v:.1f} s</td></tr>'
+                      for k,v in scores['seconds'].items())
     shown = ''.join(f'<h2>{html.escape(name)}</h2>{as_image(png)}' for name,png in pictures.items())
     who = {'this kit': scores['ours'], 'dipy CSD': scores['csd'], 'truth itself': scores['truth']}
     page = f"""<!doctype html><meta charset="utf-8"><title>dwiml_nb demo</title>
-<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1f2933}}img{{max-width:100%}}
-table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.25rem .9rem;border-bottom:1px solid #e2e6ea;text-align:right}}td:first-child{{text-align:left}}</style>
+<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;\
+color:#1f2933}}img{{max-width:100%}}
+table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.25rem .9rem;\
+border-bottom:1px solid #e2e6ea;text-align:right}}td:first-child{{text-align:left}}</style>
 <h1>A tractogram of {html.escape(subject)}, who was never seen in training</h1>
-<p>Learn2Track was trained on three people, validated on a fourth and tracked the fifth; dipy's deterministic CSD tracker got the same
-seeds, mask, step, lengths and scorer.</p>{score_rows(who)}<p>Shares are of all lines; VS + IB + NC = 1. The truth's own overlap is low because
-fifty lines are thin in their tubes.</p><h2>What this does not show</h2><p>{CAVEATS}</p>{shown}<h2>Time</h2><table>{seconds}</table>"""
+<p>Learn2Track was trained on three people, validated on a fourth and tracked the fifth; \
+dipy's deterministic CSD tracker got the same
+seeds, mask, step, lengths and scorer.</p>{score_rows(who)}<p>Shares are of all lines; VS + IB + NC = 1. \
+The truth's own overlap is low because
+fifty lines are thin in their tubes.</p><h2>What this does not show</h2><p>{CAVEATS}</p>{shown}\
+<h2>Time</h2><table>{seconds}</table>"""
     with atomic_file(file) as tmp: tmp.write_text(page)
 
 # %% ../../nbs/13_demo/01_demo.ipynb #cf78a6eb
@@ -169,20 +189,26 @@ def run_demo(
     for old in ('subjects', 'experiments'): shutil.rmtree(out/old, ignore_errors=True)
     with stage('subjects and study', seconds): dataset = demo_study(out, held_out)
     with stage('training', seconds):
-        trainer = recipe_trainer(dataset, out/'experiments', 'learn2track', 60 if quick else nb_batches, seed, device=device)
+        trainer = recipe_trainer(dataset, out/'experiments', 'learn2track', 60 if quick else nb_batches,
+                                 seed, device=device)
         trainer.train_and_validate()
-    seeds,folder = demo_seeds(dataset, held_out, nt=1500 if quick else None, seed=seed), out/'subjects'/held_out
+    seeds,folder = (demo_seeds(dataset, held_out, nt=1500 if quick else None, seed=seed),
+                    out/'subjects'/held_out)
     with stage('tracking', seconds): ours = recipe_tracker(trainer.model, dataset, held_out).track(seeds)
     with stage('CSD', seconds): csd = track_csd(folder, seeds)
     with stage('scores and report', seconds):
         truth = true_lines(folder)
         scores = {name: demo_scores(t, folder) for name,t in (('ours', ours), ('csd', csd), ('truth', truth))}
         for name in ('tractogram.trx', 'tractogram.trk'): save_tractogram(ours, out/name)
-        report_demo(out, dataset, trainer, {'truth': truth, 'this kit': ours, 'dipy CSD': csd}, {**scores, 'seconds': seconds}, held_out)
-    write_json({**scores, 'seconds': seconds, 'seed': seed, 'held_out': held_out, 'nb_seeds': len(seeds)}, out/'scores.json')
-    print(f"ours VS {scores['ours']['VS']:.3f} OL {scores['ours']['OL']:.3f} VB {scores['ours']['VB']}   CSD VS {scores['csd']['VS']:.3f} OL {scores['csd']['OL']:.3f}   report: {out/'report.html'}")
+        report_demo(out, dataset, trainer, {'truth': truth, 'this kit': ours, 'dipy CSD': csd},
+                    {**scores, 'seconds': seconds}, held_out)
+    write_json({**scores, 'seconds': seconds, 'seed': seed, 'held_out': held_out, 'nb_seeds': len(seeds)},
+               out/'scores.json')
+    print(f"ours VS {scores['ours']['VS']:.3f} OL {scores['ours']['OL']:.3f} VB {scores['ours']['VB']}   "
+          f"CSD VS {scores['csd']['VS']:.3f} OL {scores['csd']['OL']:.3f}   report: {out/'report.html'}")
     return scores
 
+# %% ../../nbs/13_demo/01_demo.ipynb #91134433
 def report_demo(
     out:Path,
     dataset, # Of `demo_study`
@@ -193,10 +219,12 @@ def report_demo(
 ):
     "The demo's pictures and page."
     index = dataset.testing.subjects.index(held_out)
-    picture = to_png(side_by_side(tractograms, dataset.testing.get_volume(index, 'input'), dataset.testing.grid(index, 'input').affine))
+    picture = to_png(side_by_side(tractograms, dataset.testing.get_volume(index, 'input'),
+                                  dataset.testing.grid(index, 'input').affine))
     with atomic_file(out/'tractograms.png') as tmp: tmp.write_bytes(picture)
     loss_curve(read_logs(trainer.experiment_folder), out/'loss.png')
-    write_report(out/'report.html', scores, {'Truth, ours, CSD': picture, 'Loss': (out/'loss.png').read_bytes()}, held_out)
+    write_report(out/'report.html', scores,
+                 {'Truth, ours, CSD': picture, 'Loss': (out/'loss.png').read_bytes()}, held_out)
 
 # %% ../../nbs/13_demo/01_demo.ipynb #4a9c83f1
 @call_parse

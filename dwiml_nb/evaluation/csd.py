@@ -36,21 +36,29 @@ class Acquisition(NamedTuple):
     mask:np.ndarray # (X, Y, Z) bool, where to track
     grid:Grid
 
+# %% ../../nbs/10_evaluation/01_csd.ipynb #7e89c8a1
 def read_acquisition(
     subject, # Subject folder, `SimulatedSubject`, or `Acquisition`
 ) -> Acquisition:
     "The DWI, gradients and white-matter mask of a subject."
     if isinstance(subject, Acquisition): return subject
-    if isinstance(subject, SimulatedSubject): return Acquisition(subject.dwi, subject.bvals, subject.bvecs, subject.white, subject.grid)
+    if isinstance(subject, SimulatedSubject):
+        return Acquisition(subject.dwi, subject.bvals, subject.bvecs, subject.white, subject.grid)
     folder = Path(subject)
     for file in ('dwi/dwi.nii.gz', 'masks/wm.nii.gz'):
-        if not (folder/file).is_file(): raise DataProblem("the subject folder lacks a file that CSD needs", expected="dwi/dwi.nii.gz with .bval and .bvec, masks/wm.nii.gz", file=folder/file)
+        if not (folder/file).is_file():
+            raise DataProblem("the subject folder lacks a file that CSD needs",
+                              expected="dwi/dwi.nii.gz with .bval and .bvec, masks/wm.nii.gz",
+                              file=folder/file)
     img = nib.load(folder/'dwi/dwi.nii.gz')
     mask = np.asarray(nib.load(folder/'masks/wm.nii.gz').dataobj) > 0
-    return Acquisition(np.asarray(img.dataobj), *read_gradients(folder/'dwi/dwi.bval', folder/'dwi/dwi.bvec', img.affine), mask, grid_of(img))
+    return Acquisition(np.asarray(img.dataobj),
+                       *read_gradients(folder/'dwi/dwi.bval', folder/'dwi/dwi.bvec', img.affine),
+                       mask, grid_of(img))
 
 # %% ../../nbs/10_evaluation/01_csd.ipynb #cd5ef272
-RESPONSE = (np.array([FIBRE[0], FIBRE[1], FIBRE[1]]), S0) # The simulation's own fibre: eigenvalues in mm2/s and b0 signal
+# The simulation's own fibre: eigenvalues in mm2/s and b0 signal
+RESPONSE = (np.array([FIBRE[0], FIBRE[1], FIBRE[1]]), S0)
 
 def csd_fodf(
     acquisition:Acquisition,
@@ -63,9 +71,11 @@ def csd_fodf(
     b0,volumes,_ = choose_shell(bvals, shell)
     use = b0 | volumes
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')                               # dipy: fewer directions than coefficients, legacy basis
-        csd = ConstrainedSphericalDeconvModel(gradient_table(np.where(b0, 0, bvals)[use], bvecs=bvecs[use]), response, sh_order_max=order)
-        return np.nan_to_num(csd.fit(np.asarray(acquisition.dwi)[..., use].astype(np.float64), mask=mask).shm_coeff)
+        warnings.simplefilter('ignore')              # dipy: fewer directions than coefficients, legacy basis
+        csd = ConstrainedSphericalDeconvModel(gradient_table(np.where(b0, 0, bvals)[use], bvecs=bvecs[use]),
+                                              response, sh_order_max=order)
+        return np.nan_to_num(csd.fit(np.asarray(acquisition.dwi)[..., use].astype(np.float64),
+                                     mask=mask).shm_coeff)
 
 # %% ../../nbs/10_evaluation/01_csd.ipynb #1b78aaab
 def amplitudes(
@@ -90,8 +100,11 @@ def check_seeds(
     "Seeds that lie in the volume, or a problem that counts those that do not."
     seeds = np.asarray(seeds, np.float64).reshape(-1, 3)
     out = ~inside(convert(seeds, grid, 'rasmm', 'vox'), grid)
-    if out.any(): raise DataProblem(f"{out.sum()} of {len(seeds)} seeds lie outside the volume", expected=f"RAS mm within {grid}", found=f"for instance {seeds[out][0].round(1).tolist()}",
-                                    do="check that the seeds are in RAS mm and were made from a mask of this subject.")
+    if out.any():
+        raise DataProblem(f"{out.sum()} of {len(seeds)} seeds lie outside the volume",
+                          expected=f"RAS mm within {grid}",
+                          found=f"for instance {seeds[out][0].round(1).tolist()}",
+                          do="check that the seeds are in RAS mm and were made from a mask of this subject.")
     return seeds
 
 # %% ../../nbs/10_evaluation/01_csd.ipynb #ab2e03e7
@@ -106,23 +119,27 @@ def track_csd(
     order:int=8, # SH order of the CSD
     response=RESPONSE, # Eigenvalues and b0 signal of one fibre
     n_threads:int=0, # 0: all cores
-    seed:int=1234, # dipy's, for its random draws
+    seed:int=1234, # For dipy's random draws
 ) -> Tractogram:
-    "Track with dipy's deterministic tracker on CSD."
+    "A tractogram by dipy's deterministic tracker on CSD."
     a = read_acquisition(subject)
     if mask is not None: a = a._replace(mask=np.asarray(mask) > 0)
     seeds = check_seeds(seeds, a.grid)
-    info = {'method': 'CSD, dipy deterministic', 'step_mm': step_mm, 'max_angle': max_angle, 'lengths_mm': [min_length_mm, max_length_mm], 'order': order, 'nb_seeds': len(seeds)}
+    info = {'method': 'CSD, dipy deterministic', 'step_mm': step_mm, 'max_angle': max_angle,
+            'lengths_mm': [min_length_mm, max_length_mm], 'order': order, 'nb_seeds': len(seeds)}
     if not len(seeds): return Tractogram(Ragged.from_list([]), a.grid, info=info)
     fodf,sphere = csd_fodf(a, order, response), get_sphere(name='symmetric362')
     small = a.mask.size*len(sphere.vertices)*8 < 2**30
     how = {'sf': amplitudes(fodf, a.mask, sphere)} if small else {'sh': fodf}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        found = deterministic_tracking(seeds, BinaryStoppingCriterion(a.mask.astype(np.uint8)), a.grid.affine, **how, sphere=sphere, min_len=min_length_mm, max_len=max_length_mm,
-                                       step_size=step_mm, max_angle=max_angle, nbr_threads=n_threads, random_seed=seed)
+        found = deterministic_tracking(seeds, BinaryStoppingCriterion(a.mask.astype(np.uint8)), a.grid.affine,
+                                       **how, sphere=sphere, min_len=min_length_mm, max_len=max_length_mm,
+                                       step_size=step_mm, max_angle=max_angle,
+                                       nbr_threads=n_threads, random_seed=seed)
         lines = Ragged.from_list([torch.tensor(np.asarray(line), dtype=torch.float32) for line in found])
-    return Tractogram(lines[lengths_of(lines) >= min_length_mm - 1e-3], a.grid, info=info)            # dipy counts points, one more than steps
+    # dipy counts points, one more than steps
+    return Tractogram(lines[lengths_of(lines) >= min_length_mm - 1e-3], a.grid, info=info)
 
 # %% ../../nbs/10_evaluation/01_csd.ipynb #2d22963a
 GATE = {'VS': (.55, .75), 'OL': (.82, .90)} # What CSD scores on a right simulation of the human bundles

@@ -20,8 +20,10 @@ class BatchPreview(Panel):
     context = Choice('training', help="Which subset batches come from: training or validation.")
     epoch = T.Int(0, help="Epoch, from 0.")
     index = T.Int(0, help="Batch of the epoch, from 0.")
-    subject = Choice('all', help="Whose lines are shown: 'all', or a subject of the batch. Its volume lies under them.")
-    augmented = T.Bool(True, help="Show the batch as the model gets it; off: the same lines before augmentation.")
+    subject = Choice('all', help="Whose lines are shown: 'all', or a subject of the batch. "
+                                 "Its volume lies under them.")
+    augmented = T.Bool(True, help="Show the batch as the model gets it; "
+                                  "off: the same lines before augmentation.")
     info = T.Unicode('', help="The batch in a sentence.")
 
     def __init__(self,
@@ -35,10 +37,11 @@ class BatchPreview(Panel):
         self.load()
         self.viewer = show(self.scene())
         self.children = [self.make_controls(), self.viewer, self.message]
-        self.observe(self.guard(lambda change: self.update(change['name'])), ['context', 'epoch', 'index', 'subject', 'augmented'])
+        self.observe(self.guard(lambda change: self.update(change['name'])),
+                     ['context', 'epoch', 'index', 'subject', 'augmented'])
 
     def close(self):
-        "Let go of the viewer too."
+        "Close the viewer too."
         if self.viewer is not None: self.viewer.close()
         super().close()
     def still(self) -> dict: return self.viewer.still()
@@ -47,9 +50,11 @@ class BatchPreview(Panel):
 # %% ../../nbs/11_widgets/02_batch_preview.ipynb #40f2d512
 @patch
 def load(self:BatchPreview):
-    "Have the loader make the batch."
+    "Make the batch with the loader."
     nb = self.batch_sampler.nb_batches(self.context, self.epoch)
-    if not 0 <= self.index < nb: raise ValueError(f"epoch {self.epoch} of the {self.context} subset has {nb} batches, numbered from 0; there is no batch {self.index}")
+    if not 0 <= self.index < nb:
+        raise ValueError(f"epoch {self.epoch} of the {self.context} subset has {nb} batches, "
+                         f"numbered from 0; there is no batch {self.index}")
     ids = next(iter(self.batch_sampler.batches(self.context, epoch=self.epoch, start=self.index)))
     self.batch = self.batch_loader.load_batch_streamlines(ids, None if self.augmented else Draws())
     subjects = self.batch_loader.dataset.subset(self.context).subjects
@@ -72,7 +77,8 @@ def update(self:BatchPreview,
     name:str, # The trait that has changed
 ):
     "Load another batch if need be, and show it."
-    if name in ('context', 'epoch') and self.index >= self.batch_sampler.nb_batches(self.context, self.epoch): self.index = 0; return
+    if (name in ('context', 'epoch')
+        and self.index >= self.batch_sampler.nb_batches(self.context, self.epoch)): self.index = 0; return
     if name != 'subject':
         self.load()
         self.subjects.options = self.subject_options
@@ -81,18 +87,20 @@ def update(self:BatchPreview,
 
 @patch
 def next_batch(self:BatchPreview):
-    "The next batch, of the next epoch after the last one."
+    "The next batch; after the last one, the first of the next epoch."
     if self.index + 1 < self.batch_sampler.nb_batches(self.context, self.epoch): self.index += 1
     else:
         with self.hold_trait_notifications(): self.epoch,self.index = self.epoch + 1,0
 
+# %% ../../nbs/11_widgets/02_batch_preview.ipynb #cec95aa9
 @patch
 def make_controls(self:BatchPreview): # -> a widget
-    "Next batch, whose lines, with or without augmentation."
+    "Controls: the next batch, whose lines, with or without augmentation."
     self.next_button = W.Button(description='Next batch', icon='step-forward', layout=W.Layout(width='9em'))
     self.next_button.on_click(self.guard(lambda _: self.next_batch()))
     self.subjects = chooser(self, 'subject', 'subject')
     augmented = W.Checkbox(value=True, description='augmented', indent=False, layout=W.Layout(width='8em'))
     W.link((augmented, 'value'), (self, 'augmented'))
     self.told = W.Label(self.info)
-    return W.VBox([W.HBox([self.next_button, chooser(self, 'context', 'subset'), self.subjects, augmented], layout=W.Layout(flex_flow='row wrap')), self.told])
+    return W.VBox([W.HBox([self.next_button, chooser(self, 'context', 'subset'), self.subjects, augmented],
+                          layout=W.Layout(flex_flow='row wrap')), self.told])

@@ -26,11 +26,13 @@ def batch_curve(
     kept = rows[::max(1, len(rows)//most)]
     return [x for x,_ in kept],[y for _,y in kept]
 
+# %% ../../nbs/11_widgets/03_training_dashboard.ipynb #b011246a
 def live_figure(): # -> a plotly `FigureWidget` with the traces 'batch', 'training' and 'validation'
     "The loss, ready to be updated in place."
     import plotly.graph_objects as go
     figure = loss_figure()
-    figure.add_scatter(x=[], y=[], name='batch', mode='lines', line=dict(color=PALETTE[5], width=1), opacity=.6)
+    figure.add_scatter(x=[], y=[], name='batch', mode='lines', line=dict(color=PALETTE[5], width=1),
+                       opacity=.6)
     figure.data = [figure.data[2], figure.data[0], figure.data[1]]
     return go.FigureWidget(figure)
 
@@ -57,7 +59,7 @@ class TrainingDashboard(Panel):
 
     @property
     def is_running(self) -> bool:
-        "Whether the dashboard's thread is at work."
+        "Whether the dashboard's thread still runs."
         return self.thread is not None and self.thread.is_alive()
     def close(self):
         "Stop listening; the training goes on."
@@ -65,33 +67,40 @@ class TrainingDashboard(Panel):
         super().close()
     def still(self) -> dict:
         if not self.epochs['epoch']: return {}
-        figure = plot_columns({self.trainer.experiment_name: self.epochs}, {'loss': ['train_loss', 'valid_loss']})[0]
+        figure = plot_columns({self.trainer.experiment_name: self.epochs},
+                              {'loss': ['train_loss', 'valid_loss']})[0]
         return {'image/png': base64.b64encode(figure_png(figure)).decode()}
-    def __repr__(self): return f"TrainingDashboard({self.trainer.experiment_name}: {self.state}, epoch {self.epoch}, {self.progress:.0%})"
+    def __repr__(self):
+        return (f"TrainingDashboard({self.trainer.experiment_name}: {self.state}, "
+                f"epoch {self.epoch}, {self.progress:.0%})")
 
 # %% ../../nbs/11_widgets/03_training_dashboard.ipynb #b2709966
 @patch
 def start(self:TrainingDashboard):
     "Train in a thread; return at once."
     if self.is_running: raise RuntimeError("this training is running already")
-    if self.trainer.has_ended: raise RuntimeError(f"this training has ended after {self.trainer.epoch} epochs. To go on, resume it from its checkpoint with more epochs.")
+    if self.trainer.has_ended:
+        raise RuntimeError(f"this training has ended after {self.trainer.epoch} epochs. "
+                           "To go on, resume it from its checkpoint with more epochs.")
     self.error = ''
     self.say('')
-    self.thread = threading.Thread(target=self.run, name=f"training {self.trainer.experiment_name}", daemon=True)
+    self.thread = threading.Thread(target=self.run, name=f"training {self.trainer.experiment_name}",
+                                   daemon=True)
     self.thread.start()
 
 @patch
 def run(self:TrainingDashboard):
-    "What the thread does."
+    "Train, in the thread."
     try: self.trainer.train_and_validate()
     except BaseException as e:
         self.error = f"{type(e).__name__}: {e}"
         self.say(self.error, error=True)
     finally: self.draw()
 
+# %% ../../nbs/11_widgets/03_training_dashboard.ipynb #5c3efa73
 @patch
 def stop(self:TrainingDashboard):
-    "Ask the training to end after the batch in progress, with a checkpoint."
+    "Ask the training to end after the present batch, with a checkpoint."
     self.trainer.control.request_stop()
     if self.is_running: self.say("stopping after this batch …")
 
@@ -99,46 +108,55 @@ def stop(self:TrainingDashboard):
 def wait(self:TrainingDashboard,
     seconds:float=None, # Give up after this long; None: never
 ) -> str: # The state
-    "Wait until the training is over: for scripts and tests."
+    "The state when the training is over, for scripts and tests."
     if self.thread is not None: self.thread.join(seconds)
     return self.state
 
-# %% ../../nbs/11_widgets/03_training_dashboard.ipynb #5c3efa73
+# %% ../../nbs/11_widgets/03_training_dashboard.ipynb #e2544373
 @patch
 def make_controls(self:TrainingDashboard): # -> a widget
-    "Two buttons, a bar and a line of text."
-    self.start_button = W.Button(description='Start', icon='play', button_style='primary', layout=W.Layout(width='8em'))
-    self.stop_button = W.Button(description='Stop after batch', icon='stop', layout=W.Layout(width='11em'), disabled=True)
+    "Controls: two buttons, a bar and a line of text."
+    self.start_button = W.Button(description='Start', icon='play', button_style='primary',
+                                 layout=W.Layout(width='8em'))
+    self.stop_button = W.Button(description='Stop after batch', icon='stop',
+                                layout=W.Layout(width='11em'), disabled=True)
     self.start_button.on_click(self.guard(lambda _: self.start()))
     self.stop_button.on_click(self.guard(lambda _: self.stop()))
     self.bar,self.told = W.FloatProgress(min=0, max=1, layout=W.Layout(width='14em')), W.HTML()
-    return W.HBox([self.start_button, self.stop_button, self.bar, self.told], layout=W.Layout(flex_flow='row wrap'))
+    return W.HBox([self.start_button, self.stop_button, self.bar, self.told],
+                  layout=W.Layout(flex_flow='row wrap'))
 
 # %% ../../nbs/11_widgets/03_training_dashboard.ipynb #9011f28a
 @patch
 def listen(self:TrainingDashboard):
-    "Be told of batches, epochs and states."
+    "Follow batches, epochs and states."
     control = self.trainer.control
-    self.listeners = [(control.on_batch_end, self.on_batch), (control.on_epoch_end, self.on_epoch), (control.on_state, self.on_state)]
+    self.listeners = [(control.on_batch_end, self.on_batch), (control.on_epoch_end, self.on_epoch),
+                      (control.on_state, self.on_state)]
     for heard,mine in self.listeners: heard.append(mine)
 
 @patch
 def on_batch(self:TrainingDashboard, row:dict):
-    "A batch is done."
-    if row['phase'] == 'training': self.batches.append((row['epoch'] + (row['batch'] + 1)/max(self.trainer.nb_batches('training', row['epoch']), 1), row['loss']))
+    "Note a batch that is done."
+    if row['phase'] == 'training':
+        self.batches.append((row['epoch'] + (row['batch'] + 1)
+                             /max(self.trainer.nb_batches('training', row['epoch']), 1), row['loss']))
     self.redraw()
 
+# %% ../../nbs/11_widgets/03_training_dashboard.ipynb #984d5373
 @patch
 def on_epoch(self:TrainingDashboard, row:dict):
-    "An epoch is done."
+    "Note an epoch that is done."
     for name,values in self.epochs.items(): values.append(row.get(name))
     self.redraw()
 
 @patch
 def on_state(self:TrainingDashboard, state:str):
-    "The training has entered another state."
+    "Note another state of the training."
     if state in ('stopped', 'ended', 'failed'):
-        if not self.error: self.say({'stopped': "stopped after a batch; its checkpoint is saved.", 'ended': "ended; the best model is in best_model/."}.get(state, ''))
+        if not self.error:
+            self.say({'stopped': "stopped after a batch; its checkpoint is saved.",
+                      'ended': "ended; the best model is in best_model/."}.get(state, ''))
         self.draw()
     else: self.redraw()
 
@@ -147,25 +165,36 @@ def on_state(self:TrainingDashboard, state:str):
 def read_past(self:TrainingDashboard):
     "Take what earlier sessions logged."
     if (self.trainer.experiment_folder/'logs').is_dir():
-        epochs,batches = read_logs(self.trainer.experiment_folder), read_logs(self.trainer.experiment_folder, 'batches')
+        epochs,batches = (read_logs(self.trainer.experiment_folder),
+                          read_logs(self.trainer.experiment_folder, 'batches'))
         self.epochs = {name: list(epochs.get(name, [])) for name in self.epochs}
         nb = max(self.trainer.nb_batches('training'), 1)
-        if batches: self.batches = [(e + (b + 1)/nb, loss) for p,e,b,loss in zip(*(batches[k] for k in ('phase', 'epoch', 'batch', 'loss'))) if p == 'training']
+        if batches:
+            self.batches = [(e + (b + 1)/nb, loss)
+                            for p,e,b,loss in zip(*(batches[k] for k in ('phase', 'epoch', 'batch', 'loss')))
+                            if p == 'training']
     self.draw()
 
+# %% ../../nbs/11_widgets/03_training_dashboard.ipynb #2f573367
 @patch
 def draw(self:TrainingDashboard):
     "Bring the picture up to date."
     control = self.trainer.control
-    self.state,self.epoch,self.eta = control.state, self.trainer.epoch, nice_seconds(control.eta_seconds if control.is_running else None)
+    self.state,self.epoch,self.eta = (control.state, self.trainer.epoch,
+                                      nice_seconds(control.eta_seconds if control.is_running else None))
     self.progress = control.done/control.total if control.total else 0.
     self.bar.value = self.progress
-    self.start_button.disabled,self.stop_button.disabled = control.is_running or self.trainer.has_ended,not control.is_running
+    self.start_button.disabled,self.stop_button.disabled = (control.is_running or self.trainer.has_ended,
+                                                            not control.is_running)
     self.start_button.description = 'Go on' if control.state in ('stopped', 'failed') else 'Start'
-    last = f", validation loss {self.epochs['valid_loss'][-1]:.4g}" if self.epochs['valid_loss'] and self.epochs['valid_loss'][-1] is not None else ''
+    last = (f", validation loss {self.epochs['valid_loss'][-1]:.4g}"
+            if self.epochs['valid_loss'] and self.epochs['valid_loss'][-1] is not None else '')
     left = f", {self.eta} left" if control.is_running else ''
-    self.told.value = f"&nbsp;{self.state}: epoch {min(self.epoch + 1, self.trainer.max_epochs)} of {self.trainer.max_epochs}{last}{left}"
+    self.told.value = (f"&nbsp;{self.state}: epoch {min(self.epoch + 1, self.trainer.max_epochs)} "
+                       f"of {self.trainer.max_epochs}{last}{left}")
     x,y = batch_curve(self.batches)
     ends = [e + 1 for e in self.epochs['epoch']]
     with self.figure.batch_update():
-        for trace,(xs,ys) in zip(self.figure.data, ((x, y), (ends, self.epochs['train_loss']), (ends, self.epochs['valid_loss']))): trace.x,trace.y = xs,ys
+        for trace,(xs,ys) in zip(self.figure.data, ((x, y), (ends, self.epochs['train_loss']),
+                                                    (ends, self.epochs['valid_loss']))):
+            trace.x,trace.y = xs,ys

@@ -27,10 +27,11 @@ from .training_dashboard import TrainingDashboard
 # %% ../../nbs/11_widgets/04_viz.ipynb #85be727e
 @singledispatch
 def viz(
-    x, # A study, batch, loader, tractogram, `Ragged` in RAS mm, scene, trainer; or the path of a study, tractogram or experiment
+    x, # A study, batch, loader, tractogram, `Ragged` in RAS mm, scene or trainer; or a path (see the message)
 ): # -> something to look at
-    "Show it."
-    raise TypeError(f"don't know how to show a {type(x).__name__}. Expected a study (.hdf5), a batch or a loader, "
+    "A widget, a viewer or a picture of anything."
+    raise TypeError(f"don't know how to show a {type(x).__name__}. "
+                    "Expected a study (.hdf5), a batch or a loader, "
                     f"a tractogram ({', '.join(TRACTOGRAM_FORMATS)}), lines in RAS mm, a scene, "
                     "a trainer or the folder of an experiment; an object or a path.")
 
@@ -42,7 +43,8 @@ def viz_study(x:MultiSubjectDataset) -> StudyBrowser: return StudyBrowser(x)
 def viz_batch(x:Batch): return show(scene_of_batch(x))
 
 @viz.register
-def viz_loader(x:DWIMLBatchLoader) -> BatchPreview: return BatchPreview(x, DWIMLBatchIDSampler(x.dataset, x.streamline_group_name))
+def viz_loader(x:DWIMLBatchLoader) -> BatchPreview:
+    return BatchPreview(x, DWIMLBatchIDSampler(x.dataset, x.streamline_group_name))
 
 # %% ../../nbs/11_widgets/04_viz.ipynb #4fbba5c9
 @viz.register

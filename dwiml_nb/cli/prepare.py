@@ -26,5 +26,6 @@ def dwiml_fit_sh(
 ):
     "Fit spherical harmonics to one shell of a DWI: over b0, one scale per degree, zero outside the brain."
     with plain_problems():
-        fit_sh_files(dwi, bvals, bvecs, mask, out, order=order, shell=shell, convention=convention, peaks=peaks, overwrite=overwrite)
+        fit_sh_files(dwi, bvals, bvecs, mask, out, order=order, shell=shell, convention=convention,
+                     peaks=peaks, overwrite=overwrite)
         print(f"Wrote {out}, described in {sh_json(out).name}")

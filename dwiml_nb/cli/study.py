@@ -24,11 +24,13 @@ def dwiml_create_hdf5_dataset(
     testing:str, # Text file of testing subjects
     step_size:float=None, # mm between points of the streamlines
     nb_points:int=None, # Points of every streamline
-    compress:Param("Linearise streamlines within this tolerance in mm; 0.01 when no number follows", float, nargs='?', const=.01)=None,
+    compress:Param("Linearise streamlines within this tolerance in mm; 0.01 when no number follows",
+                   float, nargs='?', const=.01)=None,
     remove_invalid:Param("Leave out streamlines that leave the volume", action='store_true')=False,
     refuse_invalid:Param("Make no study if a streamline leaves its volume", action='store_true')=False,
     skip_enforce_files_presence:Param("Files that are missing only warn", action='store_true')=False,
-    save_intermediate:Param("Also write each group as .nii.gz or .trk beside the study", action='store_true')=False,
+    save_intermediate:Param("Also write each group as .nii.gz or .trk beside the study",
+                            action='store_true')=False,
     n_procs:int=1, # Subjects made at the same time
     float16:Param("Store volumes in half the bytes, and say what that costs", action='store_true')=False,
     dry_run:Param("Write nothing, say what would be written", action=switch('--dry-run'))=False,
@@ -37,21 +39,24 @@ def dwiml_create_hdf5_dataset(
 ):
     "Make an HDF5 study from subject folders."
     with plain_problems(), warnings.catch_warnings():
-        warnings.simplefilter('ignore', UserWarning)                  # the summary tells them
-        summary = create_study(ready_folder, out_hdf5, config, training, validation, testing, step_size, nb_points, compress, 'refuse' if refuse_invalid else remove_invalid,
-                               skip_enforce_files_presence, save_intermediate, n_procs, overwrite, 'float16' if float16 else 'float32', dry_run)
+        warnings.simplefilter('ignore', UserWarning)                  # the summary shows them
+        summary = create_study(ready_folder, out_hdf5, config, training, validation, testing,
+                               step_size, nb_points, compress, 'refuse' if refuse_invalid else remove_invalid,
+                               skip_enforce_files_presence, save_intermediate, n_procs, overwrite,
+                               'float16' if float16 else 'float32', dry_run)
         print(summary if verbose or dry_run else '\n'.join([summary.headline(), *summary.warnings]))
 
 # %% ../../nbs/12_cli/01_study.ipynb #6a887c78
 @call_parse
 def dwiml_hdf5_add_subjects(
-    hdf5_file:str, # The study that grows; others may be reading it
+    hdf5_file:str, # The study that grows; others may read it meanwhile
     ready_folder:str, # Folder that holds one folder per subject
     training:str=None, # Text file of new training subjects
     validation:str=None, # Text file of new validation subjects
     testing:str=None, # Text file of new testing subjects
     config:str=None, # JSON, where the study's own does not fit these folders
-    remove_invalid:Param("Leave out streamlines that leave the volume; as the study was made when not given", action='store_true')=False,
+    remove_invalid:Param("Leave out streamlines that leave the volume; as the study was made when not given",
+                         action='store_true')=False,
     refuse_invalid:Param("Add nothing if a streamline leaves its volume", action='store_true')=False,
     skip_enforce_files_presence:Param("Files that are missing only warn", action='store_true')=False,
     n_procs:int=1, # Subjects made at the same time
@@ -60,8 +65,9 @@ def dwiml_hdf5_add_subjects(
 ):
     "Add subjects to a study; each becomes a file beside it."
     with plain_problems(), warnings.catch_warnings():
-        warnings.simplefilter('ignore', UserWarning)                  # the summary tells them
-        summary = add_subjects(hdf5_file, ready_folder, training, validation, testing, config, 'refuse' if refuse_invalid else remove_invalid or None,
+        warnings.simplefilter('ignore', UserWarning)                  # the summary shows them
+        summary = add_subjects(hdf5_file, ready_folder, training, validation, testing, config,
+                               'refuse' if refuse_invalid else remove_invalid or None,
                                skip_enforce_files_presence, n_procs, dry_run)
         print(summary if verbose or dry_run else '\n'.join([summary.headline(), *summary.warnings]))
 
@@ -73,7 +79,8 @@ def dwiml_hdf5_repack(
     overwrite:Param("Replace a study of that name", action=switch('-f'))=False,
 ):
     "Bring a study into one file, contiguous and not compressed."
-    with plain_problems(): print(f"{(path := repack_study(hdf5_file, out, overwrite))}: {path.stat().st_size/1e6:.1f} MB in one file")
+    with plain_problems(): print(f"{(path := repack_study(hdf5_file, out, overwrite))}: "
+                                 f"{path.stat().st_size/1e6:.1f} MB in one file")
 
 # %% ../../nbs/12_cli/01_study.ipynb #e91e0186
 @call_parse

@@ -19,11 +19,12 @@ from ..study.check_apart import check_apart
 def query_of(
     text:str, # 'name:key=value,key=value'
 ) -> tuple: # name, query
-    "A group of the command line, read."
+    "A group of the command line as name and query."
     name,colon,rest = text.partition(':')
     pairs = [p.partition('=') for p in rest.split(',') if p]
     if not name or not all(k and equals and v for k,equals,v in pairs):
-        raise DataProblem(f"'{text}' cannot be read", expected="name:key=value,key=value, for instance input:model=csd,param=fod")
+        raise DataProblem(f"'{text}' cannot be read",
+                          expected="name:key=value,key=value, for instance input:model=csd,param=fod")
     return name, {k: v.split('|') if '|' in v else v for k,_,v in pairs}
 
 # %% ../../nbs/12_cli/05_study_tools.ipynb #5af05b59
@@ -31,8 +32,11 @@ def query_of(
 def dwiml_bids_sources(
     derivatives:str, # BIDS derivatives: holds sub-… folders
     out_folder:str, # Where config.json and the three lists are written
-    volume:Param("A volume group, for instance input:model=csd,param=fod,frame=image; may be given several times", action='append')=None,
-    streamlines:Param("Entities of the tractograms, for instance bundles:desc=clean; all of them when not given")=None,
+    volume:Param("A volume group, for instance input:model=csd,param=fod,frame=image; "
+                 "may be given several times",
+                 action='append')=None,
+    streamlines:Param("Entities of the tractograms, for instance bundles:desc=clean; "
+                      "all of them when not given")=None,
     tract:Param("What becomes of tract- in the names", choices=['label', 'groups', 'none'])='label',
     training:Param("Training subjects", nargs='*')=None,
     validation:Param("Validation subjects", nargs='*')=None,
@@ -43,7 +47,8 @@ def dwiml_bids_sources(
     "Find the sources of a study in BIDS derivatives, for dwiml_create_hdf5_dataset."
     with plain_problems():
         name,query = query_of(streamlines or 'bundles')
-        sources = bids_sources(derivatives, dict(map(query_of, volume or [])), query, tract, training, validation, testing, split, participants, name)
+        sources = bids_sources(derivatives, dict(map(query_of, volume or [])), query, tract,
+                               training, validation, testing, split, participants, name)
         folder = sources.write(out_folder)
         files = [str(folder/n) for n in ('config.json', 'training.txt', 'validation.txt', 'testing.txt')]
         print(sources, shlex.join(['dwiml_create_hdf5_dataset', derivatives, 'study.hdf5', *files]), sep='\n')
@@ -56,7 +61,7 @@ def dwiml_hdf5_check(
     timeout:float=600., # Seconds until reading is taken for hanging
     memory:float=2., # GiB that reading may take
 ):
-    "Say everything that is wrong with a study."
+    "Report everything that is wrong with a study."
     report = check_apart(hdf5_file, timeout, int(memory*2**30))
     print(json.dumps(report.as_dict(), indent=1) if as_json else report)
     if not report.ok: sys.exit(1)

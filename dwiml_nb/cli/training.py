@@ -18,28 +18,32 @@ from ..viz.plots import figure_png, plot_logs
 @call_parse
 def dwiml_resume_training_from_checkpoint(
     experiments_path:str, # Folder of all experiments
-    experiment_name:str, # Name of the one to go on with
+    experiment_name:str, # The experiment to go on with
     hdf5_file:str=None, # The study, if it moved
     new_patience:int=None, # Instead of the run's
     new_max_epochs:int=None, # Instead of the run's
     nb_cpu_processes:int=None, # Instead of the run's
     device:str=None, # cpu, cuda; the first GPU if there is one
 ):
-    "Go on with a training where its last checkpoint was written."
+    "Go on with a training from its last checkpoint."
     logging.basicConfig(level=logging.INFO, format='%(message)s')
     with plain_problems():
-        trainer = trainer_from_folder(experiments_path, experiment_name, hdf5_file, new_patience=new_patience, new_max_epochs=new_max_epochs,
+        trainer = trainer_from_folder(experiments_path, experiment_name, hdf5_file,
+                                      new_patience=new_patience, new_max_epochs=new_max_epochs,
                                       nb_cpu_processes=nb_cpu_processes, device=device)
-        print(f"resuming at epoch {trainer.epoch + 1} of {trainer.max_epochs}, {trainer.phase} batch {trainer.batch + 1}")
+        print(f"resuming at epoch {trainer.epoch + 1} of {trainer.max_epochs}, "
+              f"{trainer.phase} batch {trainer.batch + 1}")
         try: trainer.train_and_validate()
-        except KeyboardInterrupt: sys.exit(f"Stopped at epoch {trainer.epoch + 1}, {trainer.phase} batch {trainer.batch}; the checkpoint is written.")
-        print(f"{trainer.control.state}; best epoch {trainer.monitor.best_epoch + 1} with loss {trainer.monitor.best_value:.6g}")
+        except KeyboardInterrupt: sys.exit(f"Stopped at epoch {trainer.epoch + 1}, {trainer.phase} batch "
+                                           f"{trainer.batch}; the checkpoint is written.")
+        print(f"{trainer.control.state}; best epoch {trainer.monitor.best_epoch + 1} "
+              f"with loss {trainer.monitor.best_value:.6g}")
 
 # %% ../../nbs/12_cli/03_training.ipynb #4a66ecd5
 def parse_graph(
     words:list, # title log1 [log2 …] [ymin ymax]
 ) -> tuple: # title, names of logs, (ymin, ymax) or None
-    "One `--graph` of the command line."
+    "The graph of one `--graph` of the command line."
     title,*rest = words
     try: limits = tuple(float(w) for w in rest[-2:]) if len(rest) > 2 else None
     except ValueError: limits = None
@@ -49,7 +53,8 @@ def parse_graph(
 @call_parse
 def dwiml_visualize_logs(
     experiments:Param("Folders of experiments, drawn together", nargs='+'),
-    graph:Param("Title, logs, and perhaps ymin ymax; may be given several times. All logs when not given", nargs='+', action='append')=None,
+    graph:Param("Title, logs, and perhaps ymin ymax; may be given several times. All logs when not given",
+                nargs='+', action='append')=None,
     which:Param("Rows to draw", choices=['epochs', 'batches'])='epochs',
     nb_plots_per_fig:int=3, # Graphs beside each other
     xlim:Param("Range of epochs or batches", float, nargs=2)=None,
@@ -62,7 +67,8 @@ def dwiml_visualize_logs(
     with plain_problems():
         experiments = [experiments] if isinstance(experiments, str) else experiments
         graphs = [parse_graph(words) for words in graph or []]
-        figures = plot_logs(experiments, {title: logs for title,logs,_ in graphs} or None, which, nb_plots_per_fig, xlim,
+        figures = plot_logs(experiments, {title: logs for title,logs,_ in graphs} or None, which,
+                            nb_plots_per_fig, xlim,
                             {title: limits for title,_,limits in graphs if limits}, fig_size, remove_outliers)
         prefix = save_figures or f'{experiments[0]}/logs/figure'
         for i,figure in enumerate(figures):

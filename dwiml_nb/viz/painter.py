@@ -232,6 +232,5 @@ def paint_side_by_side(
     together = Scene()
     together.lines,together.slices,together.points = ([x for s in scenes.values() for x in getattr(s, kind)]
                                                       for kind in ('lines', 'slices', 'points'))
-
     frame = frame_of(together, view, size)
     return np.concatenate([paint(scene, frame, title=title, **options) for title,scene in scenes.items()], 1)

@@ -202,6 +202,7 @@ def label(
     if title: write((6, 4), title, 'la')
     return np.asarray(picture)
 
+# %% ../../nbs/09_viz/02_painter.ipynb #b64a2e90
 def to_png(
     pixels:np.ndarray, # (H, W, 3) uint8
 ) -> bytes:

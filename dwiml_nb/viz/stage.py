@@ -198,6 +198,7 @@ def swap(self:Stage,
     if new: self.fury_scene.add(*new)
     return new
 
+# %% ../../nbs/09_viz/03_stage.ipynb #b9cebc2a
 @patch
 def set_scene(self:Stage,
     scene:Scene,
@@ -241,6 +242,7 @@ def look(self:Stage,
     self.camera.zoom = 1.3*zoom
     self.redraw()
 
+# %% ../../nbs/09_viz/03_stage.ipynb #24fc0017
 @patch
 def project(self:Stage,
     points, # (V, 3) RAS mm

@@ -35,7 +35,8 @@ class WeightsOfKey:
         hint = did_you_mean(self.key, known)
         raise DataProblem(f"no data per streamline '{self.key}', and no weight of that name.{hint}",
                           expected=' or '.join(known) or "data per streamline in the study", found=self.key,
-                          do="choose one of these, or register a function in LINE_WEIGHTS.",
+                          do="choose one of these, or register a function in LINE_WEIGHTS; for a command, "
+                             "in a file that --trust names.",
                           subject=subset.subjects[subject], group=group)
     def __repr__(self): return f"WeightsOfKey({self.key!r})"
 

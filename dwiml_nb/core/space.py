@@ -28,7 +28,8 @@ class Grid:
         if affine.shape != (4, 4):
             raise DataProblem("the affine is not a 4x4 matrix", expected=(4, 4), found=affine.shape)
         if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
-            raise DataProblem("the affine cannot be inverted", expected="a finite matrix of rank 3", found=affine.tolist(),
+            raise DataProblem("the affine cannot be inverted", expected="a finite matrix of rank 3",
+                              found=affine.tolist(),
                               do="repair the image header (qform or sform).")
         if not np.abs(affine[3] - (0, 0, 0, 1)).max() < 1e-3:
             raise DataProblem("the affine's last row is not that of an affine", expected=[0, 0, 0, 1],
@@ -47,7 +48,8 @@ class Grid:
     @property
     def isotropic(self) -> bool: return bool(np.allclose(self.voxel_sizes, self.voxel_sizes[0], rtol=1e-3))
     def __eq__(self, other):
-        return isinstance(other, Grid) and self.dimensions == other.dimensions and np.array_equal(self.affine, other.affine)
+        return (isinstance(other, Grid) and self.dimensions == other.dimensions
+                and np.array_equal(self.affine, other.affine))
     __hash__ = None
     def __repr__(self):
         sizes = ' x '.join(f'{v:g}' for v in self.voxel_sizes.round(3))
@@ -134,7 +136,8 @@ def apply_affine(
     matrix = torch.as_tensor(np.array(matrix), dtype=torch.float64)
     if points.device.type == 'mps': matrix = matrix.float()
     matrix = matrix.to(points.device)
-    return (points.to(matrix.dtype) @ matrix[:3, :3].T + matrix[:3, 3]).to(points.dtype if points.is_floating_point() else matrix.dtype)
+    moved = points.to(matrix.dtype) @ matrix[:3, :3].T + matrix[:3, 3]
+    return moved.to(points.dtype if points.is_floating_point() else matrix.dtype)
 
 # %% ../../nbs/00_core/05_space.ipynb #3bae3090
 def convert(
@@ -154,5 +157,6 @@ def inside(
 ): # -> (P,) bool of the same kind
     "Whether points lie within the volume: 0 <= x < dimensions on every axis. NaN is outside."
     if isinstance(points_vox, torch.Tensor):
-        return ((points_vox >= 0) & (points_vox < torch.tensor(grid.dimensions, device=points_vox.device))).all(1)
+        dimensions = torch.tensor(grid.dimensions, device=points_vox.device)
+        return ((points_vox >= 0) & (points_vox < dimensions)).all(1)
     return ((points_vox >= 0) & (points_vox < np.array(grid.dimensions))).all(1)

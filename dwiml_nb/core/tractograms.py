@@ -260,6 +260,7 @@ class Trx(TractogramFormat):
         with zipfile.ZipFile(path) as z: h = json.loads(z.read('header.json'))
         return int(h['NB_STREAMLINES']), int(h['NB_VERTICES'])
 
+# %% ../../nbs/00_core/10_tractograms.ipynb #8e826f51
 def trx_content(
     trx, # trx-python's open file
     n:int, # Streamlines that its header says
@@ -311,7 +312,8 @@ def save_tractogram(
     format = tractogram_format(path)
     if format.keeps_grid and tractogram.grid is None:
         do = f"give the tractogram a grid, or save a {suffixes(lambda o: not o.keeps_grid)}."
-        raise DataProblem(f"a {format.suffix} file needs the grid of the image the lines belong to", do=do, file=path)
+        raise DataProblem(f"a {format.suffix} file needs the grid of the image the lines belong to", do=do,
+                          file=path)
     if (names := sorted(tractogram.dps)) and not format.keeps_dps and not drop_dps:
         raise DataProblem(f"a {format.suffix} file cannot keep the data per streamline {names}", file=path,
                           do=f"save a {suffixes(lambda o: o.keeps_dps)}, or pass drop_dps=True.")

@@ -42,8 +42,11 @@ def read_subject(
     for g,kind in wanted.items():
         if group_kind(groups.get(g)) == kind: continue
         there = groups_of(group)[kind == 'streamlines']
-        bad.append(DataProblem(f"the {kind} group is missing.{did_you_mean(g, there)}", expected=', '.join(g for g,k in wanted.items() if k == kind),
-                               found=', '.join(there) or 'none', do="create the study again, or load other groups or subjects.", subject=subject, group=g, file=file.path))
+        bad.append(DataProblem(f"the {kind} group is missing.{did_you_mean(g, there)}",
+                               expected=', '.join(g for g,k in wanted.items() if k == kind),
+                               found=', '.join(there) or 'none',
+                               do="create the study again, or load other groups or subjects.",
+                               subject=subject, group=g, file=file.path))
     raise_problems(bad, f"subject {subject}")
     return SubjectData(file, subject, volume_groups, streamline_groups, cache=cache, groups=groups)
 
@@ -56,13 +59,17 @@ def check_agreement(
     "What keeps subjects from being used together."
     bad,orders,known = [], {}, {}                                              # many subjects, few affines
     for s in subjects:
-        bad += [DataProblem("another number of features than in the first subject", expected=nb_features[g], found=v.nb_features,
-                            subject=s.subj_id, group=g, file=path) for g,v in s.volumes.items() if v.nb_features != nb_features[g]]
+        bad += [DataProblem("another number of features than in the first subject", expected=nb_features[g],
+                            found=v.nb_features,
+                            subject=s.subj_id, group=g, file=path)
+                for g,v in s.volumes.items() if v.nb_features != nb_features[g]]
         for group in s.groups.values():
             key = group.grid.affine.tobytes()
             if key not in known: known[key] = group.grid.voxel_order
             orders[s.subj_id] = known[key]
-    return bad + check_alike("voxel orders differ between subjects", orders, "reorient the subjects alike and create the study again.")
+    return (bad
+            + check_alike("voxel orders differ between subjects", orders,
+                          "reorient the subjects alike and create the study again."))
 
 # %% ../../nbs/02_data/04_dataset.ipynb #304dcde8
 class MultiSubjectDataset:
@@ -71,17 +78,24 @@ class MultiSubjectDataset:
         hdf5_file, # A study made by `create_study` or by dwi_ml
         lazy:bool=False, # Leave values in the file and read what is asked for
         cache_size:int=None, # Bytes of volumes a device keeps; a quarter of its free memory when not given
-        read_mode:str='map', # 'map': through memory; 'pread': by system calls, for files that others may cut short while they are read
+        # 'map': through memory; 'pread': by system calls, for files that others may cut short while they are
+        # read
+        read_mode:str='map',
     ):
         self.cache,self.file,self.lazy = VolumeCache(cache_size), StudyFile(hdf5_file, read_mode), lazy
         self.subsets = None
-        with naming("the study is damaged", do="see what dwiml_hdf5_check says of the file.", file=self.file.path): self.read_root(self.file.handle.attrs)
+        with naming("the study is damaged", do="see what dwiml_hdf5_check says of the file.",
+                    file=self.file.path):
+            self.read_root(self.file.handle.attrs)
 
     def read_root(self, attrs):
         "What the root and the first subject say."
         self.subjects = {s: attr_words(attrs[f'{s}_subjs']) for s in SUBSETS}
-        self.step_size,self.nb_points,self.compress = (attr_value(attrs, k) for k in ('step_size', 'nb_points', 'compress'))
-        self.config,self.first_subject = study_config(attrs), next((ids[0] for ids in self.subjects.values() if ids), None)     # all others must have its groups
+        self.step_size,self.nb_points,self.compress = (attr_value(attrs, k)
+                                                       for k in ('step_size', 'nb_points', 'compress'))
+        # all others must have its groups
+        self.config,self.first_subject = (study_config(attrs),
+                                          next((ids[0] for ids in self.subjects.values() if ids), None))
         self.all_groups = groups_of(self.file.open(self.first_subject)) if self.first_subject else ([], [])
         self.choose_groups(*self.all_groups)
 
@@ -94,7 +108,8 @@ class MultiSubjectDataset:
         self.nb_features = self.features_of(volume_groups)
     def features_of(self, volume_groups) -> dict: # group -> int
         "Number of features of volume groups, from the first subject."
-        return {g: SubjectData(self.file, self.first_subject, [g], []).volumes[g].nb_features for g in volume_groups}
+        return {g: SubjectData(self.file, self.first_subject, [g], []).volumes[g].nb_features
+                for g in volume_groups}
 
     @property
     def path(self) -> Path: return self.file.path
@@ -103,7 +118,9 @@ class MultiSubjectDataset:
     ) -> MultisubjectSubset:
         "A subset by name."
         if self.subsets is None: raise RuntimeError("nothing is loaded yet: call dataset.load_data() first")
-        if name not in self.subsets: raise DataProblem(f"no subset '{name}'.{did_you_mean(name, self.subsets)}", expected=', '.join(SUBSETS), found=name)
+        if name not in self.subsets:
+            raise DataProblem(f"no subset '{name}'.{did_you_mean(name, self.subsets)}",
+                              expected=', '.join(SUBSETS), found=name)
         return self.subsets[name]
     @property
     def training(self) -> MultisubjectSubset: return self.subset('training')
@@ -125,7 +142,8 @@ def chosen_groups(
     "The groups asked for, if they exist."
     if wanted is None: return list(known)
     wanted = [wanted] if isinstance(wanted, str) else list(wanted)
-    raise_problems((DataProblem(f"no {kind} group '{g}' in the study.{did_you_mean(g, known)}", expected=', '.join(known) or 'none', found=g, file=path)
+    raise_problems((DataProblem(f"no {kind} group '{g}' in the study.{did_you_mean(g, known)}",
+                                expected=', '.join(known) or 'none', found=g, file=path)
                     for g in wanted if g not in known), f"the groups asked of {path}")
     return wanted
 
@@ -144,7 +162,8 @@ def load_data(self:MultiSubjectDataset,
     lines = chosen_groups(streamline_groups, self.all_groups[1], 'streamlines', self.path)
     only = None if subj_id is None else [subj_id] if isinstance(subj_id, str) else list(subj_id)
     everybody = [s for ids in self.subjects.values() for s in ids]
-    raise_problems((DataProblem(f"no subject '{s}' in the study.{did_you_mean(s, everybody)}", expected=', '.join(everybody), found=s, file=self.path)
+    raise_problems((DataProblem(f"no subject '{s}' in the study.{did_you_mean(s, everybody)}",
+                                expected=', '.join(everybody), found=s, file=self.path)
                     for s in only or [] if s not in everybody), f"the subjects asked of {self.path}")
     wanted = {name: [s for s in self.subjects[name] if load and (only is None or s in only)]
               for name,load in zip(SUBSETS, (load_training, load_validation, load_testing))}
@@ -152,15 +171,18 @@ def load_data(self:MultiSubjectDataset,
     made,bad = {}, []
     for s in ids:
         try:
-            with naming("the subject is damaged", do="see what dwiml_hdf5_check says of the file.", subject=s, file=self.path):
+            with naming("the subject is damaged", do="see what dwiml_hdf5_check says of the file.", subject=s,
+                        file=self.path):
                 made[s] = read_subject(self.file, s, volumes, lines, self.cache)
         except DataProblem as e: bad += getattr(e, 'problems', [e])
-    raise_problems(bad + check_agreement(made.values(), self.features_of(volumes), self.path), f"the study {self.path}")
+    raise_problems(bad + check_agreement(made.values(), self.features_of(volumes), self.path),
+                   f"the study {self.path}")
     self.choose_groups(volumes, lines)
     self.cache.clear()
     if not self.lazy:
         for s in progress(made.values(), 'loading study', unit='subject'): s.load()
-    self.subsets = {name: MultisubjectSubset(name, [made[s] for s in subset]) for name,subset in wanted.items()}
+    self.subsets = {name: MultisubjectSubset(name, [made[s] for s in subset])
+                    for name,subset in wanted.items()}
     self.tell_frame()
     if self.lazy: self.tell_slow()
     return self
@@ -169,10 +191,14 @@ def load_data(self:MultiSubjectDataset,
 @patch
 def tell_frame(self:MultiSubjectDataset):
     "Say once that image axes are assumed, where that matters."
-    unsaid = {s.subj_id: g for subset in self.subsets.values() for s in subset.data for g,v in s.volumes.items()
+    unsaid = {s.subj_id: g for subset in self.subsets.values() for s in subset.data
+              for g,v in s.volumes.items()
               if v.frame is None and v.nb_features > 1 and is_oblique(v.grid)}
-    if unsaid: warnings.warn(f"{self.path.name}: the grid of {', '.join(unsaid)} is oblique and group '{next(iter(unsaid.values()))}' does not say which axes "
-                             "its directions use. Image axes are assumed; a world-frame volume (MRtrix) must be rotated first.", stacklevel=3)
+    if unsaid:
+        warnings.warn(f"{self.path.name}: the grid of {', '.join(unsaid)} is oblique and group "
+                      f"'{next(iter(unsaid.values()))}' does not say which axes "
+                      "its directions use. Image axes are assumed; a world-frame volume (MRtrix) must be "
+                      "rotated first.", stacklevel=3)
 
 # %% ../../nbs/02_data/04_dataset.ipynb #0ac807b1
 @patch
@@ -184,19 +210,22 @@ def tell_slow(self:MultiSubjectDataset):
             if not group.rows.contiguous: slow.setdefault(group.rows.seen, (s.subj_id, name, group.rows))
     for subject,name,rows in slow.values():
         file = self.file.data_file(rows.name, rows.seen).path
-        warnings.warn(f"{file}: the data are chunked or compressed (group '{name}' of {subject}, for one), so reading lazily is several times slower. "
+        warnings.warn(f"{file}: the data are chunked or compressed (group '{name}' of {subject}, for one), "
+                      "so reading lazily is several times slower. "
                       f"`dwiml_hdf5_repack {self.path.name}` writes the study in one piece.", stacklevel=3)
 
 # %% ../../nbs/02_data/04_dataset.ipynb #37653bc6
 @patch
 def table(self:MultiSubjectDataset) -> list: # of tuples of str, the first one the header
     "One row per subject: what each group holds."
-    if self.subsets is None: return [('subset', 'subjects'), *((k, ', '.join(v)) for k,v in self.subjects.items())]
+    if self.subsets is None:
+        return [('subset', 'subjects'), *((k, ', '.join(v)) for k,v in self.subjects.items())]
     rows = [('subset', 'subj_idx', 'subject', 'grid', *self.volume_groups, *self.streamline_groups)]
     for name,subset in self.subsets.items():
         for i,s in enumerate(subset.data):
             groups = [*s.volumes.values(), *s.streamlines.values()]
-            holds = [f"{v.nb_features} features" for v in s.volumes.values()] + [f"{v.nb_streamlines} lines" for v in s.streamlines.values()]
+            holds = ([f"{v.nb_features} features" for v in s.volumes.values()]
+                     + [f"{v.nb_streamlines} lines" for v in s.streamlines.values()])
             rows.append((name, str(i), s.subj_id, str(groups[0].grid)[5:-1] if groups else '', *holds))
     return rows
 
@@ -209,6 +238,8 @@ def headline(self:MultiSubjectDataset) -> str:
     return f"{self.path.name}: {way if self.subsets else 'not loaded yet'}, {points}"
 
 @patch
-def __repr__(self:MultiSubjectDataset): return f"MultiSubjectDataset({self.headline()})\n{columns(self.table())}"
+def __repr__(self:MultiSubjectDataset):
+    return f"MultiSubjectDataset({self.headline()})\n{columns(self.table())}"
 @patch
-def _repr_html_(self:MultiSubjectDataset): return f"<p><b>MultiSubjectDataset</b> {html.escape(self.headline())}</p>{html_table(self.table())}"
+def _repr_html_(self:MultiSubjectDataset):
+    return f"<p><b>MultiSubjectDataset</b> {html.escape(self.headline())}</p>{html_table(self.table())}"

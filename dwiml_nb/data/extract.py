@@ -28,11 +28,14 @@ def open_group(
     "A group of a subject by its name."
     file = StudyFile(hdf5_file)
     ids = [i for s in SUBSETS for i in attr_words(file.handle.attrs[f'{s}_subjs'])]
-    if subject not in ids: raise DataProblem(f"no subject '{subject}' in the study.{did_you_mean(subject, ids)}", expected=', '.join(ids), found=subject, file=file.path)
+    if subject not in ids:
+        raise DataProblem(f"no subject '{subject}' in the study.{did_you_mean(subject, ids)}",
+                          expected=', '.join(ids), found=subject, file=file.path)
     volumes,lines = groups_of(file.open(subject))
     if group in volumes: return MRIData(file, f'{subject}/{group}')
     if group in lines: return SFTData(file, f'{subject}/{group}')
-    raise DataProblem(f"no group '{group}'.{did_you_mean(group, volumes + lines)}", expected=', '.join(volumes + lines), found=group, subject=subject, file=file.path)
+    raise DataProblem(f"no group '{group}'.{did_you_mean(group, volumes + lines)}",
+                      expected=', '.join(volumes + lines), found=group, subject=subject, file=file.path)
 
 # %% ../../nbs/02_data/05_extract.ipynb #9da096aa
 IMAGES = ('.nii.gz', '.nii')
@@ -55,6 +58,7 @@ def extract_volume(
         if str(path).lower().endswith('.npy'): save_array(tmp, data)
         else: nib.save(nib.Nifti1Image(data, volume.affine), tmp)
 
+# %% ../../nbs/02_data/05_extract.ipynb #3644e21a
 def extract_lines(
     lines:SFTData,
     path, # A tractogram; .npy for the connectivity matrix, .nii.gz for its labels
@@ -88,12 +92,16 @@ def extract_data(
 ) -> Path:
     "Write a group of a study to a file."
     path = Path(out)
-    if path.exists() and not overwrite: raise DataProblem("there is a file of that name already", file=path, do="choose another name, or pass overwrite=True (-f on the command line).")
-    if not path.parent.is_dir(): raise DataProblem("no such folder to write to", file=path.parent, do="create it first.")
+    if path.exists() and not overwrite:
+        raise DataProblem("there is a file of that name already", file=path,
+                          do="choose another name, or pass overwrite=True (-f on the command line).")
+    if not path.parent.is_dir():
+        raise DataProblem("no such folder to write to", file=path.parent, do="create it first.")
     data = open_group(hdf5_file, subject, group)
     known = (*IMAGES, '.npy') if isinstance(data, MRIData) else (*TRACTOGRAM_FORMATS, '.npy', *IMAGES)
     if not path.name.lower().endswith(known):
-        raise DataProblem(f"a {'volume' if isinstance(data, MRIData) else 'streamlines group'} cannot become such a file", expected=' '.join(known), found=path.name, file=path)
+        raise DataProblem(f"a {'volume' if isinstance(data, MRIData) else 'streamlines group'} cannot become "
+                          "such a file", expected=' '.join(known), found=path.name, file=path)
     try: (extract_volume if isinstance(data, MRIData) else extract_lines)(data, path)
     finally: data.file.close()
     return path

@@ -27,20 +27,26 @@ def is_contiguous(
 ) -> bool:
     "Whether the values are one stretch of bytes of the file, or none at all."
     shape,how = dataset.shape, dataset.id.get_create_plist()
-    return shape is not None and (0 in shape or how.get_layout() == h5py.h5d.CONTIGUOUS and how.get_external_count() == 0)
+    return (shape is not None
+            and (0 in shape or how.get_layout() == h5py.h5d.CONTIGUOUS and how.get_external_count() == 0))
 
 def mapped_address(
     dataset, # HDF5 dataset
 ) -> int: # Byte of the file where its values begin; None when it cannot be mapped
     "Where a dataset can be mapped into memory."
-    if not is_contiguous(dataset) or dataset.size == 0 or dataset.id.get_storage_size() == 0 or dataset.dtype.kind not in 'fiub': return None
-    if not h5py.h5t.py_create(dataset.dtype, logical=True).equal(dataset.id.get_type()) or dataset.file.driver != 'sec2': return None
+    if not is_contiguous(dataset) or dataset.dtype.kind not in 'fiub': return None
+    if dataset.size == 0 or dataset.id.get_storage_size() == 0: return None
+    if not h5py.h5t.py_create(dataset.dtype,
+                              logical=True).equal(dataset.id.get_type()) or dataset.file.driver != 'sec2':
+        return None
     address = dataset.id.get_offset()
-    whole = address is not None and address + dataset.size*dataset.dtype.itemsize <= stamp_of(hdf5_descriptor(dataset)).size
+    whole = (address is not None
+             and address + dataset.size*dataset.dtype.itemsize <= stamp_of(hdf5_descriptor(dataset)).size)
     return address if whole else None
 
 # %% ../../nbs/02_data/00_stored.ipynb #e3a282fa
-@kernel(example=lambda: [(np.zeros((4, 3), kind), np.array([1]), np.array([0, 2]), np.zeros((2, 3), np.float32)) for kind in (np.float64, np.float32)])
+@kernel(example=lambda: [(np.zeros((4, 3), kind), np.array([1]), np.array([0, 2]),
+                          np.zeros((2, 3), np.float32)) for kind in (np.float64, np.float32)])
 def gather_lines(points, starts, offsets, out):
     "Copy lines from where they start to where they belong, in the precision of `out`."
     for i in numba.prange(len(starts)):
@@ -68,7 +74,9 @@ def pick_lines(
     if points.dtype in (np.float32, np.float64) and points.flags.c_contiguous:
         data = torch.empty((int(offsets[-1]), 3))
         gather_lines(points, starts, offsets, data.numpy())
-    else: data = torch.from_numpy(points[rows_of(torch.from_numpy(starts), torch.from_numpy(lengths)).numpy()].astype(np.float32))
+    else:
+        data = torch.from_numpy(points[rows_of(torch.from_numpy(starts),
+                                               torch.from_numpy(lengths)).numpy()].astype(np.float32))
     return Ragged(data, torch.from_numpy(offsets))
 
 # %% ../../nbs/02_data/00_stored.ipynb #6d2da466
@@ -76,13 +84,14 @@ def coalesced(
     starts, # (S,) int64 first rows
     lengths, # (S,) int64
     gap:int, # Rows that are read along rather than starting anew
-) -> tuple: # (n,) first row of each run, (n,) row after its last, (S,) where each line starts when the runs are laid end to end
+) -> tuple: # (n,) first row of each run, (n,) row after its last, (S,) each line's start, runs end to end
     "Few runs of rows that hold all lines."
     order = np.argsort(starts, kind='stable')
     first = starts[order]
     reach = np.maximum.accumulate(first + lengths[order])            # how far all lines so far go
     new = np.ones(len(order), bool); new[1:] = first[1:] > reach[:-1] + gap
-    begin,end = first[new], reach[np.append(np.flatnonzero(new)[1:] - 1, len(order) - 1)] if len(order) else first
+    begin = first[new]
+    end = reach[np.append(np.flatnonzero(new)[1:] - 1, len(order) - 1)] if len(order) else first
     before = np.cumsum(end - begin) - (end - begin)
     run,moved = np.cumsum(new) - 1, np.empty_like(starts)
     moved[order] = first - begin[run] + before[run]
@@ -95,7 +104,8 @@ def told_of(
 ): # -> a context
     "Name the place in errors that come from a file."
     place = dict(zip(('subject', 'group'), name.split('/')))
-    return naming("a part of the group is missing or damaged", do="see what dwiml_hdf5_check says of the file.", **place, file=file.path)
+    return naming("a part of the group is missing or damaged",
+                  do="see what dwiml_hdf5_check says of the file.", **place, file=file.path)
 
 # %% ../../nbs/02_data/00_stored.ipynb #774673c6
 GAP_BYTES = {'pread': 16384, 'hdf5': 65536}       # what is read along rather than paying for another call
@@ -108,12 +118,13 @@ class StoredRows:
         dataset=None, # The same, where it is open already
     ):
         if dataset is None: dataset = file.open(name)
-        self.file,self.name,self.shape = file, name, dataset.shape if isinstance(dataset, h5py.Dataset) else None
+        self.file,self.name,self.shape = (file, name,
+                                          dataset.shape if isinstance(dataset, h5py.Dataset) else None)
         if not self.shape: raise KeyError(f"{name} is not an array")
         self.dtype = dataset.dtype
         self.width = self.dtype.itemsize*math.prod(self.shape[1:])    # bytes of a row
         self.seen,self.contiguous = stamp_of(hdf5_descriptor(dataset)), is_contiguous(dataset)
-        self.address = -1                                              # not looked up yet; None: cannot be mapped
+        self.address = -1    # not looked up yet; None: cannot be mapped
     def __len__(self): return self.shape[0]
 
     def data_file(self) -> DataFile:
@@ -133,7 +144,8 @@ class StoredRows:
     def mapped(self) -> np.ndarray: # None where there is no map
         "The whole dataset without a copy."
         if self.way() != 'map': return None
-        return self.data_file().bytes[self.address:self.address + len(self)*self.width].view(self.dtype).reshape(self.shape)
+        return self.data_file().bytes[self.address:self.address
+                                      + len(self)*self.width].view(self.dtype).reshape(self.shape)
 
 # %% ../../nbs/02_data/00_stored.ipynb #cf57cf20
 @patch
@@ -166,10 +178,13 @@ def fetch(self:StoredRows,
     "Ask the system for rows that still are on the disk only, all at once."
     if len(starts) <= samples or not hasattr(os, 'posix_fadvise'): return
     file = self.data_file()
-    if all(file.has_at_hand(self.address + row*self.width) for row in starts[::len(starts)//samples].tolist()): return
+    if all(file.has_at_hand(self.address + row*self.width)
+           for row in starts[::len(starts)//samples].tolist()):
+        return
     begin,end,_ = coalesced(starts, lengths, 4096//max(1, self.width))
     places,sizes = self.address + begin*self.width, (end - begin)*self.width
-    for at,n in zip(places.tolist(), sizes.tolist()): os.posix_fadvise(file.descriptor, at, n, os.POSIX_FADV_WILLNEED)
+    for at,n in zip(places.tolist(), sizes.tolist()):
+        os.posix_fadvise(file.descriptor, at, n, os.POSIX_FADV_WILLNEED)
 
 # %% ../../nbs/02_data/00_stored.ipynb #c89115c2
 @patch
@@ -180,8 +195,10 @@ def around(self:StoredRows,
     "An array that holds some runs of rows: the whole file, or what lies around them."
     if len(bad := lines_outside(starts, lengths, len(self))):
         subject,group,what = self.name.split('/', 2)
-        raise DataProblem(f"{len(bad)} lines lie outside the stored rows of '{what}'", expected=f"rows 0 to {len(self)}",
-                          found=f"{lengths[bad[0]]} rows from row {starts[bad[0]]}", do="see what dwiml_hdf5_check says of the file.",
+        raise DataProblem(f"{len(bad)} lines lie outside the stored rows of '{what}'",
+                          expected=f"rows 0 to {len(self)}",
+                          found=f"{lengths[bad[0]]} rows from row {starts[bad[0]]}",
+                          do="see what dwiml_hdf5_check says of the file.",
                           subject=subject, group=group, file=self.file.path)
     way = self.way()
     if way != 'hdf5': self.fetch(starts, lengths)
@@ -202,6 +219,7 @@ def take(self:StoredRows,
 def all(self:StoredRows) -> np.ndarray:
     "All rows."
     with_map = self.mapped()
-    whole = self.read_runs(np.zeros(1, np.int64), np.array([len(self)])) if with_map is None else with_map.copy()
+    whole = (self.read_runs(np.zeros(1, np.int64), np.array([len(self)])) if with_map is None
+             else with_map.copy())
     self.check()
     return whole

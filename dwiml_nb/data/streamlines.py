@@ -43,8 +43,10 @@ def line_numbers(
         if len(ids) != n: raise IndexError(f"a mask of {len(ids)} for {n} streamlines")
         return np.flatnonzero(ids)
     if ids.size == 0: return np.zeros(0, np.int64)
-    if ids.dtype.kind not in 'iu': raise IndexError(f"streamlines are chosen by whole numbers, found {ids.dtype}")
-    if ids.min() < -n or ids.max() >= n: raise IndexError(f"streamline {int(ids.max() if ids.max() >= n else ids.min())} of {n}")
+    if ids.dtype.kind not in 'iu':
+        raise IndexError(f"streamlines are chosen by whole numbers, found {ids.dtype}")
+    if ids.min() < -n or ids.max() >= n:
+        raise IndexError(f"streamline {int(ids.max() if ids.max() >= n else ids.min())} of {n}")
     return ids.astype(np.int64) % n
 
 # %% ../../nbs/02_data/02_streamlines.ipynb #31db6e2a
@@ -62,34 +64,44 @@ class SFTData:
             self.grid = Grid(group.attrs['affine'], group.attrs['dimensions'])
             self.matrix = stored_to_vox(group.attrs, self.grid)
             inside = members(group)
-            if 'data_per_streamline' in inside: inside |= {f'data_per_streamline/{k}': d for k,d in members(inside.pop('data_per_streamline')).items()}
-            self.parts = {k: StoredRows(file, f'{name}/{k}', d) for k,d in inside.items() if isinstance(d, h5py.Dataset)}
-            check_stored(inside['lengths'])                                # how many lines there are is believed from here on
+            if 'data_per_streamline' in inside:
+                inside |= {f'data_per_streamline/{k}': d
+                           for k,d in members(inside.pop('data_per_streamline')).items()}
+            self.parts = {k: StoredRows(file, f'{name}/{k}', d)
+                          for k,d in inside.items() if isinstance(d, h5py.Dataset)}
+            check_stored(inside['lengths'])    # how many lines there are is believed from here on
             self.check_header()
-        self.rows,self.nb_streamlines,self.nb_stored_points = self.parts['data'], len(self.parts['lengths']), len(self.parts['data'])
+        self.rows,self.nb_streamlines = self.parts['data'], len(self.parts['lengths'])
+        self.nb_stored_points = len(self.rows)
         self.points = self.spans_kept = self.dps_kept = self.mm_kept = None
         if not lazy: self.load()
 
     def check_header(self):
         "Raise where parts of the group do not fit together."
         data,starts,lengths = (self.parts[k] for k in ('data', 'offsets', 'lengths'))
-        if data.shape[1:] != (3,): raise DataProblem("points have three coordinates", expected="(P, 3)", found=data.shape)
+        if data.shape[1:] != (3,):
+            raise DataProblem("points have three coordinates", expected="(P, 3)", found=data.shape)
         for k,r in self.parts.items():
             if k in ('offsets', 'euclidean_lengths') or k.startswith('data_per_streamline'):
-                if len(r) != len(lengths): raise DataProblem(f"'{k}' does not have one row a streamline", expected=len(lengths), found=len(r))
+                if len(r) != len(lengths):
+                    raise DataProblem(f"'{k}' does not have one row a streamline", expected=len(lengths),
+                                      found=len(r))
         if starts.dtype.kind not in 'iu' or lengths.dtype.kind not in 'iu':
-            raise DataProblem("offsets and lengths are whole numbers", found=f"{starts.dtype} and {lengths.dtype}")
+            raise DataProblem("offsets and lengths are whole numbers",
+                              found=f"{starts.dtype} and {lengths.dtype}")
 
     @property
     def is_lazy(self) -> bool: return self.points is None
     @property
-    def dps_keys(self) -> list: return [k.split('/', 1)[1] for k in self.parts if k.startswith('data_per_streamline/')]
+    def dps_keys(self) -> list:
+        return [k.split('/', 1)[1] for k in self.parts if k.startswith('data_per_streamline/')]
     @property
     def has_connectivity(self) -> bool: return 'connectivity_matrix' in self.parts
     def __len__(self): return self.nb_streamlines
     def __repr__(self):
         where = 'lazy' if self.is_lazy else 'in memory'
-        return f"SFTData({self.name}: {self.nb_streamlines} streamlines, {self.nb_stored_points} points, dps {self.dps_keys}, {where})"
+        return (f"SFTData({self.name}: {self.nb_streamlines} streamlines, {self.nb_stored_points} points, "
+                f"dps {self.dps_keys}, {where})")
     def __getstate__(self): return {**self.__dict__, **(dict(spans_kept=None) if self.is_lazy else {})}
 
 # %% ../../nbs/02_data/02_streamlines.ipynb #70329772
@@ -100,13 +112,16 @@ def spans(self:SFTData,
     "Where lines lie."
     if self.spans_kept is None:
         starts,lengths = (self.parts[k] for k in ('offsets', 'lengths'))
-        slow = 'hdf5' in (starts.way(), lengths.way())                      # looking up single numbers there costs more than keeping all
+        # looking up single numbers there costs more than keeping all
+        slow = 'hdf5' in (starts.way(), lengths.way())
         read = lambda r: (r.all() if ids is None or slow else r.take(ids)).astype(np.int64)
         found = read(starts), read(lengths)
         if len(bad := lines_outside(*found, self.nb_stored_points)):
             line = int(bad[0] if ids is None or slow else ids[bad[0]])
-            raise DataProblem(f"{len(bad)} streamlines point outside the stored points", expected=f"rows 0 to {self.nb_stored_points}",
-                              found=f"streamline {line}: {found[1][bad[0]]} points from row {found[0][bad[0]]}", do="see what dwiml_hdf5_check says of the file.")
+            raise DataProblem(f"{len(bad)} streamlines point outside the stored points",
+                              expected=f"rows 0 to {self.nb_stored_points}",
+                              found=f"streamline {line}: {found[1][bad[0]]} points from row "
+                              f"{found[0][bad[0]]}", do="see what dwiml_hdf5_check says of the file.")
         if not slow: return found
         self.spans_kept = found
     return self.spans_kept if ids is None else tuple(x[ids] for x in self.spans_kept)
@@ -142,7 +157,10 @@ def get_lines(
         if not self.is_lazy: return pick_lines(self.points.numpy(), starts, lengths)
         points,starts = self.rows.around(starts, lengths)
         if self.matrix is None: lines = pick_lines(points, starts, lengths)
-        else: lines = Ragged.from_lengths(as_vox(points[rows_of(torch.from_numpy(starts), torch.from_numpy(lengths)).numpy()], self.matrix), torch.from_numpy(lengths))
+        else:
+            starts,lengths = torch.from_numpy(starts), torch.from_numpy(lengths)
+            points = as_vox(points[rows_of(starts, lengths).numpy()], self.matrix)
+            lines = Ragged.from_lengths(points, lengths)
         self.rows.check()
         return lines
 
@@ -153,7 +171,9 @@ def lengths_mm(self:SFTData) -> np.ndarray: # (S,) float64
     if self.mm_kept is not None: return self.mm_kept
     with told_of(self.file, self.name):
         if 'euclidean_lengths' in self.parts: mm = self.parts['euclidean_lengths'].all().astype(np.float64)
-        else: mm = self.mm_kept = lengths_of(convert(self.get_lines().to(torch.float64), self.grid, 'vox', 'voxmm')).numpy()
+        else:
+            mm = self.mm_kept = lengths_of(convert(self.get_lines().to(torch.float64), self.grid, 'vox',
+                                                   'voxmm')).numpy()
     if not self.is_lazy: self.mm_kept = mm
     return mm
 
@@ -167,7 +187,8 @@ def get_dps(
     "Data per streamline of some lines."
     ids,keys = line_numbers(ids, self.nb_streamlines), self.dps_keys if keys is None else keys
     if self.dps_kept is not None: return {k: self.dps_kept[k][ids] for k in keys}
-    with told_of(self.file, self.name): return {k: self.parts[f'data_per_streamline/{k}'].take(ids) for k in keys}
+    with told_of(self.file, self.name):
+        return {k: self.parts[f'data_per_streamline/{k}'].take(ids) for k in keys}
 
 @patch
 def as_tractogram(
@@ -180,11 +201,13 @@ def as_tractogram(
 
 # %% ../../nbs/02_data/02_streamlines.ipynb #25c164e0
 @patch
-def get_connectivity_matrix_and_info(self:SFTData) -> tuple: # (K, K) bool, dimensions, blocs (3,) or None, labels (X, Y, Z) or None
+def get_connectivity_matrix_and_info(self:SFTData,
+) -> tuple: # (K, K) bool, dimensions, blocs (3,) or None, labels (X, Y, Z) or None
     "The connectivity matrix of the group; None for all when there is none."
     if not self.has_connectivity: return None, None, None, None
     with told_of(self.file, self.name):
         blocs = self.file.open(self.name, self.rows.seen).attrs.get('connectivity_nb_blocs')
-        labels = self.parts['connectivity_label_volume'].all() if 'connectivity_label_volume' in self.parts else None
+        labels = (self.parts['connectivity_label_volume'].all() if 'connectivity_label_volume' in self.parts
+                  else None)
         matrix = self.parts['connectivity_matrix'].all().astype(bool)
     return matrix, self.grid.dimensions, None if blocs is None else [int(b) for b in blocs], labels

@@ -30,14 +30,17 @@ class SubjectData:
     ):
         self.subj_id,groups = subj_id, file.open(subj_id) if groups is None else groups
         self.volumes = {g: MRIData(file, f'{subj_id}/{g}', True, cache, groups.get(g)) for g in volume_groups}
-        self.streamlines = {g: SFTData(file, f'{subj_id}/{g}', True, groups.get(g)) for g in streamline_groups}
+        self.streamlines = {g: SFTData(file, f'{subj_id}/{g}', True, groups.get(g))
+                            for g in streamline_groups}
         if not lazy: self.load()
     def load(self):
         "Bring all values into memory."
         for group in self.groups.values(): group.load()
     @property
     def groups(self) -> dict: return {**self.volumes, **self.streamlines}
-    def __repr__(self): return f"SubjectData({self.subj_id}: volumes {', '.join(self.volumes) or 'none'}; streamlines {', '.join(self.streamlines) or 'none'})"
+    def __repr__(self):
+        return (f"SubjectData({self.subj_id}: volumes {', '.join(self.volumes) or 'none'}; streamlines "
+                f"{', '.join(self.streamlines) or 'none'})")
 
 def named(
     groups:dict, # name -> anything
@@ -47,7 +50,8 @@ def named(
 ):
     "The group of a name, or a hint at the one that was meant."
     if name in groups: return groups[name]
-    raise DataProblem(f"no {kind} group '{name}'.{did_you_mean(name, groups)}", expected=' or '.join(groups) or 'none is loaded', found=name, subject=subject)
+    raise DataProblem(f"no {kind} group '{name}'.{did_you_mean(name, groups)}",
+                      expected=' or '.join(groups) or 'none is loaded', found=name, subject=subject)
 
 # %% ../../nbs/02_data/03_subjects.ipynb #56611d59
 class MultisubjectSubset(torch.utils.data.Dataset):
@@ -69,7 +73,8 @@ class MultisubjectSubset(torch.utils.data.Dataset):
         "One subject."
         if not isinstance(which, str): return self.data[which]
         if which in self.subjects: return self.data[self.subjects.index(which)]
-        raise DataProblem(f"no subject '{which}' in the {self.name} subset.{did_you_mean(which, self.subjects)}",
+        raise DataProblem(f"no subject '{which}' in the {self.name} "
+                          f"subset.{did_you_mean(which, self.subjects)}",
                           expected=', '.join(self.subjects) or 'none is loaded', found=which)
 
 # %% ../../nbs/02_data/03_subjects.ipynb #3e4676be
@@ -126,7 +131,8 @@ def nb_streamlines(self:MultisubjectSubset,
 ) -> np.ndarray: # (subjects,) int64
     "Streamlines of each subject, from headers alone; counted once, not to be changed."
     if group not in self.counts:
-        self.counts[group] = np.array([self.streamlines_of(i, group).nb_streamlines for i in range(len(self))], np.int64)
+        self.counts[group] = np.array([self.streamlines_of(i, group).nb_streamlines
+                                       for i in range(len(self))], np.int64)
         self.counts[group].flags.writeable = False
     return self.counts[group]
 

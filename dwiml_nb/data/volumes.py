@@ -27,8 +27,12 @@ def free_memory(
     "Memory that is free on a device; for the CPU, within the limits of its container."
     device = torch.device(device)
     if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]
-    free = os.sysconf('SC_AVPHYS_PAGES')*os.sysconf('SC_PAGE_SIZE') if 'SC_AVPHYS_PAGES' in os.sysconf_names else 4 << 30
-    try: free = next(int(line.split()[1])*1024 for line in Path('/proc/meminfo').read_text().splitlines() if line.startswith('MemAvailable'))
+    free = (os.sysconf('SC_AVPHYS_PAGES')*os.sysconf('SC_PAGE_SIZE') if 'SC_AVPHYS_PAGES' in os.sysconf_names
+            else 4 << 30)
+    try:
+        free = next(int(line.split()[1])*1024
+                    for line in Path('/proc/meminfo').read_text().splitlines()
+                    if line.startswith('MemAvailable'))
     except (OSError, StopIteration): pass
     limit,now = (Path('/sys/fs/cgroup')/f'memory.{k}' for k in ('max', 'current'))
     try: free = min(free, int(limit.read_text()) - int(now.read_text()))
@@ -39,7 +43,8 @@ def free_memory(
 def exact_device(device) -> torch.device:
     "The device with its number: 'cuda' and 'cuda:0' are one place."
     device = torch.device(device)
-    return torch.device('cuda', torch.cuda.current_device()) if device.type == 'cuda' and device.index is None else device
+    return (torch.device('cuda', torch.cuda.current_device()) if device.type == 'cuda'
+            and device.index is None else device)
 
 # %% ../../nbs/02_data/01_volumes.ipynb #d68cb8cf
 class VolumeCache:
@@ -47,15 +52,17 @@ class VolumeCache:
     def __init__(self,
         size:int=None, # Bytes a device keeps; a quarter of its free memory when not given
     ):
-        if size is not None and not (isinstance(size, Real) and size >= 0 and size == size//1): raise ValueError(f"the size of a cache is a whole number of bytes, found {size!r}")
+        if size is not None and not (isinstance(size, Real) and size >= 0 and size == size//1):
+            raise ValueError(f"the size of a cache is a whole number of bytes, found {size!r}")
         self.size,self.lock = size, OwnLock()
         self.kept,self.budgets,self.loading = {}, {}, {}
 
     def budget(self, device) -> int: # bytes
         "What a device may keep."
         if device not in self.budgets:
-            worker = get_worker_info()                          # of a DataLoader: its brothers have caches of their own
-            self.budgets[device] = free_memory(device)//4//(worker.num_workers if worker else 1) if self.size is None else self.size
+            worker = get_worker_info()    # of a DataLoader: its brothers have caches of their own
+            self.budgets[device] = (free_memory(device)//4//(worker.num_workers if worker else 1)
+                                    if self.size is None else self.size)
         return self.budgets[device]
     def used(self, device) -> int: # bytes
         "What a device keeps now."
@@ -90,7 +97,9 @@ class VolumeCache:
 
     def __getstate__(self): return {'size': self.size}
     def __setstate__(self, state): self.__init__(**state)
-    def __repr__(self): return f"VolumeCache({', '.join(f'{len(k)} volumes, {self.used(d)/1e6:.1f} MB on {d}' for d,k in self.kept.items()) or 'empty'})"
+    def __repr__(self):
+        said = [f'{len(k)} volumes, {self.used(d)/1e6:.1f} MB on {d}' for d,k in self.kept.items()]
+        return f"VolumeCache({', '.join(said) or 'empty'})"
 
 # %% ../../nbs/02_data/01_volumes.ipynb #2991bbae
 class MRIData:
@@ -102,13 +111,16 @@ class MRIData:
         cache:VolumeCache=None, # Shared by all volumes of a dataset
         group=None, # The HDF5 group, where it is open already
     ):
-        self.file,self.name,self.cache,self.tensor = file, name, VolumeCache() if cache is None else cache, None
+        self.file,self.name,self.cache,self.tensor = (file, name, VolumeCache() if cache is None else cache,
+                                                      None)
         with told_of(file, name):
             if group is None: group = file.open(name)
             self.rows = StoredRows(file, f'{name}/data', members(group)['data'])
-            if len(self.rows.shape) != 4: raise DataProblem("a volume has four axes", expected="(X, Y, Z, F)", found=self.rows.shape)
-            self.grid,self.nb_features = Grid(group.attrs['affine'], self.rows.shape[:3]), int(self.rows.shape[3])
-            self.frame = attr_value(group.attrs, 'frame')           # None in files by dwi_ml: image axes are meant
+            if len(self.rows.shape) != 4:
+                raise DataProblem("a volume has four axes", expected="(X, Y, Z, F)", found=self.rows.shape)
+            self.grid,self.nb_features = (Grid(group.attrs['affine'], self.rows.shape[:3]),
+                                          int(self.rows.shape[3]))
+            self.frame = attr_value(group.attrs, 'frame')    # None in files by dwi_ml: image axes are meant
         if not lazy: self.load()
 
     @property
@@ -124,7 +136,8 @@ class MRIData:
         self.tensor = self.read()
     def read(self) -> Tensor:
         "The values, a copy."
-        with told_of(self.file, self.name): return torch.from_numpy(self.rows.all().astype(np.float32, copy=False))
+        with told_of(self.file, self.name):
+            return torch.from_numpy(self.rows.all().astype(np.float32, copy=False))
     def over_map(self) -> Tensor: # None where the file is no float32 map
         "The values, as a view of the file."
         mapped = self.rows.mapped() if self.rows.dtype == np.float32 else None
@@ -135,9 +148,13 @@ class MRIData:
     ) -> Tensor: # (X, Y, Z, F) float32; shared with everybody who asks, so never change it in place
         "The values, on a device."
         on_cpu = torch.device(device).type == 'cpu'
-        if not self.is_lazy: return self.tensor if on_cpu else self.cache.get(self.name, device, lambda: self.tensor)
+        if not self.is_lazy:
+            return self.tensor if on_cpu else self.cache.get(self.name, device, lambda: self.tensor)
         with told_of(self.file, self.name):
             self.rows.check()
             if on_cpu and (tensor := self.over_map()) is not None: return tensor
-        return self.cache.get(self.name, device, self.read)          # a device that is full or not there is no fault of the file
-    def __repr__(self): return f"MRIData({self.name}: {self.grid}, {self.nb_features} features, {'lazy' if self.is_lazy else 'in memory'})"
+        # a device that is full or not there is no fault of the file
+        return self.cache.get(self.name, device, self.read)
+    def __repr__(self):
+        return (f"MRIData({self.name}: {self.grid}, {self.nb_features} features, "
+                f"{'lazy' if self.is_lazy else 'in memory'})")

@@ -21,8 +21,10 @@ from .describe import columns, html_table
 from .lists import SUBSETS
 
 # %% ../../nbs/01_study/13_bids.ipynb #9acf67dd
-PHANTOM_NAMES = {'dwi/sh.nii.gz': 'dwi/{}_model-csd_param-fod_dwimap.nii.gz', 'dwi/peaks.nii.gz': 'dwi/{}_model-csd_param-peaks_dwimap.nii.gz',
-                 'masks/wm.nii.gz': 'dwi/{}_label-WM_mask.nii.gz', 'masks/seeds.nii.gz': 'dwi/{}_label-seeds_mask.nii.gz'}
+PHANTOM_NAMES = {'dwi/sh.nii.gz': 'dwi/{}_model-csd_param-fod_dwimap.nii.gz',
+                 'dwi/peaks.nii.gz': 'dwi/{}_model-csd_param-peaks_dwimap.nii.gz',
+                 'masks/wm.nii.gz': 'dwi/{}_label-WM_mask.nii.gz',
+                 'masks/seeds.nii.gz': 'dwi/{}_label-seeds_mask.nii.gz'}
 
 def bids_phantom(
     folder, # Where to make the tree
@@ -31,18 +33,26 @@ def bids_phantom(
     seed:int=1234,
 ) -> Path: # The derivatives folder
     "Write a phantom study laid out as BIDS derivatives."
-    out,splits = Path(folder)/'derivatives'/'tracking', ['training']*max(1, n_subjects - 2) + ['validation', 'testing']
+    out = Path(folder)/'derivatives'/'tracking'
+    splits = ['training']*max(1, n_subjects - 2) + ['validation', 'testing']
     for session in sessions or [None]:
-        plain = write_phantom(Path(folder)/f'plain{session}', n_subjects, seed=seed + (sessions.index(session) if session else 0))
+        plain = write_phantom(Path(folder)/f'plain{session}', n_subjects,
+                              seed=seed + (sessions.index(session) if session else 0))
         for subject in sorted(p.name for p in plain.iterdir() if p.is_dir()):
-            to,name = out/subject/(f'ses-{session}' if session else ''), f'{subject}_ses-{session}' if session else subject
-            renamed = {**PHANTOM_NAMES, **{f'bundles/{p.name}': f"dwi/{{}}_tract-{p.stem.replace('_', '')}_tractogram.trk" for p in (plain/subject/'bundles').glob('*.trk')}}
+            to = out/subject/(f'ses-{session}' if session else '')
+            name = f'{subject}_ses-{session}' if session else subject
+            renamed = {**PHANTOM_NAMES,
+                       **{f'bundles/{p.name}': f"dwi/{{}}_tract-{p.stem.replace('_', '')}_tractogram.trk"
+                          for p in (plain/subject/'bundles').glob('*.trk')}}
             for old,new in renamed.items():
                 (to/new).parent.mkdir(parents=True, exist_ok=True)
                 (plain/subject/old).rename(to/new.format(name))
-    write_json({'Name': 'tracking', 'BIDSVersion': '1.10.0', 'DatasetType': 'derivative', 'GeneratedBy': [{'Name': 'dwiml_nb'}]}, out/'dataset_description.json')
-    rows = [('participant_id', 'split'), *((f'sub-{i + 1:02d}', split) for i,split in zip(range(n_subjects), splits))]
-    with atomic_file(out/'participants.tsv') as tmp: tmp.write_text(''.join('\t'.join(r) + '\n' for r in rows))
+    write_json({'Name': 'tracking', 'BIDSVersion': '1.10.0', 'DatasetType': 'derivative',
+                'GeneratedBy': [{'Name': 'dwiml_nb'}]}, out/'dataset_description.json')
+    rows = [('participant_id', 'split'),
+            *((f'sub-{i + 1:02d}', split) for i,split in zip(range(n_subjects), splits))]
+    with atomic_file(out/'participants.tsv') as tmp:
+        tmp.write_text(''.join('\t'.join(r) + '\n' for r in rows))
     return out
 
 # %% ../../nbs/01_study/13_bids.ipynb #cdb51d2a
@@ -51,16 +61,25 @@ def read_participants(
     participants=None, # Path of the table, when it lies elsewhere
 ) -> list: # of dicts, one a person; None where there is no table
     "The rows of `participants.tsv`."
-    places = [Path(participants)] if participants else [p/'participants.tsv' for p in (Path(derivatives), *Path(derivatives).resolve().parents[:2])]
+    places = ([Path(participants)] if participants
+              else [p/'participants.tsv' for p in (Path(derivatives),
+                                                   *Path(derivatives).resolve().parents[:2])])
     path = next((p for p in places if p.is_file()), None)
-    if path is None and participants: raise DataProblem("no such table of participants", file=participants, do="check the path.")
+    if path is None and participants:
+        raise DataProblem("no such table of participants", file=participants, do="check the path.")
     if path is None: return None
     with open(path, newline='', encoding='utf-8-sig') as f: rows = list(csv.DictReader(f, delimiter='\t'))
-    if not rows: raise DataProblem("the table of participants lists nobody", expected="a line of column names, then one a person", file=path, do="fill it, or move it away.")
+    if not rows:
+        raise DataProblem("the table of participants lists nobody",
+                          expected="a line of column names, then one a person", file=path,
+                          do="fill it, or move it away.")
     if 'participant_id' not in rows[0]:
-        raise DataProblem("the table has no column 'participant_id'", expected="a tab-separated table with that column", found=', '.join(map(str, rows[0])), file=path)
+        raise DataProblem("the table has no column 'participant_id'",
+                          expected="a tab-separated table with that column",
+                          found=', '.join(map(str, rows[0])), file=path)
     ids = [r['participant_id'] for r in rows]
-    if twice := sorted({i for i in ids if ids.count(i) > 1}): raise DataProblem("a participant is listed twice", found=', '.join(twice), file=path)
+    if twice := sorted({i for i in ids if ids.count(i) > 1}):
+        raise DataProblem("a participant is listed twice", found=', '.join(twice), file=path)
     return [{**r, 'participant_id': i if i.startswith('sub-') else f'sub-{i}'} for r,i in zip(rows, ids)]
 
 # %% ../../nbs/01_study/13_bids.ipynb #e8407b1e
@@ -70,22 +89,34 @@ def bids_subjects(
 ) -> tuple: # dict subject id -> row of its person, list of remarks
     "The subjects of a derivatives folder."
     derivatives = Path(derivatives)
-    if not derivatives.is_dir(): raise DataProblem("no such folder of derivatives", file=derivatives, do="give the folder that holds the sub-… folders.")
-    folders,rows = sorted(p.name for p in derivatives.glob('sub-*') if p.is_dir()), read_participants(derivatives, participants)
-    if not folders: raise DataProblem("no folder of a subject", expected="folders named sub-…", found=', '.join(sorted(p.name for p in derivatives.iterdir())[:8]) or 'nothing', file=derivatives)
+    if not derivatives.is_dir():
+        raise DataProblem("no such folder of derivatives", file=derivatives,
+                          do="give the folder that holds the sub-… folders.")
+    folders = sorted(p.name for p in derivatives.glob('sub-*') if p.is_dir())
+    rows = read_participants(derivatives, participants)
+    if not folders:
+        raise DataProblem("no folder of a subject", expected="folders named sub-…",
+                          found=', '.join(sorted(p.name for p in derivatives.iterdir())[:8]) or 'nothing',
+                          file=derivatives)
     people = {f: {} for f in folders} if rows is None else {r['participant_id']: r for r in rows}
     absent,unknown = [p for p in people if p not in folders], [f for f in folders if f not in people]
     found,beside = {}, []
     for person,row in people.items():
         sessions = sorted(p.name for p in (derivatives/person).glob('ses-*') if p.is_dir())
-        if sessions: beside += sorted(p.name for p in (derivatives/person).rglob('*') if is_readable(p) and p.relative_to(derivatives).parts[1] not in sessions)
-        for subject in [f'{person}_{s}' for s in sessions] or [person]*(person in folders): found[subject] = row
-    told = {"participants without a folder are left out": absent, "folders without a row in participants.tsv are left out": unknown,
+        if sessions:
+            beside += sorted(p.name
+                             for p in (derivatives/person).rglob('*')
+                             if is_readable(p) and p.relative_to(derivatives).parts[1] not in sessions)
+        for subject in [f'{person}_{s}' for s in sessions] or [person]*(person in folders):
+            found[subject] = row
+    told = {"participants without a folder are left out": absent,
+            "folders without a row in participants.tsv are left out": unknown,
             "files beside the sessions of a person are left out": beside}
     return found, [f"{what}: {', '.join(ids)}." for what,ids in told.items() if ids]
 
 # %% ../../nbs/01_study/13_bids.ipynb #177b1fb9
-WORDS = {'training': ('training', 'train'), 'validation': ('validation', 'valid', 'val', 'dev'), 'testing': ('testing', 'test')}
+WORDS = {'training': ('training', 'train'), 'validation': ('validation', 'valid', 'val', 'dev'),
+         'testing': ('testing', 'test')}
 
 def split_of_column(
     subjects:dict, # id -> row
@@ -93,14 +124,22 @@ def split_of_column(
 ) -> dict: # subset -> ids
     "The lists that a column describes; other words (or 'n/a') leave a subject out."
     known = dict.fromkeys(k for r in subjects.values() for k in r)
-    if not known: raise DataProblem("there is no participants.tsv to read the split from", expected=f"a table with a column '{column}'", do="say where it lies (participants), or give the lists.")
-    if column not in known: raise DataProblem(f"no column '{column}' in participants.tsv.{did_you_mean(column, known)}", expected=', '.join(known), found=column)
+    if not known:
+        raise DataProblem("there is no participants.tsv to read the split from",
+                          expected=f"a table with a column '{column}'",
+                          do="say where it lies (participants), or give the lists.")
+    if column not in known:
+        raise DataProblem(f"no column '{column}' in participants.tsv.{did_you_mean(column, known)}",
+                          expected=', '.join(known), found=column)
     subset = {w: s for s,words in WORDS.items() for w in words}
-    lists = {s: [i for i,r in subjects.items() if subset.get((r[column] or '').strip().lower()) == s] for s in SUBSETS}
+    lists = {s: [i for i,r in subjects.items() if subset.get((r[column] or '').strip().lower()) == s]
+             for s in SUBSETS}
     if not any(lists.values()):
-        raise DataProblem(f"column '{column}' names no subset", expected=' or '.join(subset), found=', '.join(sorted({str(r[column]) for r in subjects.values()})[:8]))
+        raise DataProblem(f"column '{column}' names no subset", expected=' or '.join(subset),
+                          found=', '.join(sorted({str(r[column]) for r in subjects.values()})[:8]))
     return lists
 
+# %% ../../nbs/01_study/13_bids.ipynb #2ab71097
 def split_of_lists(
     subjects:dict, # id -> row
     lists:dict, # subset -> people ('sub-01', '01') or subjects ('sub-01_ses-1'), one or a list; or None
@@ -113,10 +152,14 @@ def split_of_lists(
             person = word if word.startswith('sub-') else f'sub-{word}'
             ids = [i for i in subjects if i == person or i.startswith(f'{person}_ses-')]
             out[subset] += [i for i in ids if i not in out[subset]]
-            if not ids: bad.append(DataProblem(f"no such subject.{did_you_mean(person, subjects)}", expected=', '.join(list(subjects)[:8]), found=word, subject=person))
+            if not ids:
+                bad.append(DataProblem(f"no such subject.{did_you_mean(person, subjects)}",
+                                       expected=', '.join(list(subjects)[:8]), found=word, subject=person))
             for i in ids:
                 if whose.setdefault(i.split('_ses-')[0], subset) != subset:
-                    bad.append(DataProblem("a person is in two subsets", expected="all sessions of a person in one", found=f"{whose[i.split('_ses-')[0]]} and {subset}", subject=i))
+                    bad.append(DataProblem("a person is in two subsets",
+                                           expected="all sessions of a person in one",
+                                           found=f"{whose[i.split('_ses-')[0]]} and {subset}", subject=i))
     raise_problems(bad, "the lists of subjects")
     return out
 
@@ -129,7 +172,8 @@ def words_of(
     "All words that an entity has in the names of the tractograms."
     names = [bids_name(p) for p in sorted(Path(derivatives).glob('sub-*/**/*')) if is_readable(p)]
     names = [n for n in names if answers(n, {'suffix': 'tractogram', **(query or {})})]
-    return sorted({w for n in names if (w := n.says(entity)) is not None}), [n.path.name for n in names if n.says(entity) is None]
+    return (sorted({w for n in names if (w := n.says(entity)) is not None}),
+            [n.path.name for n in names if n.says(entity) is None])
 
 # %% ../../nbs/01_study/13_bids.ipynb #eb7de884
 def volume_group(
@@ -138,11 +182,15 @@ def volume_group(
     "A volume group of the config."
     kept = {'standardization': 'none', 'std_mask': None, 'frame': None, 'outside': None}
     said = {k: query.get(k, usual) for k,usual in kept.items()}
-    return {'type': 'volume', 'files': {'suffix': 'dwimap', **{k: v for k,v in query.items() if k not in kept}}, **{k: v for k,v in said.items() if v is not None}}
+    return {'type': 'volume', 'files': {'suffix': 'dwimap',
+                                        **{k: v for k,v in query.items() if k not in kept}},
+            **{k: v for k,v in said.items() if v is not None}}
 
 def bids_config(
     derivatives, # Derivatives folder
-    volumes:dict, # group -> query, for instance {'input': {'model': 'csd', 'param': 'fod'}}; keys of a config's volume may stand beside entities
+    # group -> query, for instance {'input': {'model': 'csd', 'param': 'fod'}}; keys of a config's volume may
+    # stand beside entities
+    volumes:dict,
     streamlines=None, # Query of the tractograms; all when not given
     tract:Literal['label', 'groups', 'none']='label', # What becomes of the `tract-` entity
     group:str='bundles', # Name of the streamlines group
@@ -152,12 +200,17 @@ def bids_config(
     words = words_of(derivatives, 'tract', query)[0] if tract != 'none' else []
     if isinstance(query.get('tract'), (list, tuple)): words = list(query['tract'])
     if tract != 'none' and not words:
-        raise DataProblem("no tractogram names its tract", expected="names such as sub-01_tract-AF_tractogram.trx", do="choose tract='none'.", file=derivatives)
+        raise DataProblem("no tractogram names its tract",
+                          expected="names such as sub-01_tract-AF_tractogram.trx", do="choose tract='none'.",
+                          file=derivatives)
     lines = {'type': 'streamlines', 'files': {**query, 'tract': words} if tract == 'label' else query}
     if tract == 'label': lines['file_labels'] = {'tract': words}
-    groups = {w: {**lines, 'files': {**query, 'tract': w}} for w in words} if tract == 'groups' else {group: lines}
+    groups = ({w: {**lines, 'files': {**query, 'tract': w}} for w in words} if tract == 'groups'
+              else {group: lines})
     if clash := sorted(set(volumes) & set(groups)):
-        raise DataProblem(f"'{clash[0]}' would be a volume and streamlines", expected="another name for each group", found=', '.join(clash), do="rename the volume.")
+        raise DataProblem(f"'{clash[0]}' would be a volume and streamlines",
+                          expected="another name for each group", found=', '.join(clash),
+                          do="rename the volume.")
     return {**{name: volume_group(q) for name,q in volumes.items()}, **groups}
 
 # %% ../../nbs/01_study/13_bids.ipynb #fc827115
@@ -181,15 +234,20 @@ class BidsSources:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(self.config, folder/'config.json')
         for s in SUBSETS:
-            with atomic_file(folder/f'{s}.txt') as tmp: tmp.write_text(''.join(f'{i}\n' for i in self.lists[s]))
+            with atomic_file(folder/f'{s}.txt') as tmp:
+                tmp.write_text(''.join(f'{i}\n' for i in self.lists[s]))
         return folder
     def table(self) -> list: # of tuples of str, the first one the header
         "The groups and lists as words."
         query = lambda q: ', '.join(f"{k} {'/'.join(v) if isinstance(v, list) else v}" for k,v in q.items())
-        return [('what', ''), *((g, query(c['files'])) for g,c in self.config.items()), *((s, ', '.join(ids) or 'nobody') for s,ids in self.lists.items())]
+        return [('what', ''), *((g, query(c['files'])) for g,c in self.config.items()),
+                *((s, ', '.join(ids) or 'nobody') for s,ids in self.lists.items())]
     def __repr__(self): return '\n'.join([f"BidsSources({self.root})", columns(self.table()), *self.remarks])
-    def _repr_html_(self): return f"<p>{html.escape(str(self.root))}</p>{html_table(self.table())}<p>{html.escape(' '.join(self.remarks))}</p>"
+    def _repr_html_(self):
+        remarks = html.escape(' '.join(self.remarks))
+        return f"<p>{html.escape(str(self.root))}</p>{html_table(self.table())}<p>{remarks}</p>"
 
+# %% ../../nbs/01_study/13_bids.ipynb #762eb6a0
 def bids_sources(
     derivatives, # Derivatives folder: holds sub-… folders
     volumes:dict, # group -> query; see `bids_config`
@@ -206,8 +264,12 @@ def bids_sources(
     subjects,remarks = bids_subjects(derivatives, participants)
     given = dict(training=training, validation=validation, testing=testing)
     if (split is None) == (not any(given.values())):
-        raise DataProblem("the subsets must be said in one way", expected="lists, or split: a column of participants.tsv", found="both" if split else "neither")
+        raise DataProblem("the subsets must be said in one way",
+                          expected="lists, or split: a column of participants.tsv",
+                          found="both" if split else "neither")
     lists = split_of_lists(subjects, given) if split is None else split_of_column(subjects, split)
     without = words_of(derivatives, 'tract', streamlines)[1] if tract != 'none' else []
-    if without: remarks.append(f"tractograms that do not name their tract are left out: {', '.join(without)}.")
-    return BidsSources(Path(derivatives), bids_config(derivatives, volumes, streamlines, tract, group), lists, remarks)
+    if without:
+        remarks.append(f"tractograms that do not name their tract are left out: {', '.join(without)}.")
+    return BidsSources(Path(derivatives), bids_config(derivatives, volumes, streamlines, tract, group), lists,
+                       remarks)

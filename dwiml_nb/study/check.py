@@ -38,19 +38,28 @@ class StudyReport:
     def ok(self) -> bool: return not self.problems
     def table(self) -> list: # of tuples of str, the first one the header
         "One row a problem or remark."
-        row = lambda kind,p: (kind, p.subject or '', p.group or '', DataProblem(p.problem, p.expected, p.found, p.do).sentence())
-        return [('', 'subject', 'group', 'what'), *(row('problem', p) for p in self.problems), *(row('remark', p) for p in self.remarks)]
+        row = lambda kind,p: (kind, p.subject or '', p.group or '',
+                              DataProblem(p.problem, p.expected, p.found, p.do).sentence())
+        return [('', 'subject', 'group', 'what'), *(row('problem', p) for p in self.problems),
+                *(row('remark', p) for p in self.remarks)]
     def headline(self) -> str:
         "One line."
         counts = ', '.join(f"{v:,} {k}" for k,v in self.looked_at.items()) or 'nothing could be looked at'
-        return f"{self.path.name}: {len(self.problems) or 'no'} problem{'s'*(len(self.problems) != 1)}, {len(self.remarks)} remarks ({counts})"
+        return (f"{self.path.name}: {len(self.problems) or 'no'} problem{'s'*(len(self.problems) != 1)}, "
+                f"{len(self.remarks)} remarks ({counts})")
     def as_dict(self) -> dict:
         "The report as JSON can keep it."
-        plain = lambda p: {k: None if (v := getattr(p, k)) is None else str(v) for k in ('subject', 'group', 'problem', 'expected', 'found', 'do')}
-        return dict(path=str(self.path), ok=self.ok, problems=[plain(p) for p in self.problems], remarks=[plain(p) for p in self.remarks],
+        plain = lambda p: {k: None if (v := getattr(p, k)) is None else str(v)
+                           for k in ('subject', 'group', 'problem', 'expected', 'found', 'do')}
+        return dict(path=str(self.path), ok=self.ok, problems=[plain(p) for p in self.problems],
+                    remarks=[plain(p) for p in self.remarks],
                     looked_at=self.looked_at, seconds=self.seconds)
-    def __repr__(self): return '\n'.join([self.headline(), *(['', columns(self.table())] if self.problems + self.remarks else [])])
-    def _repr_html_(self): return f"<p>{html.escape(self.headline())}</p>{html_table(self.table()) if self.problems + self.remarks else ''}"
+    def __repr__(self):
+        return '\n'.join([self.headline(),
+                          *(['', columns(self.table())] if self.problems + self.remarks else [])])
+    def _repr_html_(self):
+        table = html_table(self.table()) if self.problems + self.remarks else ''
+        return f"<p>{html.escape(self.headline())}</p>{table}"
 
 # %% ../../nbs/01_study/15_check.ipynb #906e25fd
 @contextmanager
@@ -62,9 +71,13 @@ def noting(
 ):
     "Within this, an exception becomes a problem of the report."
     try: yield
-    except DataProblem as e: report.problems.append(DataProblem(e.problem, e.expected, e.found, e.do, e.subject or subject, e.group or group))
+    except DataProblem as e:
+        report.problems.append(DataProblem(e.problem, e.expected, e.found, e.do, e.subject or subject,
+                                           e.group or group))
     except Exception as e:
-        report.problems.append(DataProblem(f"{what} cannot be read", found=f"{type(e).__name__}: {str(e)[:200]}", do="copy the file again, or create the study again.",
+        report.problems.append(DataProblem(f"{what} cannot be read",
+                                           found=f"{type(e).__name__}: {str(e)[:200]}",
+                                           do="copy the file again, or create the study again.",
                                            subject=subject, group=group))
 
 # %% ../../nbs/01_study/15_check.ipynb #5f73ded5
@@ -74,8 +87,10 @@ def mapping_hindrance(
     "Why a dataset cannot be mapped into memory."
     if math.prod(dataset.shape) == 0: return None
     if dataset.is_virtual or dataset.external: return "its values lie in other files"
-    if dataset.chunks is not None: return "it is stored in chunks" + (", compressed" if dataset.compression else "")
-    return None if dataset.id.get_offset() is not None else "its values have no place of their own in the file"
+    if dataset.chunks is not None:
+        return "it is stored in chunks" + (", compressed" if dataset.compression else "")
+    return (None if dataset.id.get_offset() is not None
+            else "its values have no place of their own in the file")
 
 # %% ../../nbs/01_study/15_check.ipynb #ee2b91b6
 def check_attribute(
@@ -87,12 +102,15 @@ def check_attribute(
 ) -> np.ndarray: # None when there is no such array of finite numbers
     "One attribute that must hold finite numbers."
     with noting(report, f"the attribute '{key}'", **where):
-        if key not in group.attrs: raise DataProblem(f"the attribute '{key}' is missing", expected=f"numbers of shape {shape}")
+        if key not in group.attrs:
+            raise DataProblem(f"the attribute '{key}' is missing", expected=f"numbers of shape {shape}")
         value = np.asarray(group.attrs[key])
         if value.dtype.kind not in 'fiu' or value.shape != shape or not np.isfinite(value).all():
-            raise DataProblem(f"the attribute '{key}' is not what it must be", expected=f"finite numbers of shape {shape}", found=str(value.tolist())[:100])
+            raise DataProblem(f"the attribute '{key}' is not what it must be",
+                              expected=f"finite numbers of shape {shape}", found=str(value.tolist())[:100])
         return value
 
+# %% ../../nbs/01_study/15_check.ipynb #b43636db
 def check_grid(
     report:StudyReport, # Gets the problems
     group, # HDF5 group of a volume or of streamlines
@@ -104,14 +122,18 @@ def check_grid(
     if affine is None or dimensions is None: return None
     with noting(report, "the affine", **where):
         grid = Grid(affine, dimensions)
-        if min(grid.dimensions) < 1: raise DataProblem("the dimensions must be positive", found=grid.dimensions)
+        if min(grid.dimensions) < 1:
+            raise DataProblem("the dimensions must be positive", found=grid.dimensions)
         sizes = 'voxres' if group_kind(group) == 'volume' else 'voxel_sizes'
         said = check_attribute(report, group, sizes, (3,), where)
         if said is not None and not np.allclose(said, grid.voxel_sizes, rtol=1e-3):
-            report.problems.append(DataProblem(f"'{sizes}' does not agree with the affine", expected=grid.voxel_sizes.tolist(), found=said.tolist(), **where))
+            report.problems.append(DataProblem(f"'{sizes}' does not agree with the affine",
+                                               expected=grid.voxel_sizes.tolist(), found=said.tolist(),
+                                               **where))
         order = attr_value(group.attrs, 'voxel_order')
         if order is not None and order != grid.voxel_order:
-            report.problems.append(DataProblem("'voxel_order' does not agree with the affine", expected=grid.voxel_order, found=order, **where))
+            report.problems.append(DataProblem("'voxel_order' does not agree with the affine",
+                                               expected=grid.voxel_order, found=order, **where))
         return grid
 
 # %% ../../nbs/01_study/15_check.ipynb #ea563d51
@@ -124,7 +146,9 @@ def remark_missing(
     "A remark on attributes that readers can do without."
     if gone := [k for k in usual if k not in attrs]:
         them = 'it' if len(gone) == 1 else 'them'
-        report.remarks.append(DataProblem(f"no attribute {', '.join(map(repr, gone))}", do=f"write {them} for dwi_ml; here this is taken: {', '.join(usual[k] for k in gone)}.", **where))
+        report.remarks.append(DataProblem(f"no attribute {', '.join(map(repr, gone))}",
+                                          do=f"write {them} for dwi_ml; here this is taken: "
+                                             f"{', '.join(usual[k] for k in gone)}.", **where))
 
 # %% ../../nbs/01_study/15_check.ipynb #19a8d120
 def check_volume_group(
@@ -135,17 +159,22 @@ def check_volume_group(
     "Shape, attributes and values of a volume."
     data = group['data']
     if len(data.shape or ()) != 4:
-        report.problems.append(DataProblem("a volume has four axes", expected="(X, Y, Z, features)", found=data.shape, **where))
+        report.problems.append(DataProblem("a volume has four axes", expected="(X, Y, Z, features)",
+                                           found=data.shape, **where))
         return None
     said = check_attribute(report, group, 'nb_features', (), where)
     if said is not None and said != data.shape[3]:
-        report.problems.append(DataProblem("'nb_features' does not agree with the data", expected=data.shape[3], found=int(said), **where))
+        report.problems.append(DataProblem("'nb_features' does not agree with the data",
+                                           expected=data.shape[3], found=int(said), **where))
     grid = check_grid(report, group, data.shape[:3], where)
     if (frame := attr_value(group.attrs, 'frame')) not in (None, *FRAMES):
-        report.problems.append(DataProblem("the frame of the directions is unknown", expected=' or '.join(FRAMES), found=frame, **where))
+        report.problems.append(DataProblem("the frame of the directions is unknown",
+                                           expected=' or '.join(FRAMES), found=frame, **where))
     with noting(report, "the values", **where):
         bad = sum(int((~np.isfinite(b)).any(-1).sum()) for _,b in blocks(data))
-        if bad: raise DataProblem("the volume holds NaN or infinite values", expected="finite numbers", found=f"{bad} of {math.prod(data.shape[:3])} voxels")
+        if bad:
+            raise DataProblem("the volume holds NaN or infinite values", expected="finite numbers",
+                              found=f"{bad} of {math.prod(data.shape[:3])} voxels")
     report.looked_at['voxels'] = report.looked_at.get('voxels', 0) + math.prod(data.shape[:3])
     return grid
 
@@ -163,19 +192,28 @@ def check_beside(
         with noting(report, f"the data per streamline '{k}'", **where):
             check_stored(dps[k])
             if len(dps[k].shape) != 2 or dps[k].shape[0] != nb_lines:
-                raise DataProblem(f"the data per streamline '{k}' does not fit", expected=f"({nb_lines}, columns)", found=dps[k].shape)
+                raise DataProblem(f"the data per streamline '{k}' does not fit",
+                                  expected=f"({nb_lines}, columns)", found=dps[k].shape)
             if bad := sum(int((~np.isfinite(b)).any(1).sum()) for _,b in blocks(dps[k])):
-                report.remarks.append(DataProblem(f"the data per streamline '{k}' hold NaN or infinite values", found=f"{bad} of {nb_lines} lines", **where))
+                said = f"the data per streamline '{k}' hold NaN or infinite values"
+                report.remarks.append(DataProblem(said, found=f"{bad} of {nb_lines} lines", **where))
     if 'connectivity_matrix' not in group: return
     with noting(report, "the connectivity matrix", **where):
-        shape,kind,blocs = group['connectivity_matrix'].shape, attr_value(group.attrs, 'connectivity_matrix_type'), group.attrs.get('connectivity_nb_blocs')
+        shape,kind = group['connectivity_matrix'].shape, attr_value(group.attrs, 'connectivity_matrix_type')
+        blocs = group.attrs.get('connectivity_nb_blocs')
         check_stored(group['connectivity_matrix'])
         wanted = math.prod(np.ravel(blocs).tolist()) if blocs is not None else shape[0] if shape else 1
-        if shape != (wanted, wanted): raise DataProblem("the connectivity matrix has the wrong shape", expected=(wanted, wanted), found=shape)
+        if shape != (wanted, wanted):
+            raise DataProblem("the connectivity matrix has the wrong shape", expected=(wanted, wanted),
+                              found=shape)
         if kind not in ('from_blocs', 'from_labels') or (kind == 'from_blocs' and blocs is None):
-            raise DataProblem("nothing says what the connectivity matrix is between", expected="connectivity_matrix_type, and connectivity_nb_blocs or labels", found=kind)
-        if kind == 'from_labels' and grid is not None and group['connectivity_label_volume'].shape != grid.dimensions:
-            raise DataProblem("the label volume has the wrong shape", expected=grid.dimensions, found=group['connectivity_label_volume'].shape)
+            raise DataProblem("nothing says what the connectivity matrix is between",
+                              expected="connectivity_matrix_type, and connectivity_nb_blocs or labels",
+                              found=kind)
+        if kind != 'from_labels' or grid is None: return
+        shape = group['connectivity_label_volume'].shape
+        if shape != grid.dimensions:
+            raise DataProblem("the label volume has the wrong shape", expected=grid.dimensions, found=shape)
 
 # %% ../../nbs/01_study/15_check.ipynb #9bf2ecb5
 def check_streamlines_group(
@@ -185,27 +223,40 @@ def check_streamlines_group(
 ) -> Grid: # None when there is none
     "Attributes, tables and points of a group of streamlines."
     missing = [k for k in ('offsets', 'lengths') if not isinstance(group.get(k), h5py.Dataset)]
-    if missing: raise DataProblem(f"the streamlines lack {' and '.join(missing)}", expected="data, offsets, lengths", found=', '.join(group))
+    if missing:
+        raise DataProblem(f"the streamlines lack {' and '.join(missing)}", expected="data, offsets, lengths",
+                          found=', '.join(group))
     shapes = {k: group[k].shape for k in ('data', 'offsets', 'lengths', 'euclidean_lengths') if k in group}
     lines = shapes['lengths']
-    if len(lines) != 1 or any(s != lines for k,s in shapes.items() if k != 'data') or len(shapes['data']) != 2 or shapes['data'][1] != 3:
-        raise DataProblem("the tables of the streamlines do not fit each other", expected="data (P, 3); offsets, lengths and euclidean_lengths (S,)", found=shapes)
+    if len(lines) != 1 or any(s != lines
+                              for k,s in shapes.items()
+                              if k != 'data') or len(shapes['data']) != 2 or shapes['data'][1] != 3:
+        raise DataProblem("the tables of the streamlines do not fit each other",
+                          expected="data (P, 3); offsets, lengths and euclidean_lengths (S,)", found=shapes)
     for k in shapes: check_stored(group[k])
-    if odd := [k for k in ('offsets', 'lengths') if group[k].dtype.kind not in 'iu']: raise DataProblem(f"{odd[0]} must be whole numbers", found=group[odd[0]].dtype)
-    if 'euclidean_lengths' not in shapes: report.remarks.append(DataProblem("no euclidean_lengths", do="they are measured when they are needed.", **where))
+    if odd := [k for k in ('offsets', 'lengths') if group[k].dtype.kind not in 'iu']:
+        raise DataProblem(f"{odd[0]} must be whole numbers", found=group[odd[0]].dtype)
+    if 'euclidean_lengths' not in shapes:
+        report.remarks.append(DataProblem("no euclidean_lengths",
+                                          do="they are measured when they are needed.", **where))
     dimensions = check_attribute(report, group, 'dimensions', (3,), where)
     grid = check_grid(report, group, dimensions, where)
     if grid is None: return None
-    remark_missing(report, group.attrs, {'space': 'Space.VOX', 'origin': 'Origin.TRACKVIS', 'voxel_order': f"{grid.voxel_order}, as the affine says"}, where)
+    remark_missing(report, group.attrs,
+                   {'space': 'Space.VOX', 'origin': 'Origin.TRACKVIS',
+                    'voxel_order': f"{grid.voxel_order}, as the affine says"}, where)
     table = LineTable(shapes['data'][0])
     with noting(report, "the points", **where):
         counts = check_points(group, grid, table)
         bad,said = counts.problems(lines[0])
-        for p in (unfit := table.problems()) + bad: report.problems.append(DataProblem(p.problem, p.expected, p.found, p.do, **where))
+        for p in (unfit := table.problems()) + bad:
+            report.problems.append(DataProblem(p.problem, p.expected, p.found, p.do, **where))
         report.remarks += [DataProblem(p.problem, p.expected, p.found, p.do, **where) for p in said]
-        if not table.in_order and not unfit: check_places(group['offsets'][()], group['lengths'][()], table.nb_rows)
+        if not table.in_order and not unfit:
+            check_places(group['offsets'][()], group['lengths'][()], table.nb_rows)
     check_beside(report, group, lines[0], grid, where)
-    for k,n in (('streamlines', lines[0]), ('points', shapes['data'][0])): report.looked_at[k] = report.looked_at.get(k, 0) + n
+    for k,n in (('streamlines', lines[0]), ('points', shapes['data'][0])):
+        report.looked_at[k] = report.looked_at.get(k, 0) + n
     return grid
 
 # %% ../../nbs/01_study/15_check.ipynb #7d9b2065
@@ -213,24 +264,32 @@ def check_group(
     report:StudyReport, # Gets the problems
     subject, # HDF5 group of a subject
     name:str, # Of the group
-) -> tuple: # kind, number of features or dict of the columns of data per streamline, `Grid`; None for what is not known
+) -> tuple: # kind; number of features, or columns of each data per streamline; `Grid`. None: not known
     "A group of a subject, of either kind."
     where = dict(subject=subject.name.strip('/'), group=name)
     with noting(report, "the group", **where):
         group = subject[name]
         kind = group_kind(group)
-        if kind is None: raise DataProblem("this is neither a volume nor streamlines", expected="a group with type 'volume' or 'streamlines' and a dataset 'data'",
-                                           found=f"{type(group).__name__}, type {attr_value(group.attrs, 'type')!r}")
+        if kind is None:
+            raise DataProblem("this is neither a volume nor streamlines",
+                              expected="a group with type 'volume' or 'streamlines' and a dataset 'data'",
+                              found=f"{type(group).__name__}, type {attr_value(group.attrs, 'type')!r}")
         report.looked_at['groups'] = report.looked_at.get('groups', 0) + 1
         if why := mapping_hindrance(group['data']):
-            report.remarks.append(DataProblem(f"the data cannot be mapped into memory: {why}", do="it is read, but slower; dwiml_hdf5_repack mends that.", **where))
+            report.remarks.append(DataProblem(f"the data cannot be mapped into memory: {why}",
+                                              do="it is read, but slower; dwiml_hdf5_repack mends that.",
+                                              **where))
         grid = (check_volume_group if kind == 'volume' else check_streamlines_group)(report, group, where)
         dps = group.get('data_per_streamline')
-        shapes = {k: d.shape for k in dps if len(getattr(d := dps.get(k), 'shape', None) or ()) == 2} if isinstance(dps, h5py.Group) else {}
-        widths = {k: w for k,(_,w) in shapes.items()} if not shapes or any(n for n,_ in shapes.values()) else None       # no line says nothing
+        shapes = ({k: d.shape for k in dps if len(getattr(d := dps.get(k), 'shape', None) or ()) == 2}
+                  if isinstance(dps, h5py.Group) else {})
+        # no line says nothing
+        widths = ({k: w for k,(_,w) in shapes.items()} if not shapes or any(n for n,_ in shapes.values())
+                  else None)
         return kind, group['data'].shape[-1] if kind == 'volume' else widths, grid
     return None, None, None
 
+# %% ../../nbs/01_study/15_check.ipynb #69af7afc
 def linked_subject(
     file, # HDF5 file
     subject:str, # Id
@@ -240,9 +299,13 @@ def linked_subject(
     try: group = file[subject]
     except (KeyError, OSError) as e:
         if not isinstance(link, h5py.ExternalLink): raise
-        raise DataProblem("the link to the subject's own file is broken", expected=f"{link.filename}, beside the study", found=f"{type(e).__name__}: {str(e)[:150]}",
-                          do="put that file back; a study with added subjects is moved together with its folder.") from e
-    if not isinstance(group, h5py.Group): raise DataProblem("a subject must be an HDF5 group", found=type(group).__name__)
+        raise DataProblem("the link to the subject's own file is broken",
+                          expected=f"{link.filename}, beside the study",
+                          found=f"{type(e).__name__}: {str(e)[:150]}",
+                          do="put that file back; a study with added subjects is moved together with its "
+                             "folder.") from e
+    if not isinstance(group, h5py.Group):
+        raise DataProblem("a subject must be an HDF5 group", found=type(group).__name__)
     return group
 
 # %% ../../nbs/01_study/15_check.ipynb #cd14d070
@@ -254,22 +317,37 @@ def check_root(
     lists = {}
     for s in SUBSETS:
         with noting(report, f"the list '{s}_subjs'"):
-            if f'{s}_subjs' not in file.attrs: raise DataProblem(f"the root attribute '{s}_subjs' is missing", expected="a list of subject ids", do="make the study with create_study.")
+            if f'{s}_subjs' not in file.attrs:
+                raise DataProblem(f"the root attribute '{s}_subjs' is missing",
+                                  expected="a list of subject ids", do="make the study with create_study.")
             lists[s] = attr_words(file.attrs[f'{s}_subjs'])
     ids = [i for s in lists.values() for i in s]
     for i in dict.fromkeys(i for i in ids if ids.count(i) > 1):
-        report.problems.append(DataProblem("a subject is listed more than once", expected="one list, once", found=[s for s in lists if i in lists[s]], subject=i))
+        report.problems.append(DataProblem("a subject is listed more than once", expected="one list, once",
+                                           found=[s for s in lists if i in lists[s]], subject=i))
     there = list(file)
-    for i in sorted(set(ids) - set(there)): report.problems.append(DataProblem("a listed subject is not in the file", expected=i, found=', '.join(there[:8]), subject=i))
-    for i in sorted(set(there) - set(ids)): report.remarks.append(DataProblem("no list names this subject", do="readers leave it out.", subject=i))
-    remark_missing(report, file.attrs, {'chosen_subjs': 'the subjects of the three lists', **{k: 'not defined' for k in ('step_size', 'nb_points', 'compress')}})
-    if len(set_ := [k for k in ('step_size', 'nb_points', 'compress') if attr_value(file.attrs, k) is not None]) > 1:
-        report.problems.append(DataProblem("the root says that points were resampled in several ways", expected="one of step_size, nb_points, compress", found=' and '.join(set_)))
+    for i in sorted(set(ids) - set(there)):
+        report.problems.append(DataProblem("a listed subject is not in the file", expected=i,
+                                           found=', '.join(there[:8]), subject=i))
+    for i in sorted(set(there) - set(ids)):
+        report.remarks.append(DataProblem("no list names this subject", do="readers leave it out.",
+                                          subject=i))
+    remark_missing(report, file.attrs,
+                   {'chosen_subjs': 'the subjects of the three lists',
+                    **{k: 'not defined' for k in ('step_size', 'nb_points', 'compress')}})
+    ways = ('step_size', 'nb_points', 'compress')
+    if len(set_ := [k for k in ways if attr_value(file.attrs, k) is not None]) > 1:
+        report.problems.append(DataProblem("the root says that points were resampled in several ways",
+                                           expected="one of step_size, nb_points, compress",
+                                           found=' and '.join(set_)))
     with noting(report, "the version"):
         if (version := attr_value(file.attrs, 'dwiml_nb_format') or 0) > FORMAT_VERSION:
-            raise DataProblem("the study was written by a later version of this library", expected=f"dwiml_nb_format of at most {FORMAT_VERSION}", found=version, do="upgrade dwiml_nb.")
+            raise DataProblem("the study was written by a later version of this library",
+                              expected=f"dwiml_nb_format of at most {FORMAT_VERSION}", found=version,
+                              do="upgrade dwiml_nb.")
     with noting(report, "the config"):
-        if study_config(file.attrs) is None: report.remarks.append(DataProblem("the config cannot be read", do="reading needs none of it."))
+        if study_config(file.attrs) is None:
+            report.remarks.append(DataProblem("the config cannot be read", do="reading needs none of it."))
     return [i for i in dict.fromkeys(ids) if i in there]
 
 # %% ../../nbs/01_study/15_check.ipynb #af32b474
@@ -282,7 +360,8 @@ def check_nb_points(
     "Whether all lines have the number of points that the root says."
     with noting(report, "the lengths", **where):
         if odd := sum(int((b != nb_points).sum()) for _,b in blocks(lengths)):
-            raise DataProblem("lines have another number of points than the root says", expected=f"nb_points {nb_points}", found=f"{odd} lines of other lengths")
+            raise DataProblem("lines have another number of points than the root says",
+                              expected=f"nb_points {nb_points}", found=f"{odd} lines of other lengths")
 
 # %% ../../nbs/01_study/15_check.ipynb #e8872c6a
 def check_grids(
@@ -294,13 +373,17 @@ def check_grids(
     for g,grid in grids.items():
         if same_grid(grid, (one := next(iter(grids.values())))): continue
         if almost_same_grid(grid, one):
-            report.remarks.append(DataProblem("groups of one subject lie on grids that are not quite the same",
-                                              expected="corners at one place", found=f"{corners_apart(grid, one):.2g} mm apart",
-                                              do="nothing; they are read as one grid.", subject=subject, group=g))
+            said = DataProblem("groups of one subject lie on grids that are not quite the same",
+                               expected="corners at one place", subject=subject, group=g,
+                               found=f"{corners_apart(grid, one):.2g} mm apart",
+                               do="nothing; they are read as one.")
+            report.remarks.append(said)
             continue
         say = (lambda x: x.affine.tolist()) if grid.dimensions == one.dimensions else (lambda x: x)
-        report.problems.append(DataProblem("groups of one subject lie on different grids", expected=say(one), found=say(grid),
-                                           do="points and volumes would not fit: create the study again.", subject=subject, group=g))
+        report.problems.append(DataProblem("groups of one subject lie on different grids", expected=say(one),
+                                           found=say(grid),
+                                           do="points and volumes would not fit: create the study again.",
+                                           subject=subject, group=g))
 
 # %% ../../nbs/01_study/15_check.ipynb #cace1f5b
 def check_agreeing(
@@ -308,28 +391,42 @@ def check_agreeing(
     found:dict, # subject -> {group: (kind, number of features or columns of data per streamline, `Grid`)}
 ):
     "What must be alike in all subjects."
-    names,first = dict.fromkeys(g for groups in found.values() for g,(kind,*_) in groups.items() if kind), next(iter(found), None)
+    names = dict.fromkeys(g for groups in found.values() for g,(kind,*_) in groups.items() if kind)
+    first = next(iter(found), None)
     for g in names:
         have = [s for s in found if g in found[s]]
         if first not in have and 2*len(have) < len(found):
-            report.remarks += [DataProblem(f"{first} has no such group", do="readers leave it out.", subject=s, group=g) for s in have]
-        else: report.problems += [DataProblem("the group is missing", expected=f"as in {have[0]}", found=', '.join(found[s]) or 'none', subject=s, group=g) for s in found if g not in found[s]]
+            report.remarks += [DataProblem(f"{first} has no such group", do="readers leave it out.",
+                                           subject=s, group=g) for s in have]
+        else:
+            report.problems += [DataProblem("the group is missing", expected=f"as in {have[0]}",
+                                            found=', '.join(found[s]) or 'none', subject=s, group=g)
+                                for s in found if g not in found[s]]
         like = found[have[0]][g]
         for s in have[1:]:
-            for what,a,b in zip(('another kind', 'another number of features' if like[0] == 'volume' else 'other data per streamline'), like, found[s][g]):
-                if None not in (a, b) and a != b: report.problems.append(DataProblem(f"{what} than in {have[0]}", expected=a, found=b, subject=s, group=g))
+            for what,a,b in zip(('another kind',
+                                 'another number of features' if like[0] == 'volume'
+                                 else 'other data per streamline'), like, found[s][g]):
+                if None not in (a, b) and a != b:
+                    report.problems.append(DataProblem(f"{what} than in {have[0]}", expected=a, found=b,
+                                                       subject=s, group=g))
     orders = {}
     for s,groups in found.items():
         check_grids(report, s, grids := {g: grid for g,(_,_,grid) in groups.items() if grid is not None})
         for order in {grid.voxel_order for grid in grids.values()}: orders.setdefault(order, []).append(s)
-    if len(orders) > 1: report.problems.append(DataProblem("voxel orders differ", expected="the same in all subjects", found='; '.join(f"{o} in {', '.join(s[:5])}" for o,s in orders.items())))
+    if len(orders) > 1:
+        report.problems.append(DataProblem("voxel orders differ", expected="the same in all subjects",
+                                           found='; '.join(f"{o} in {', '.join(s[:5])}"
+                                                           for o,s in orders.items())))
 
 # %% ../../nbs/01_study/15_check.ipynb #9ce07e73
 def opened(
     path:Path, # A study, or what should be one
 ) -> h5py.File: # open for reading
     "Open a file to check it, or say why it cannot be."
-    if path.is_dir(): raise DataProblem("this is a folder", expected="a study file, .hdf5", file=path, do="give the path of the file.")
+    if path.is_dir():
+        raise DataProblem("this is a folder", expected="a study file, .hdf5", file=path,
+                          do="give the path of the file.")
     if not path.is_file(): raise DataProblem("no such file", file=path, do="check the path.")
     try: return h5py.File(path, 'r')
     except OSError: open_study(path).close(); raise
@@ -348,7 +445,9 @@ def check_study(
                     subject = linked_subject(file, s)
                     found[s] = {g: check_group(report, subject, g) for g in subject}
                     for g,(kind,*_) in found[s].items():
-                        if kind == 'streamlines' and nb_points is not None: check_nb_points(report, subject[g]['lengths'], nb_points, dict(subject=s, group=g))
+                        if kind == 'streamlines' and nb_points is not None:
+                            check_nb_points(report, subject[g]['lengths'], nb_points,
+                                            dict(subject=s, group=g))
             check_agreeing(report, found)
             report.looked_at = {'subjects': len(found), **report.looked_at}
     report.seconds = time.time() - start

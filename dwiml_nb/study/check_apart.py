@@ -23,9 +23,11 @@ def limit_memory(
     try:
         import resource
         pages = int(open('/proc/self/statm').read().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages*os.sysconf('SC_PAGE_SIZE') + more, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS,
+                           (pages*os.sysconf('SC_PAGE_SIZE') + more, resource.RLIM_INFINITY))
     except (ImportError, OSError, ValueError): pass
 
+# %% ../../nbs/01_study/16_check_apart.ipynb #da03894c
 CHECK_APART = """import sys, json
 from dwiml_nb.study.check import check_study
 from dwiml_nb.study.check_apart import limit_memory
@@ -39,13 +41,20 @@ def check_apart(
 ) -> StudyReport:
     "`check_study` in a process of its own: a crash or a hang of the HDF5 library is a line of the report."
     start = time.time()
-    gone = lambda problem,found: StudyReport(Path(path), [DataProblem(problem, found=found, do="the file is damaged: copy it again, or create the study again.")], seconds=time.time() - start)
+    def gone(problem, found):
+        bad = DataProblem(problem, found=found,
+                          do="the file is damaged: copy it again, or create the study again.")
+        return StudyReport(Path(path), [bad], seconds=time.time() - start)
     environment = os.environ | {'OMP_NUM_THREADS': '1'}
-    try: run = subprocess.run([sys.executable, '-c', CHECK_APART, str(path), str(memory)], capture_output=True, text=True, timeout=timeout, env=environment)
+    try:
+        run = subprocess.run([sys.executable, '-c', CHECK_APART, str(path), str(memory)], capture_output=True,
+                             text=True, timeout=timeout, env=environment)
     except subprocess.TimeoutExpired: return gone("reading does not end", f"no answer within {timeout:g} s")
     if run.returncode < 0: return gone("reading crashed the HDF5 library", f"signal {-run.returncode}")
     try: told = json.loads(run.stdout.splitlines()[-1])
-    except (ValueError, IndexError): return gone("reading ended early", (run.stderr.strip().splitlines() or [f'status {run.returncode}'])[-1][:200])
+    except (ValueError, IndexError):
+        return gone("reading ended early",
+                    (run.stderr.strip().splitlines() or [f'status {run.returncode}'])[-1][:200])
     told['path'] = Path(path)
     told.pop('ok')
     return StudyReport(**told | {k: [DataProblem(**p) for p in told[k]] for k in ('problems', 'remarks')})

@@ -23,7 +23,8 @@ class SeveralProblems(DataProblem):
         self.problems,self.what = [problems] if isinstance(problems, str) else list(problems), what
         super().__init__(f"{len(self.problems)} problems with {what}")
     def sentence(self) -> str:
-        return f"{len(self.problems)} problems with {self.what}:\n" + "\n".join(f" {i}. {p}" for i,p in enumerate(self.problems, 1))
+        return (f"{len(self.problems)} problems with {self.what}:\n"
+                + "\n".join(f" {i}. {p}" for i,p in enumerate(self.problems, 1)))
     def __reduce__(self): return type(self), (self.problems, self.what)
 
 def raise_problems(
@@ -44,7 +45,8 @@ class VolumeSpec:
     name:str # Name of the group in the study
     files:list = field(default_factory=list) # Paths below the subject's folder; `*` is a wildcard
     standardization:str = 'none' # One of `STANDARDIZATIONS`
-    std_mask:list = field(default_factory=list) # Mask files; their union is where mean and spread are measured
+    # Mask files; their union is where mean and spread are measured
+    std_mask:list = field(default_factory=list)
     frame:str = None # 'image' or 'world' axes of directional data; not given means image axes
     outside:str = None # 'zero': voxels outside the mask become 0
 
@@ -52,12 +54,15 @@ class VolumeSpec:
 class StreamlinesSpec:
     "A streamlines group of the config: which tractograms, and what is kept with them."
     name:str # Name of the group in the study
-    files:list = field(default_factory=list) # .trk, .tck or .trx below the subject's folder; `*` is a wildcard
+    # .trk, .tck or .trx below the subject's folder; `*` is a wildcard
+    files:list = field(default_factory=list)
     dps_keys:list = field(default_factory=list) # Data per streamline to keep; anything else is dropped
     connectivity_matrix:str = None # A .npy file
     connectivity_nb_blocs:list = None # Three ints: the matrix is between blocs of the volume
     connectivity_labels:str = None # A label image: the matrix is between its regions
-    file_labels:dict = field(default_factory=dict) # Entity of the file names -> words: a line's data per streamline of that name is its file's word, as a number
+    # Entity of the file names -> words: a line's data per streamline of that name is its file's word, as a
+    # number
+    file_labels:dict = field(default_factory=dict)
 
 # %% ../../nbs/01_study/03_config.ipynb #5644c74f
 def as_list(
@@ -73,7 +78,8 @@ def unknown_keys(
 ) -> list: # of `DataProblem`
     "A problem for each key that this kind of group does not have."
     known = {'type'} | {f.name for f in fields(spec)} - {'name'}
-    return [DataProblem(f"unknown config key '{k}'.{did_you_mean(k, known)}", expected=', '.join(sorted(known)), found=k, group=name)
+    return [DataProblem(f"unknown config key '{k}'.{did_you_mean(k, known)}",
+                        expected=', '.join(sorted(known)), found=k, group=name)
             for k in group if k not in known]
 
 # %% ../../nbs/01_study/03_config.ipynb #fa5dccc1
@@ -92,10 +98,13 @@ def wrong_values(
     words = lambda v: isinstance(v, list) and all(isinstance(w, str) for w in v) and len(set(v)) == len(v)
     labels = lambda v: isinstance(v, dict) and all(is_name(k) and words(w) for k,w in v.items())
     files,names = (lambda v: all(map(is_file, as_list(v)))), (lambda v: all(map(is_name, as_list(v))))
-    kinds = {**dict.fromkeys(('files', 'std_mask'), (files, "a path or a query of entities, or a list of them")),
-             **dict.fromkeys(('connectivity_matrix', 'connectivity_labels'), (is_file, "one path, or one query of entities")),
+    kinds = {**dict.fromkeys(('files', 'std_mask'),
+                             (files, "a path or a query of entities, or a list of them")),
+             **dict.fromkeys(('connectivity_matrix', 'connectivity_labels'),
+                             (is_file, "one path, or one query of entities")),
              'dps_keys': (names, "a name without '/', or a list of them"),
-             'file_labels': (labels, 'an entity and its words, each once, for instance {"tract": ["AF", "CST"]}')}
+             'file_labels': (labels,
+                             'an entity and its words, each once, for instance {"tract": ["AF", "CST"]}')}
     return [DataProblem(f"{key} cannot be read", expected=expected, found=repr(group[key]), group=name)
             for key,(fits,expected) in kinds.items() if group.get(key) is not None and not fits(group[key])]
 
@@ -109,14 +118,18 @@ def volume_spec(
     how = group.get('standardization')
     if how is None:
         known = ', '.join(STANDARDIZATIONS)
-        bad.append(DataProblem("a volume must say how it is standardised", expected=f"standardization: one of {known}",
-                               found="no key 'standardization'", do="write \"none\" to keep the values as they are.", group=name))
+        bad.append(DataProblem("a volume must say how it is standardised",
+                               expected=f"standardization: one of {known}",
+                               found="no key 'standardization'",
+                               do="write \"none\" to keep the values as they are.", group=name))
     words = (('standardization', STANDARDIZATIONS), ('frame', FRAMES), ('outside', ('zero',)))
     for key,allowed in words:
         value = group.get(key)
         if value is None or isinstance(value, str) and value in allowed: continue
-        bad.append(DataProblem(f"unknown {key}.{did_you_mean(value, allowed)}", expected=' or '.join(map(repr, allowed)),
-                               found=repr(value), group=name))
+        do = "register it in STANDARDIZATIONS if it is yours; for a command, in a file that --trust names."
+        bad.append(DataProblem(f"unknown {key}.{did_you_mean(value, allowed)}",
+                               expected=' or '.join(map(repr, allowed)), found=repr(value),
+                               do=do if key == 'standardization' else None, group=name))
     files,masks = as_list(group.get('files')), as_list(group.get('std_mask'))
     return VolumeSpec(name, files, how or 'none', masks, group.get('frame'), group.get('outside')), bad
 
@@ -126,7 +139,8 @@ def three_blocs(
 ) -> list: # of three ints
     "The number of blocs along each axis."
     blocs = [20]*3 if value is None else [value]*3 if isinstance(value, int) else list(value)
-    if len(blocs) != 3 or not all(isinstance(b, int) and b > 0 for b in blocs): raise ValueError(f"one positive int or three, found {value!r}")
+    if len(blocs) != 3 or not all(isinstance(b, int) and b > 0 for b in blocs):
+        raise ValueError(f"one positive int or three, found {value!r}")
     return blocs
 
 def streamlines_spec(
@@ -138,17 +152,23 @@ def streamlines_spec(
     matrix,labels,blocs = group.get('connectivity_matrix'), group.get('connectivity_labels'), None
     ways = [k for k in ('connectivity_nb_blocs', 'connectivity_labels') if k in group]
     if matrix is not None and len(ways) != 1:
-        bad.append(DataProblem("a connectivity matrix needs the meaning of its rows", expected="connectivity_nb_blocs or connectivity_labels, one of them",
+        bad.append(DataProblem("a connectivity matrix needs the meaning of its rows",
+                               expected="connectivity_nb_blocs or connectivity_labels, one of them",
                                found=ways or 'neither', group=name))
-    if matrix is None and ways: bad.append(DataProblem(f"'{ways[0]}' describes a matrix, but there is none", expected="a key connectivity_matrix", group=name))
+    if matrix is None and ways:
+        bad.append(DataProblem(f"'{ways[0]}' describes a matrix, but there is none",
+                               expected="a key connectivity_matrix", group=name))
     if 'connectivity_nb_blocs' in group:
         try: blocs = three_blocs(group['connectivity_nb_blocs'])
         except (ValueError, TypeError) as e:
-            bad.append(DataProblem("connectivity_nb_blocs cannot be read", expected="an int or a list of three", found=e, group=name))
+            bad.append(DataProblem("connectivity_nb_blocs cannot be read",
+                                   expected="an int or a list of three", found=e, group=name))
     file_labels = group.get('file_labels') or {}
     if both := sorted(set(file_labels) & set(as_list(group.get('dps_keys')))):
-        bad.append(DataProblem(f"'{both[0]}' would come from the files' names and from the files", expected="dps_keys or file_labels", group=name))
-    return StreamlinesSpec(name, as_list(group.get('files')), as_list(group.get('dps_keys')), matrix, blocs, labels, file_labels), bad
+        bad.append(DataProblem(f"'{both[0]}' would come from the files' names and from the files",
+                               expected="dps_keys or file_labels", group=name))
+    return StreamlinesSpec(name, as_list(group.get('files')), as_list(group.get('dps_keys')), matrix, blocs,
+                           labels, file_labels), bad
 
 # %% ../../nbs/01_study/03_config.ipynb #6ebcf260
 def group_spec(
@@ -158,13 +178,20 @@ def group_spec(
     "Read one group of the config."
     if not isinstance(group, dict) or group.get('type') not in ('volume', 'streamlines'):
         found = group.get('type') if isinstance(group, dict) else group
-        return None, [DataProblem(f"a group must say what it is.{did_you_mean(found, ('volume', 'streamlines'))}",
-                                  expected="a JSON object with type: 'volume' or 'streamlines'", found=repr(found), group=name)]
+        return None, [DataProblem("a group must say what it "
+                                  f"is.{did_you_mean(found, ('volume', 'streamlines'))}",
+                                  expected="a JSON object with type: 'volume' or 'streamlines'",
+                                  found=repr(found), group=name)]
     bad = wrong_values(name, group)
-    if not is_name(name): bad.append(DataProblem(f"{name!r} cannot be the name of a group", expected="a word without '/'", group=name))
+    if not is_name(name):
+        bad.append(DataProblem(f"{name!r} cannot be the name of a group", expected="a word without '/'",
+                               group=name))
     if bad: return None, bad
     spec,bad = (volume_spec if group['type'] == 'volume' else streamlines_spec)(name, group)
-    if not spec.files: bad.append(DataProblem("no files are listed", expected="files: a path or a list of paths below the subject's folder", group=name))
+    if not spec.files:
+        bad.append(DataProblem("no files are listed",
+                               expected="files: a path or a list of paths below the subject's folder",
+                               group=name))
     return spec, bad
 
 def read_config(
@@ -172,10 +199,12 @@ def read_config(
 ) -> dict: # group name -> `VolumeSpec` or `StreamlinesSpec`, in the config's order
     "The groups that a config asks for; all that is wrong with it is told at once."
     where = None if isinstance(config, dict) else Path(config)
-    if where is not None and not where.is_file(): raise DataProblem("no such config file", file=where, do="check the path.")
+    if where is not None and not where.is_file():
+        raise DataProblem("no such config file", file=where, do="check the path.")
     groups = config if where is None else read_json(where)
     if not isinstance(groups, dict) or not groups:
-        raise DataProblem("the config lists no groups", expected="a JSON object, one key per group", found=type(groups).__name__, file=where)
+        raise DataProblem("the config lists no groups", expected="a JSON object, one key per group",
+                          found=type(groups).__name__, file=where)
     parsed = {name: group_spec(name, group) for name,group in groups.items()}
     raise_problems([p for _,bad in parsed.values() for p in bad], f"the config {where or ''}".strip())
     return {name: spec for name,(spec,_) in parsed.items()}

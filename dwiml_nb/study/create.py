@@ -32,7 +32,8 @@ from ..core.ragged import Ragged
 from ..core.space import convert
 from ..core.tractograms import Tractogram, save_tractogram, tractogram_format
 from .lines_in import place_points
-from .parts import StudyOptions, make_parts, parts_folder, place_parts, remove_partials, steady_hdf5
+from .parts import (StudyOptions, make_parts, parts_folder, place_parts, remove_partials,
+                                  steady_hdf5)
 from .config import VolumeSpec, raise_problems
 from .describe import columns, html_table
 from .lists import SUBSETS
@@ -54,7 +55,8 @@ def write_root(
     for key in ('step_size', 'nb_points', 'compress'):
         value = getattr(options, key)
         file.attrs[key] = NOT_DEFINED if value is None else value
-    file.attrs.update({'remove_invalid': options.remove_invalid, 'groups_config_json': json.dumps(config), 'dwiml_nb_format': FORMAT_VERSION, 'dwiml_nb_version': dwiml_nb.__version__})
+    file.attrs.update({'remove_invalid': options.remove_invalid, 'groups_config_json': json.dumps(config),
+                       'dwiml_nb_format': FORMAT_VERSION, 'dwiml_nb_version': dwiml_nb.__version__})
 
 # %% ../../nbs/01_study/11_create.ipynb #dead1bd0
 PIECE = 16 << 20                                                              # bytes copied at a time
@@ -76,12 +78,14 @@ def copy_dataset(
     check=lambda: None, # Raises when writing has failed
 ):
     "Copy a dataset, contiguous."
-    if source.shape is None or source.dtype.hasobject: return parent.file.copy(source, parent, name)      # no bytes of its own to lay out
+    # no bytes of its own to lay out
+    if source.shape is None or source.dtype.hasobject: return parent.file.copy(source, parent, name)
     target = parent.create_dataset(name, source.shape, source.dtype)
     copy_attributes(source, target)
     if source.ndim == 0: target[()] = source[()]
     rows = max(1, PIECE//max(1, source.dtype.itemsize*int(np.prod(source.shape[1:])))) if source.ndim else 1
-    if source.chunks: rows = -(-rows//source.chunks[0])*source.chunks[0]                    # whole chunks: none is unpacked twice
+    # whole chunks: none is unpacked twice
+    if source.chunks: rows = -(-rows//source.chunks[0])*source.chunks[0]
     for i in range(0, len(source) if source.size and source.ndim else 0, rows):
         target[i:i + rows] = source[i:i + rows]
         check()
@@ -98,7 +102,9 @@ def copy_object(
     if isinstance(source, h5py.Dataset): return copy_dataset(source, parent, name, check)
     if not isinstance(source, h5py.Group): return parent.file.copy(source, parent, name)
     about = h5py.h5o.get_info(source.id)
-    if (at := (about.fileno, about.addr)) in above: raise DataProblem(f"the links of group {source.name} lead round in a circle", do="remove the link.", file=source.file.filename)
+    if (at := (about.fileno, about.addr)) in above:
+        raise DataProblem(f"the links of group {source.name} lead round in a circle", do="remove the link.",
+                          file=source.file.filename)
     target = parent.create_group(name)
     copy_attributes(source, target)
     for key in source: copy_object(followed(source, key), target, key, check, (*above, at))
@@ -111,8 +117,11 @@ def followed(
     try: return group[name]
     except (KeyError, OSError) as e:
         link = group.get(name, getlink=True)
-        raise DataProblem(f"the link {group.name.rstrip('/')}/{name} leads nowhere", expected=' '.join(v for v in (getattr(link, 'filename', ''), getattr(link, 'path', '')) if v),
-                          found=e, do="bring back what it leads to, or remove the link.", file=group.file.filename) from e
+        raise DataProblem(f"the link {group.name.rstrip('/')}/{name} leads nowhere",
+                          expected=' '.join(v for v in (getattr(link, 'filename', ''),
+                                                        getattr(link, 'path', '')) if v),
+                          found=e, do="bring back what it leads to, or remove the link.",
+                          file=group.file.filename) from e
 
 # %% ../../nbs/01_study/11_create.ipynb #e4a556fd
 def save_copies(
@@ -122,13 +131,16 @@ def save_copies(
     "Save each group of a subject as an image or a tractogram."
     for g in subject:
         group,path,grid = subject[g], f"{folder}/{subject.name.strip('/')}_{g}", group_grid(subject[g])
-        if group_kind(group) == 'volume': nib.save(nib.Nifti1Image(group['data'][()].astype(np.float32), grid.affine), f'{path}.nii.gz')
+        if group_kind(group) == 'volume':
+            nib.save(nib.Nifti1Image(group['data'][()].astype(np.float32), grid.affine), f'{path}.nii.gz')
         else:
-            lines = Ragged.from_lengths(torch.from_numpy(group['data'][()]), torch.from_numpy(group['lengths'][()]))
+            lines = Ragged.from_lengths(torch.from_numpy(group['data'][()]),
+                                        torch.from_numpy(group['lengths'][()]))
             dps = {k: v[()] for k,v in group['data_per_streamline'].items()}
-            tractogram,kind = Tractogram(convert(lines, grid, 'vox', 'rasmm').to(torch.float32), grid, dps), '.trk'
+            tractogram = Tractogram(convert(lines, grid, 'vox', 'rasmm').to(torch.float32), grid, dps)
+            kind = '.trk'
             try: tractogram_format(kind).check(tractogram)
-            except DataProblem: kind = '.trx'                               # has room for more names, and for longer ones
+            except DataProblem: kind = '.trx'    # has room for more names, and for longer ones
             save_tractogram(tractogram, path + kind)
 
 def assemble(
@@ -173,14 +185,18 @@ def planned_group(
         holds = 'x'.join(map(str, (*src.grid.dimensions, n))) if n else 'no file'
         return holds + f" {options.volume_dtype}"*(n > 0), voxels*n*np.dtype(options.volume_dtype).itemsize
     found = [(p, *tractogram_format(p).size(p), points_ratio(p, options)) for p in src.files[spec.name]]
-    if any(n is None for _,n,_,_ in found): return f"{len(found)} tractograms", int(sum(2*p.stat().st_size*ratio for p,*_,ratio in found))
+    if any(n is None for _,n,_,_ in found):
+        return f"{len(found)} tractograms", int(sum(2*p.stat().st_size*ratio for p,*_,ratio in found))
     lines,points = sum(n for _,n,_,_ in found), round(sum(n*ratio for *_,n,ratio in found))
     if options.nb_points: points = lines*options.nb_points
     judged = options.step_size is not None or options.compress is not None
     columns = sum(src.dps.get(spec.name, {}).values()) + len(spec.file_labels)
     regions = np.load(src.matrix[spec.name], mmap_mode='r').size if src.matrix.get(spec.name) else 0
-    return f"{lines} streamlines, {'about '*judged}{points} points", points*24 + lines*(24 + 4*columns) + regions + (4*voxels if regions and src.labels.get(spec.name) else 0)
+    return (f"{lines} streamlines, {'about '*judged}{points} points",
+            points*24 + lines*(24 + 4*columns) + regions
+            + (4*voxels if regions and src.labels.get(spec.name) else 0))
 
+# %% ../../nbs/01_study/11_create.ipynb #9e506eeb
 @dataclass
 class StudyPlan:
     "What `create_study` would write."
@@ -194,16 +210,21 @@ class StudyPlan:
     def bytes(self) -> int: return sum(r[-1] for r in self.rows)
     def table(self) -> list: # of tuples of str, the first one the header
         "The rows as words."
-        return [('subject', 'subset', 'group', 'will hold', 'MB'), *((*r[:-1], f"{r[-1]/1e6:.2f}") for r in self.rows)]
+        return [('subject', 'subset', 'group', 'will hold', 'MB'),
+                *((*r[:-1], f"{r[-1]/1e6:.2f}") for r in self.rows)]
     def headline(self) -> str:
         "One line: the sizes."
-        return (f"{self.path.name}: about {self.bytes/1e6:.1f} MB{'; while it is made, parts take as much again' if self.times > 1 else ''}. "
-                f"{self.free/1e6:.1f} MB are free{'' if self.times*self.bytes <= self.free else ', which is not enough'}. Nothing was written.")
+        return (f"{self.path.name}: about {self.bytes/1e6:.1f} "
+                f"MB{'; while it is made, parts take as much again' if self.times > 1 else ''}. "
+                f"{self.free/1e6:.1f} MB are "
+                f"free{'' if self.times*self.bytes <= self.free else ', which is not enough'}. Nothing was "
+                "written.")
     def __repr__(self): return '\n'.join([columns(self.table()), '', *self.warnings, self.headline()])
     def _repr_html_(self):
         remarks = html_table([('remarks',), *((w,) for w in self.warnings)]) if self.warnings else ''
         return f"{html_table(self.table())}{remarks}<p>{html.escape(self.headline())}</p>"
 
+# %% ../../nbs/01_study/11_create.ipynb #59db883d
 def plan_study(
     path:Path, # The study
     sources:Sources,
@@ -211,7 +232,8 @@ def plan_study(
     times:int=2, # How often the disk holds it while it is made
 ) -> StudyPlan:
     "What would be written, from headers alone."
-    rows = [(s.subject, s.subset, g, *planned_group(s, spec, options)) for s in sources.subjects.values() for g,spec in sources.specs.items()]
+    rows = [(s.subject, s.subset, g, *planned_group(s, spec, options)) for s in sources.subjects.values()
+            for g,spec in sources.specs.items()]
     return StudyPlan(path, rows, shutil.disk_usage(path.parent).free, sources.warnings, times)
 
 # %% ../../nbs/01_study/11_create.ipynb #52adb2df
@@ -230,21 +252,28 @@ class StudySummary:
         rows = [('subject', 'group', 'holds')]
         for r in self.reports:
             half = {g: f", float16 within {e:.1e}" for g,(e,_) in r.rounding.items()}
-            rows += [(r.subject, g, 'x'.join(map(str, shape)) + half.get(g, '')) for g,shape in r.volumes.items()]
+            rows += [(r.subject, g, 'x'.join(map(str, shape)) + half.get(g, ''))
+                     for g,shape in r.volumes.items()]
             rows += [(r.subject, g, f"{n.kept} of {n.read} streamlines") for g,n in r.lines.items()]
         return rows
     def headline(self) -> str:
         "One line: where, how many, how long, and what float16 cost."
         size = (self.bytes or 0)/1e6
         taken = sum(r.taken for r in self.reports)
-        worst = {g: [max(cost) for cost in zip(*(r.rounding[g] for r in self.reports if g in r.rounding))] for g in dict.fromkeys(g for r in self.reports for g in r.rounding)}
+        worst = {g: [max(cost) for cost in zip(*(r.rounding[g] for r in self.reports if g in r.rounding))]
+                 for g in dict.fromkeys(g for r in self.reports for g in r.rounding)}
         worst = {g: cost for g,cost in worst.items() if any(cost)} or worst      # masks lose nothing
-        return (f"{self.path}: {len(self.reports)} subjects{self.done}, {size:.1f} MB in {self.seconds:.1f} s" + f"; {taken} of them were finished before"*(taken > 0)
-                + "; float16 moved values by at most "*bool(worst) + ', '.join(f"{e:.1e} ({g}: {share:.2g} of a feature's largest value)" for g,(e,share) in worst.items()))
-    def __repr__(self): return '\n'.join([self.headline(), '', columns(self.table()), *([''] + self.warnings if self.warnings else [])])
+        cost = (f"{e:.1e} ({g}: {share:.2g} of a feature's largest value)" for g,(e,share) in worst.items())
+        return (f"{self.path}: {len(self.reports)} subjects{self.done}, {size:.1f} MB in {self.seconds:.1f} s"
+                + f"; {taken} of them were finished before"*(taken > 0)
+                + "; float16 moved values by at most "*bool(worst) + ', '.join(cost))
+    def __repr__(self):
+        return '\n'.join([self.headline(), '', columns(self.table()),
+                          *([''] + self.warnings if self.warnings else [])])
     def _repr_html_(self):
         remarks = html_table([('remarks',), *((w,) for w in self.warnings)]) if self.warnings else ''
-        return f"<p>{html.escape(self.headline().replace(str(self.path), self.path.name))}</p>{html_table(self.table())}{remarks}"
+        headline = html.escape(self.headline().replace(str(self.path), self.path.name))
+        return f"<p>{headline}</p>{html_table(self.table())}{remarks}"
 
 # %% ../../nbs/01_study/11_create.ipynb #7e6dbbf2
 def check_target(
@@ -255,14 +284,20 @@ def check_target(
     "The path to write, if it can be written."
     path = Path(hdf5_file)
     if path.suffix == '': path = path.with_suffix('.hdf5')
-    if path.suffix != '.hdf5': raise DataProblem("a study has the extension .hdf5", expected=path.with_suffix('.hdf5').name, found=path.name, file=path)
-    if not path.parent.is_dir(): raise DataProblem("no such folder to write to", file=path.parent, do="create it first.")
-    if path.is_dir(): raise DataProblem("a folder has that name", expected="the name of a file", file=path, do="choose another name.")
+    if path.suffix != '.hdf5':
+        raise DataProblem("a study has the extension .hdf5", expected=path.with_suffix('.hdf5').name,
+                          found=path.name, file=path)
+    if not path.parent.is_dir():
+        raise DataProblem("no such folder to write to", file=path.parent, do="create it first.")
+    if path.is_dir():
+        raise DataProblem("a folder has that name", expected="the name of a file", file=path,
+                          do="choose another name.")
     copy = path.with_suffix('.json')
     mine = not isinstance(config, dict) and copy.exists() and copy.samefile(config)
     for there in (path, copy):
         if there.exists() and not overwrite and not (there == copy and mine):
-            raise DataProblem("there is a file of that name already", file=there, do="choose another name, or pass overwrite=True (-f on the command line).")
+            raise DataProblem("there is a file of that name already", file=there,
+                              do="choose another name, or pass overwrite=True (-f on the command line).")
     return path
 
 def check_room(
@@ -272,15 +307,19 @@ def check_room(
 ):
     "Refuse to begin what cannot end for lack of space."
     free = shutil.disk_usage(folder).free
-    if needed > free: raise DataProblem("the disk has no room for this study", expected=f"{needed/1e6:.1f} MB for the volumes alone, {how}",
-                                        found=f"{free/1e6:.1f} MB free", file=folder, do="free some space, or write elsewhere.")
+    if needed > free:
+        raise DataProblem("the disk has no room for this study",
+                          expected=f"{needed/1e6:.1f} MB for the volumes alone, {how}",
+                          found=f"{free/1e6:.1f} MB free", file=folder,
+                          do="free some space, or write elsewhere.")
 
 # %% ../../nbs/01_study/11_create.ipynb #01843466
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)         # no space, no quota, or the system's limit on a file's size
+# no space, no quota, or the system's limit on a file's size
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def links_of(
     path, # A study
-) -> list: # of Paths, relative to the study's folder; none for a study that is one file; None for a file that cannot be read
+) -> list: # of Paths, relative to the study's folder; None for a file that cannot be read
     "The files that a study links to."
     try:
         with h5py.File(path, 'r') as f: links = [f.get(s, getlink=True) for s in f]
@@ -292,11 +331,14 @@ def kept_parts(
 ) -> str:
     "A sentence about the finished parts that wait for the next attempt."
     linked = {path.parent/p for p in links_of(path) or []}
-    parts = [p for p in (*path.with_name(f'.{path.stem}.parts').glob('[!.]*.hdf5'), *path.with_name(f'{path.stem}.subjects').glob('[!.]*.hdf5'))
+    parts = [p for p in (*path.with_name(f'.{path.stem}.parts').glob('[!.]*.hdf5'),
+                         *path.with_name(f'{path.stem}.subjects').glob('[!.]*.hdf5'))
              if p not in linked and not (path.exists() and p.samefile(path))]
     if not parts: return "nothing was left behind"
-    return f"{len(parts)} finished subjects ({sum(p.stat().st_size for p in parts)/1e6:.1f} MB) wait in {parts[0].parent.name} and are taken when you try again"
+    return (f"{len(parts)} finished subjects ({sum(p.stat().st_size for p in parts)/1e6:.1f} MB) wait in "
+            f"{parts[0].parent.name} and are taken when you try again")
 
+# %% ../../nbs/01_study/11_create.ipynb #18e9bb1c
 @contextmanager
 def told_plainly(
     path:Path, # What is written
@@ -304,12 +346,15 @@ def told_plainly(
 ):
     "Within this, a full disk is a `DataProblem`, and Ctrl-C tells what is kept."
     try: yield
-    except KeyboardInterrupt: raise KeyboardInterrupt(f"nothing was written to {path.name}; {kept_parts(path)}") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"nothing was written to {path.name}; {kept_parts(path)}") from None
     except OSError as e:
         if e.errno not in DISK_FULL and not any(os.strerror(n) in str(e) for n in DISK_FULL): raise
-        raise DataProblem("the disk is full", expected=f"room for {needed/1e6:.1f} MB or so", found=f"{shutil.disk_usage(path.parent).free/1e6:.1f} MB free after tidying up",
+        raise DataProblem("the disk is full", expected=f"room for {needed/1e6:.1f} MB or so",
+                          found=f"{shutil.disk_usage(path.parent).free/1e6:.1f} MB free after tidying up",
                           do=f"free some space, or write elsewhere; {kept_parts(path)}.", file=path) from e
 
+# %% ../../nbs/01_study/11_create.ipynb #a5e37cb3
 def finished_parts(
     path:Path, # The study
     folder:Path, # Hidden folder
@@ -321,7 +366,8 @@ def finished_parts(
     "All parts, or one list of what is wrong with the contents of the sources."
     parts = place_parts(folder, sources, options, moved)
     reports = make_parts(parts, folder, sources, options, n_procs)
-    raise_problems([p for r in reports for p in r.problems], f"the contents of the sources; no study was written, {kept_parts(path)}")
+    raise_problems([p for r in reports for p in r.problems],
+                   f"the contents of the sources; no study was written, {kept_parts(path)}")
     return {s: part.path for s,part in parts.items()}, reports
 
 # %% ../../nbs/01_study/11_create.ipynb #bb727951
@@ -337,12 +383,15 @@ def remove_linked(
 ) -> list: # of str: what stays, and why
     "Remove the files that no HDF5 file beside the study links to, and their folder when it is empty."
     if not files: return []
-    links = {p: links_of(p) for p in sorted(path.parent.iterdir()) if p.is_file() and (h5py.is_hdf5(p) or not os.access(p, os.R_OK))}
-    users = [p for p,found in links.items() if found is None or any((p.parent/f).parent == files[0].parent for f in found)]
+    matters = lambda p: p.is_file() and (h5py.is_hdf5(p) or not os.access(p, os.R_OK))
+    links = {p: links_of(p) for p in sorted(path.parent.iterdir()) if matters(p)}
+    in_folder = lambda p,found: any((p.parent/f).parent == files[0].parent for f in found)
+    users = [p for p,found in links.items() if found is None or in_folder(p, found)]
     needed = {p.parent/f for p in users for f in links[p] or files}
     for f in set(files) - needed: f.unlink(missing_ok=True)
     if not any(files[0].parent.iterdir()): files[0].parent.rmdir()
-    return [f"{files[0].parent.name} stays, because {', '.join(p.name for p in users)} may need it."] if users else []
+    return ([f"{files[0].parent.name} stays, because {', '.join(p.name for p in users)} may need it."]
+            if users else [])
 
 # %% ../../nbs/01_study/11_create.ipynb #555e6fa3
 @contextmanager
@@ -368,7 +417,8 @@ def write_study(
     with_copies:bool=False, # Also as .nii.gz and .trk
 ) -> list: # of `SubjectReport`
     "Make the parts, write the study under a temporary name, then give it its own."
-    with told_plainly(path, 2*(sources.volume_bytes + 2*sources.file_bytes)), parts_folder(path) as hidden, copies_folder(path.parent, with_copies) as copies:
+    with (told_plainly(path, 2*(sources.volume_bytes + 2*sources.file_bytes)), parts_folder(path) as hidden,
+          copies_folder(path.parent, with_copies) as copies):
         for leftover in (path, path.with_suffix('.json')): remove_partials(leftover)
         paths,reports = finished_parts(path, hidden, sources, options, n_procs)
         old = linked_files(path)
@@ -387,12 +437,14 @@ def create_study(
     step_size:float=None, # mm between points; the spacing becomes length/(n-1), a little above
     nb_points:int=None, # Points a streamline
     compress:float=None, # mm, tolerance of a linearisation
-    remove_invalid:bool|Literal['refuse']=False, # Lines that leave the volume: False keep, True leave out, 'refuse'
+    # Lines that leave the volume: False keep, True leave out, 'refuse'
+    remove_invalid:bool|Literal['refuse']=False,
     skip_missing:bool=False, # Files that are not there only warn
     save_intermediate:bool=False, # Also write each group as .nii.gz or .trk into `intermediate_{date}`
     n_procs:int=None, # Processes, one subject each; one when not given
     overwrite:bool=False, # Replace a study of that name
-    volume_dtype:Literal['float32', 'float16']='float32', # float16: half the bytes; what it costs is in the summary
+    # float16: half the bytes; what it costs is in the summary
+    volume_dtype:Literal['float32', 'float16']='float32',
     dry_run:bool=False, # Write nothing, say what would be written
 ): # -> `StudySummary`, or `StudyPlan` of a dry run
     "Make a study from subject folders; nothing appears under its name until it is complete."
@@ -401,9 +453,12 @@ def create_study(
     sources = check_sources(root, config, training, validation, testing, skip_missing)
     if dry_run: return plan_study(path, sources, options)
     check_room(path.parent, sources.volume_bytes//(2 if volume_dtype == 'float16' else 1)*2)
-    text = json.dumps(config, indent=1) if isinstance(config, dict) else Path(config).read_text(encoding='utf-8-sig')
-    is_copy = not isinstance(config, dict) and path.with_suffix('.json').exists() and path.with_suffix('.json').samefile(config)
-    with nullcontext() if is_copy else atomic_file(path.with_suffix('.json')) as copy:          # takes its name after the study has
+    text = (json.dumps(config, indent=1) if isinstance(config, dict)
+            else Path(config).read_text(encoding='utf-8-sig'))
+    is_copy = (not isinstance(config, dict) and path.with_suffix('.json').exists()
+               and path.with_suffix('.json').samefile(config))
+    # takes its name after the study has
+    with nullcontext() if is_copy else atomic_file(path.with_suffix('.json')) as copy:
         if copy: copy.write_text(text)
         reports = write_study(path, sources, options, json.loads(text), n_procs or 1, save_intermediate)
     remarks = sources.warnings + [w for r in reports for w in r.remarks]

@@ -31,16 +31,20 @@ class StudyDescription:
     def table(self) -> list: # of tuples of str, the first one the header
         "The rows as words."
         return [('subject', 'subset', 'group', 'kind', 'holds', 'type', 'grid', 'MB', 'notes'),
-                *((r['subject'], r['subset'], r['group'], r['kind'], r['holds'], r['dtype'], str(r['grid'])[5:-1], f"{r['bytes']/1e6:.2f}", '; '.join(r['notes'])) for r in self.rows)]
+                *((r['subject'], r['subset'], r['group'], r['kind'], r['holds'], r['dtype'],
+                   str(r['grid'])[5:-1], f"{r['bytes']/1e6:.2f}", '; '.join(r['notes'])) for r in self.rows)]
     def config_lines(self) -> list: # of str
         "The config, one group a line."
         if self.config is None: return ["config: cannot be read"]
-        return [f"config {g}: " + ', '.join(f"{k} {v if isinstance(v, str) else json.dumps(v)}" for k,v in c.items()) for g,c in self.config.items()]
+        return [f"config {g}: " + ', '.join(f"{k} {v if isinstance(v, str) else json.dumps(v)}"
+                                            for k,v in c.items()) for g,c in self.config.items()]
     def headline(self) -> str:
         "One line: name, size, subjects, settings."
-        said = ', '.join(f"{k} {v}" for k,v in self.settings.items() if v is not None) or 'points as in the files'
+        said = (', '.join(f"{k} {v}" for k,v in self.settings.items() if v is not None)
+                or 'points as in the files')
         counts = ', '.join(f"{len(v)} {k}" for k,v in self.subsets.items())
-        return f"{self.path.name}: {self.bytes/1e6:.1f} MB, {counts} subjects, {said}, made {self.made or 'at an unknown time'}"
+        return (f"{self.path.name}: {self.bytes/1e6:.1f} MB, {counts} subjects, {said}, made "
+                f"{self.made or 'at an unknown time'}")
 
 # %% ../../nbs/01_study/06_describe.ipynb #216a8242
 def group_notes(
@@ -48,11 +52,16 @@ def group_notes(
     root, # The study
 ) -> list: # of str
     "What else there is to know of a group: its frame, space, data per streamline, matrix, layout and file."
-    frame,space,dps = attr_value(group.attrs, 'frame'), attr_value(group.attrs, 'space'), list(group.get('data_per_streamline', []))
+    frame,space = attr_value(group.attrs, 'frame'), attr_value(group.attrs, 'space')
+    dps = list(group.get('data_per_streamline', []))
     matrix,data,there = group.get('connectivity_matrix'), group['data'], Path(group.file.filename)
-    notes = {f"frame {frame}": frame, f"{space}, {attr_value(group.attrs, 'origin')}": space and 'VOX' not in str(space), f"dps {', '.join(dps)}": dps,
-             f"matrix {'x'.join(map(str, matrix.shape if matrix is not None else ()))} {attr_value(group.attrs, 'connectivity_matrix_type')}": matrix is not None,
-             f"chunks{' ' + str(data.compression) if data.compression else ''}": data.chunks, f"in {there.parent.name}/{there.name}": there != Path(root.filename)}
+    notes = {f"frame {frame}": frame,
+             f"{space}, {attr_value(group.attrs, 'origin')}": space and 'VOX' not in str(space),
+             f"dps {', '.join(dps)}": dps,
+             f"matrix {'x'.join(map(str, matrix.shape if matrix is not None else ()))} "
+             f"{attr_value(group.attrs, 'connectivity_matrix_type')}": matrix is not None,
+             f"chunks{' ' + str(data.compression) if data.compression else ''}": data.chunks,
+             f"in {there.parent.name}/{there.name}": there != Path(root.filename)}
     return [said for said,holds in notes.items() if holds]
 
 def group_row(
@@ -63,21 +72,30 @@ def group_row(
 ) -> dict:
     "A row of the description."
     kind,data,size = group_kind(group), group['data'], []
-    group.visititems(lambda name,o: size.append(o.id.get_storage_size()) if isinstance(o, h5py.Dataset) else None)
-    holds = f"{data.shape[-1]} features" if kind == 'volume' else f"{group['lengths'].shape[0]} streamlines, {data.shape[0]} points"
-    return dict(subject=subject, subset=subset, group=group.name.split('/')[-1], kind=kind, holds=holds, shape=data.shape, dtype=str(data.dtype),
-                grid=group_grid(group), bytes=sum(size), notes=group_notes(group, root), file=group.file.filename)
+    group.visititems(lambda name,o: size.append(o.id.get_storage_size()) if isinstance(o, h5py.Dataset)
+                     else None)
+    holds = (f"{data.shape[-1]} features" if kind == 'volume'
+             else f"{group['lengths'].shape[0]} streamlines, {data.shape[0]} points")
+    return dict(subject=subject, subset=subset, group=group.name.split('/')[-1], kind=kind, holds=holds,
+                shape=data.shape, dtype=str(data.dtype),
+                grid=group_grid(group), bytes=sum(size), notes=group_notes(group, root),
+                file=group.file.filename)
 
 # %% ../../nbs/01_study/06_describe.ipynb #e4198b40
 def describe_study(
     path, # A study file
 ) -> StudyDescription:
     "What a study holds, from its headers alone."
-    with open_study(path) as f, naming("the study is damaged", do="see what dwiml_hdf5_check says of the file.", file=path):
+    with (open_study(path) as f,
+          naming("the study is damaged", do="see what dwiml_hdf5_check says of the file.", file=path)):
         subsets = {s: attr_words(f.attrs[f'{s}_subjs']) for s in SUBSETS}
-        rows = [group_row(g, s, subset, f) for subset,ids in subsets.items() for s in ids for g in found_in(f, s).values() if group_kind(g)]
-        return StudyDescription(Path(path), attr_value(f.attrs, 'data_and_time'), {k: attr_value(f.attrs, k) for k in ('step_size', 'nb_points', 'compress')},
-                                subsets, rows, sum(Path(p).stat().st_size for p in {f.filename, *(r['file'] for r in rows)}), study_config(f.attrs))
+        rows = [group_row(g, s, subset, f) for subset,ids in subsets.items() for s in ids
+                for g in found_in(f, s).values() if group_kind(g)]
+        return StudyDescription(Path(path), attr_value(f.attrs, 'data_and_time'),
+                                {k: attr_value(f.attrs, k) for k in ('step_size', 'nb_points', 'compress')},
+                                subsets, rows, sum(Path(p).stat().st_size
+                                                   for p in {f.filename, *(r['file'] for r in rows)}),
+                                study_config(f.attrs))
 
 # %% ../../nbs/01_study/06_describe.ipynb #b0bab6b7
 def columns(
@@ -91,9 +109,14 @@ def html_table(
     rows, # List of tuples of str, the first one the header
 ) -> str:
     "Rows as an HTML table."
-    row = lambda tag,cells: '<tr>' + ''.join(f'<{tag} style="text-align:left">{html.escape(c)}</{tag}>' for c in cells) + '</tr>'
-    return f"<table><thead>{row('th', rows[0])}</thead><tbody>{''.join(row('td', r) for r in rows[1:])}</tbody></table>"
+    row = lambda tag,cells: '<tr>' + ''.join(f'<{tag} style="text-align:left">{html.escape(c)}</{tag}>'
+                                             for c in cells) + '</tr>'
+    body = ''.join(row('td', r) for r in rows[1:])
+    return f"<table><thead>{row('th', rows[0])}</thead><tbody>{body}</tbody></table>"
 
 # %% ../../nbs/01_study/06_describe.ipynb #1db20f55
-StudyDescription.__repr__ = lambda self: '\n'.join([self.headline(), '', columns(self.table()), '', *self.config_lines()])
-StudyDescription._repr_html_ = lambda self: f"<p>{html.escape(self.headline())}</p>{html_table(self.table())}<p>{'<br>'.join(map(html.escape, self.config_lines()))}</p>"
+StudyDescription.__repr__ = lambda self: '\n'.join([self.headline(), '', columns(self.table()), '',
+                                                    *self.config_lines()])
+StudyDescription._repr_html_ = lambda self: (
+    f"<p>{html.escape(self.headline())}</p>{html_table(self.table())}"
+    f"<p>{'<br>'.join(map(html.escape, self.config_lines()))}</p>")

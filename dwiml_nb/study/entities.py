@@ -25,7 +25,8 @@ class BidsName:
         key:str, # An entity, or suffix, extension, datatype
     ) -> str: # None when the name does not say
         "What the name says of one thing."
-        return getattr(self, key) or None if key in ('suffix', 'extension', 'datatype') else self.entities.get(key)
+        return (getattr(self, key) or None if key in ('suffix', 'extension', 'datatype')
+                else self.entities.get(key))
 
 def bids_name(
     path, # A file
@@ -34,7 +35,8 @@ def bids_name(
     path = Path(path)
     stem,dot,extension = path.name.partition('.')
     *words,last = stem.split('_')
-    return BidsName(path, dict(w.split('-', 1) for w in words if '-' in w), last if '-' not in last else '', dot + extension, path.parent.name)
+    return BidsName(path, dict(w.split('-', 1) for w in words if '-' in w), last if '-' not in last else '',
+                    dot + extension, path.parent.name)
 
 # %% ../../nbs/01_study/00_entities.ipynb #e6fe35e1
 def answers(
@@ -45,7 +47,8 @@ def answers(
     def fits(said, wanted):
         if wanted == '*': return said is not None
         return said in wanted if isinstance(wanted, (list, tuple)) else said == wanted
-    return all(fits(name.says(k), v if v is None or isinstance(v, (list, tuple)) else str(v)) for k,v in query.items())
+    return all(fits(name.says(k), v if v is None or isinstance(v, (list, tuple)) else str(v))
+               for k,v in query.items())
 
 # %% ../../nbs/01_study/00_entities.ipynb #782be4d0
 def is_readable(
@@ -80,10 +83,14 @@ def find_entities(
     if not names:
         best = max(there, key=lambda n: sum(answers(n, {k: v}) for k,v in query.items()), default=None)
         lacks = ', '.join(f"{k} {v}" for k,v in query.items() if best and not answers(best, {k: v}))
-        return [], [DataProblem(f"no file with {said}", expected="at least one", found=f"{best.path.name} (not {lacks})" if best else "no image and no tractogram",
+        return [], [DataProblem(f"no file with {said}", expected="at least one",
+                                found=f"{best.path.name} (not {lacks})" if best
+                                else "no image and no tractogram",
                                 do="correct the query in the config.", file=folder)]
     if odd := differing(names, query):
-        return [], [DataProblem(f"several files with {said} that differ in {', '.join(odd)}", expected="files that differ only in what the query leaves open",
-                                found='; '.join(f"{k}: {', '.join(v)}" for k,v in odd.items()), do=f"say which {next(iter(odd))} is meant, or \"*\" for all.", file=folder)]
+        return [], [DataProblem(f"several files with {said} that differ in {', '.join(odd)}",
+                                expected="files that differ only in what the query leaves open",
+                                found='; '.join(f"{k}: {', '.join(v)}" for k,v in odd.items()),
+                                do=f"say which {next(iter(odd))} is meant, or \"*\" for all.", file=folder)]
     rank = lambda n,k: query[k].index(n.says(k)) if isinstance(query[k], (list, tuple)) else n.says(k)
     return [n.path for n in sorted(names, key=lambda n: [rank(n, k) for k in left_open(query)])], []

@@ -42,7 +42,8 @@ def hdf5_descriptor(
     return h5py.h5i.get_file_id(obj.id).get_vfd_handle()
 
 # %% ../../nbs/01_study/01_files.ipynb #46a8636d
-NORESERVE = getattr(mmap, 'MAP_NORESERVE', 0x4000 if sys.platform == 'linux' else 0)      # named by Python since 3.13
+# named by Python since 3.13
+NORESERVE = getattr(mmap, 'MAP_NORESERVE', 0x4000 if sys.platform == 'linux' else 0)
 
 class DataFile:
     "A file held open: its bytes, as long as it is the file that was seen first."
@@ -83,6 +84,7 @@ class DataFile:
             if n == 0: raise changed_file(self.path, self.seen, stamp_of(self.descriptor))
             done += n
 
+# %% ../../nbs/01_study/01_files.ipynb #bb0d4f95
 def changed_file(
     path, # File
     seen:FileStamp, # First
@@ -90,13 +92,15 @@ def changed_file(
 ) -> DataProblem:
     "What has changed about a file."
     same = (seen.device, seen.inode) == (now.device, now.inode)
-    words = lambda s: f"{s.size} bytes, last written at {s.mtime_ns/1e9:.3f} s" + ('' if same else f", inode {s.inode}")
-    return DataProblem("the file has changed since it was first opened" if same else "another file has taken the place of the one that was first opened",
+    inode = lambda s: '' if same else f", inode {s.inode}"
+    words = lambda s: f"{s.size} bytes, last written at {s.mtime_ns/1e9:.3f} s" + inode(s)
+    return DataProblem("the file has changed since it was first opened" if same
+                       else "another file has taken the place of the one that was first opened",
                        expected=words(seen), found=words(now), do="make the dataset again.", file=path)
 
 # %% ../../nbs/01_study/01_files.ipynb #31240f16
 class OwnLock:
-    "A lock of this process: a forked child finds it free, whoever held it at that moment; a pickled one is new."
+    "A lock of this process: a forked child finds it free, whoever held it then; a pickled one is new."
     all = weakref.WeakSet()
     def __init__(self): self.lock = threading.RLock(); OwnLock.all.add(self)
     def __enter__(self): return self.lock.__enter__()

@@ -19,7 +19,8 @@ import h5py
 import numpy as np
 from ..core.errors import DataProblem
 from ..core.files import atomic_file, fsync_path, progress, read_json
-from .create import (StudySummary, check_room, check_target, copy_attributes, copy_object, finished_parts, linked_files, links_of, plan_study,
+from .create import (StudySummary, check_room, check_target, copy_attributes, copy_object,
+                                   finished_parts, linked_files, links_of, plan_study,
                                    remove_linked, told_plainly)
 from .parts import StudyOptions, parts_folder, remove_partials, steady_hdf5
 from .config import VolumeSpec, raise_problems, read_config
@@ -33,19 +34,25 @@ def first_subject(
     file, # Open study
 ): # -> HDF5 group, None in a study without subjects
     "The subject that the others are compared with."
-    return next((found_in(file, s) for subset in SUBSETS for s in attr_words(file.attrs[f'{subset}_subjs'])), None)
+    return next((found_in(file, s) for subset in SUBSETS for s in attr_words(file.attrs[f'{subset}_subjs'])),
+                None)
 
 def options_of(
     file, # Open study
     remove_invalid=None, # As in `create_study`; as the study says when not given
 ) -> StudyOptions:
     "How the subjects of a study were made."
-    placed,first = {k: attr_value(file.attrs, k) for k in ('step_size', 'nb_points', 'compress')}, first_subject(file)
-    half = first is not None and any(group_kind(first[g]) == 'volume' and first[g]['data'].dtype == np.float16 for g in first)
+    placed = {k: attr_value(file.attrs, k) for k in ('step_size', 'nb_points', 'compress')}
+    first = first_subject(file)
+    half = (first is not None
+            and any(group_kind(first[g]) == 'volume' and first[g]['data'].dtype == np.float16 for g in first))
     own = attr_value(file.attrs, 'remove_invalid')                                  # None: made by dwi_ml
-    asked = StudyOptions(**placed, remove_invalid=(own or False) if remove_invalid is None else remove_invalid, volume_dtype='float16' if half else 'float32')
+    asked = StudyOptions(**placed,
+                         remove_invalid=(own or False) if remove_invalid is None else remove_invalid,
+                         volume_dtype='float16' if half else 'float32')
     if own is not None and asked.remove_invalid != 'refuse' and bool(asked.remove_invalid) != bool(own):
-        raise DataProblem("remove_invalid is not that of the study", expected=own, found=remove_invalid, do="leave it out, or 'refuse' lines that leave the volume.", file=file.filename)
+        raise DataProblem("remove_invalid is not that of the study", expected=own, found=remove_invalid,
+                          do="leave it out, or 'refuse' lines that leave the volume.", file=file.filename)
     return asked
 
 # %% ../../nbs/01_study/12_grow.ipynb #d520db23
@@ -54,9 +61,13 @@ def meaning_of(
 ) -> dict: # config key -> value
     "What a group's config asks for, whatever the files are called."
     given = lambda files: 'given' if files else 'not given'
-    if isinstance(spec, VolumeSpec): return dict(standardization=spec.standardization, std_mask=given(spec.std_mask), outside=spec.outside, frame=spec.frame or 'image')
-    return dict(dps_keys=sorted(spec.dps_keys), file_labels=spec.file_labels, connectivity_matrix=given(spec.connectivity_matrix),
-                connectivity_labels=given(spec.connectivity_labels), connectivity_nb_blocs=spec.connectivity_nb_blocs)
+    if isinstance(spec, VolumeSpec):
+        return dict(standardization=spec.standardization, std_mask=given(spec.std_mask), outside=spec.outside,
+                    frame=spec.frame or 'image')
+    return dict(dps_keys=sorted(spec.dps_keys), file_labels=spec.file_labels,
+                connectivity_matrix=given(spec.connectivity_matrix),
+                connectivity_labels=given(spec.connectivity_labels),
+                connectivity_nb_blocs=spec.connectivity_nb_blocs)
 
 def config_problems(
     config:dict, # That the new subjects would be made with
@@ -66,12 +77,16 @@ def config_problems(
     "What the config asks that would make the new subjects unlike the others."
     kind = lambda spec: 'volume' if isinstance(spec, VolumeSpec) else 'streamlines'
     specs,theirs = read_config(config), attempt([], read_config, own) if own else None
-    groups = {g: kind(s) for g,s in theirs.items()} if theirs else None if there is None else {g: group_kind(there[g]) for g in there if group_kind(there[g])}
+    groups = ({g: kind(s) for g,s in theirs.items()} if theirs else None if there is None
+              else {g: group_kind(there[g]) for g in there if group_kind(there[g])})
     asked = {g: kind(s) for g,s in specs.items()}
-    if groups is not None and asked != groups: return [DataProblem("the config does not make the groups of the study", expected=groups, found=asked)]
-    pairs = [(g, key, v, meaning_of(specs[g])[key]) for g,spec in (theirs or {}).items() for key,v in meaning_of(spec).items()]
+    if groups is not None and asked != groups:
+        return [DataProblem("the config does not make the groups of the study", expected=groups, found=asked)]
+    pairs = [(g, key, v, meaning_of(specs[g])[key]) for g,spec in (theirs or {}).items()
+             for key,v in meaning_of(spec).items()]
     told = lambda v: 'not given' if v is None or v == {} or v == [] else v
-    return [DataProblem(f"{key} is not that of the study", expected=told(v), found=told(new), group=g) for g,key,v,new in pairs if new != v]
+    return [DataProblem(f"{key} is not that of the study", expected=told(v), found=told(new), group=g)
+            for g,key,v,new in pairs if new != v]
 
 # %% ../../nbs/01_study/12_grow.ipynb #a2e4b2e2
 def growth_problems(
@@ -82,17 +97,27 @@ def growth_problems(
     kinds = {} if there is None else {g: group_kind(there[g]) for g in there if group_kind(there[g])}
     subjects,bad = sources.subjects, []
     if not kinds: return bad
-    orders = {f"the study ({there.name[1:]})": group_grid(there[next(iter(kinds))]).voxel_order, **{s: src.grid.voxel_order for s,src in subjects.items() if src.grid}}
-    bad += check_alike("voxel orders differ", orders, "reorient the new subjects (for instance with nibabel's as_closest_canonical, tractograms included).")
+    orders = {f"the study ({there.name[1:]})": group_grid(there[next(iter(kinds))]).voxel_order,
+              **{s: src.grid.voxel_order for s,src in subjects.items() if src.grid}}
+    bad += check_alike("voxel orders differ", orders,
+                       "reorient the new subjects (for instance with nibabel's as_closest_canonical, "
+                       "tractograms included).")
     for g,kind in kinds.items():
         if kind == 'volume':
-            counts = {"the study": there[g]['data'].shape[-1], **{s: src.nb_features.get(g) for s,src in subjects.items()}}
-            bad += check_alike("the number of features differs", counts, "compute the same features as for the study.", g)
+            counts = {"the study": there[g]['data'].shape[-1],
+                      **{s: src.nb_features.get(g) for s,src in subjects.items()}}
+            bad += check_alike("the number of features differs", counts,
+                               "compute the same features as for the study.", g)
         else:
-            columns = {k: v.shape[1] for k,v in there[g]['data_per_streamline'].items()} if 'data_per_streamline' in there[g] else {}
-            labels,found = {k: 1 for k in sources.specs[g].file_labels}, {"the study": columns if len(there[g]['lengths']) else None}            # no lines, no widths
+            columns = ({k: v.shape[1] for k,v in there[g]['data_per_streamline'].items()}
+                       if 'data_per_streamline' in there[g] else {})
+            # no lines, no widths
+            labels = {k: 1 for k in sources.specs[g].file_labels}
+            found = {"the study": columns if len(there[g]['lengths']) else None}
             found |= {s: src.dps.get(g, {}) | labels if src.files[g] else None for s,src in subjects.items()}
-            bad += check_alike("data per streamline differ", {s: v if v is None else str(dict(sorted(v.items()))) for s,v in found.items()}, "keep the same keys, of the same widths.", g)
+            bad += check_alike("data per streamline differ",
+                               {s: v if v is None else str(dict(sorted(v.items()))) for s,v in found.items()},
+                               "keep the same keys, of the same widths.", g)
     return bad
 
 # %% ../../nbs/01_study/12_grow.ipynb #3bb23dfa
@@ -110,7 +135,7 @@ def second_name(
 ) -> Path:
     "The file under a name in a folder; a copy where the file system has no hard links."
     for p in folder.iterdir():
-        if p.samefile(path): return p                                              # from an attempt that was cut short
+        if p.samefile(path): return p    # from an attempt that was cut short
     new = free_name(folder, path.stem)
     try: os.link(path, new)
     except OSError:
@@ -122,7 +147,8 @@ def needs_base(
     old, # Open study
 ) -> bool:
     "Whether a study holds data itself, not links only."
-    return any(not isinstance(old.get(name, getlink=True), (h5py.ExternalLink, h5py.SoftLink)) for name in old)
+    return any(not isinstance(old.get(name, getlink=True), (h5py.ExternalLink, h5py.SoftLink))
+               for name in old)
 
 def linked_root(
     path, # File to make
@@ -134,11 +160,13 @@ def linked_root(
     "Write a root of links: those of the old root, and the new subjects."
     with steady_hdf5(path) as (f, check):
         copy_attributes(old, f)
-        for key,new in ((f'{s}_subjs', lists[s]) for s in SUBSETS): f.attrs[key] = attr_words(old.attrs[key]) + list(new)
+        for key,new in ((f'{s}_subjs', lists[s]) for s in SUBSETS):
+            f.attrs[key] = attr_words(old.attrs[key]) + list(new)
         f.attrs['chosen_subjs'] = [s for subset in SUBSETS for s in attr_words(f.attrs[f'{subset}_subjs'])]
         for name in old:
             link = old.get(name, getlink=True)
-            f[name] = link if isinstance(link, (h5py.ExternalLink, h5py.SoftLink)) else h5py.ExternalLink(f'{base.parent.name}/{base.name}', f'/{name}')
+            f[name] = (link if isinstance(link, (h5py.ExternalLink, h5py.SoftLink))
+                       else h5py.ExternalLink(f'{base.parent.name}/{base.name}', f'/{name}'))
         for s,file in added.items(): f[s] = h5py.ExternalLink(f'{file.parent.name}/{file.name}', f'/{s}')
         check()
 
@@ -161,7 +189,9 @@ def join(
     with atomic_file(path) as new:
         linked_root(new, old, base, files, lists)
         with h5py.File(new, 'r') as f: lost = [s for s in files if f.get(s) is None]
-        if lost: raise DataProblem("the new subjects cannot be reached through their links", expected=[str(files[s]) for s in lost], file=path)
+        if lost:
+            raise DataProblem("the new subjects cannot be reached through their links",
+                              expected=[str(files[s]) for s in lost], file=path)
     return files
 
 # %% ../../nbs/01_study/12_grow.ipynb #59dccae0
@@ -172,7 +202,8 @@ def add_subjects(
     validation=None,
     testing=None,
     config=None, # Path of a config, or its dict; the study's own when not given
-    remove_invalid:bool|Literal['refuse']=None, # Lines that leave the volume: as the study was made, or 'refuse'
+    # Lines that leave the volume: as the study was made, or 'refuse'
+    remove_invalid:bool|Literal['refuse']=None,
     skip_missing:bool=False, # Files that are not there only warn
     n_procs:int=None, # Processes, one subject each; one when not given
     dry_run:bool=False, # Write nothing, say what would be written
@@ -181,17 +212,22 @@ def add_subjects(
     start,path = time.time(), Path(hdf5_file).resolve()
     open_study(path).close()
     with nullcontext() if dry_run else parts_folder(path) as hidden, open_study(path) as old:
-        sources,options = checked_growth(path, old, root, [training, validation, testing], config, remove_invalid, skip_missing)
+        sources,options = checked_growth(path, old, root, [training, validation, testing], config,
+                                         remove_invalid, skip_missing)
         if dry_run: return plan_study(path, sources, options, times=1)
-        check_room(path.parent, sources.volume_bytes//(2 if options.volume_dtype == 'float16' else 1), 'as files of their own')
+        check_room(path.parent, sources.volume_bytes//(2 if options.volume_dtype == 'float16' else 1),
+                   'as files of their own')
         remove_partials(path)
         with told_plainly(path, sources.volume_bytes + 2*sources.file_bytes):
-            paths,reports = finished_parts(path, hidden, sources, options, n_procs or 1, moved=path.with_name(f'{path.stem}.subjects'))
+            paths,reports = finished_parts(path, hidden, sources, options, n_procs or 1,
+                                           moved=path.with_name(f'{path.stem}.subjects'))
             files = join(path, old, paths, sources.lists)
     remarks = sources.warnings + [w for r in reports for w in r.remarks]
     for w in remarks: python_warnings.warn(w, stacklevel=2)
-    return StudySummary(path, time.time() - start, reports, remarks, sum(f.stat().st_size for f in files.values()), ' added')
+    return StudySummary(path, time.time() - start, reports, remarks,
+                        sum(f.stat().st_size for f in files.values()), ' added')
 
+# %% ../../nbs/01_study/12_grow.ipynb #1fe3699c
 def checked_growth(
     path, # The study
     old, # The same, open
@@ -204,14 +240,19 @@ def checked_growth(
     "New subjects that fit a study, or a list of what is wrong."
     own,there,options = study_config(old.attrs), first_subject(old), options_of(old, remove_invalid)
     config = own if config is None else config if isinstance(config, dict) else read_json(config)
-    if config is None: raise DataProblem("the study does not say what it was made from", do="pass the config that made it.", file=path)
+    if config is None:
+        raise DataProblem("the study does not say what it was made from", do="pass the config that made it.",
+                          file=path)
     raise_problems(config_problems(config, own, there), "the config; nothing was added")
     names = set(old)
     sources = check_sources(root, config, *lists, skip_missing, known=names)
-    bad = [DataProblem("the study holds a subject of that name already", do="take it out of the list.", subject=s, file=path) for s in sources.subjects if s in names]
+    bad = [DataProblem("the study holds a subject of that name already", do="take it out of the list.",
+                       subject=s, file=path) for s in sources.subjects if s in names]
     raise_problems(bad + growth_problems(sources, there), f"the new subjects in {root}; nothing was added")
     if lost := sorted({p.name for p in links_of(path) or [] if not (Path(path).parent/p).is_file()}):
-        sources.warnings.append(f"files that the study links to are missing: {', '.join(lost)}. Their subjects cannot be read; bring the files back to {Path(path).stem}.subjects.")
+        sources.warnings.append(f"files that the study links to are missing: {', '.join(lost)}. Their "
+                                "subjects cannot be read; bring the files back to "
+                                f"{Path(path).stem}.subjects.")
     return sources, options
 
 # %% ../../nbs/01_study/12_grow.ipynb #bcd4752f
@@ -220,7 +261,8 @@ def datasets_of(
 ) -> list: # of HDF5 datasets
     "All datasets of a group."
     found = [group] if isinstance(group, h5py.Dataset) else []
-    if isinstance(group, h5py.Group): group.visititems(lambda _,o: found.append(o) if isinstance(o, h5py.Dataset) else None)
+    if isinstance(group, h5py.Group):
+        group.visititems(lambda _,o: found.append(o) if isinstance(o, h5py.Dataset) else None)
     return found
 
 def repack_study(
@@ -240,9 +282,12 @@ def repack_study(
         with told_plainly(target, needed), atomic_file(target) as new:
             with steady_hdf5(new) as (f, check):
                 copy_attributes(old, f)
-                for s in progress(list(old), 'repacking', unit='subject'): copy_object(found_in(old, s), f, s, check)
+                for s in progress(list(old), 'repacking', unit='subject'):
+                    copy_object(found_in(old, s), f, s, check)
             open_study(new).close()
-        for stays in remove_linked(target, linked): python_warnings.warn(stays, stacklevel=2)       # only now: until here they were the study
+        # only now: until here they were the study
+        for stays in remove_linked(target, linked): python_warnings.warn(stays, stacklevel=2)
     if target != path and path.with_suffix('.json').exists():
-        with atomic_file(target.with_suffix('.json')) as copy: shutil.copyfile(path.with_suffix('.json'), copy)
+        with atomic_file(target.with_suffix('.json')) as copy:
+            shutil.copyfile(path.with_suffix('.json'), copy)
     return target

@@ -31,16 +31,20 @@ def check_stored(
 ):
     "Refuse a dataset that claims more than its file holds, or is not made of numbers."
     if dataset.dtype.kind not in 'fiub' or dataset.shape is None:
-        raise DataProblem("the dataset does not hold numbers", expected="an array of numbers", found=f"{dataset.name}: {dataset.dtype}")
+        raise DataProblem("the dataset does not hold numbers", expected="an array of numbers",
+                          found=f"{dataset.name}: {dataset.dtype}")
     itemsize = dataset.dtype.itemsize
     claimed,held = math.prod(dataset.shape)*itemsize, dataset.id.get_storage_size()
     say = lambda n: f"{n/1e6:,.1f} MB"
-    if dataset.chunks is not None: claimed,most = max(claimed, math.prod(dataset.chunks)*itemsize), max(SMALL, 2000*held)
+    if dataset.chunks is not None:
+        claimed,most = max(claimed, math.prod(dataset.chunks)*itemsize), max(SMALL, 2000*held)
     else:
         address = dataset.id.get_offset()
         most = max(held, SMALL) if address is None else file_size(dataset) - address
-    if claimed > most: raise DataProblem("a dataset claims more than the file holds", expected=f"at most {say(most)}", found=f"{dataset.name}: {dataset.shape}, {say(claimed)}",
-                                         do="the file is damaged or was cut short; copy or create it again.")
+    if claimed > most:
+        raise DataProblem("a dataset claims more than the file holds", expected=f"at most {say(most)}",
+                          found=f"{dataset.name}: {dataset.shape}, {say(claimed)}",
+                          do="the file is damaged or was cut short; copy or create it again.")
 
 # %% ../../nbs/01_study/14_line_tables.ipynb #16e80fea
 def blocks(
@@ -69,7 +73,8 @@ class LineTable:
     ) -> np.ndarray: # (n,) bool: lines whose points can be read
         "Look at some lines."
         starts,lengths = starts.astype(np.int64), lengths.astype(np.int64)
-        inside = (starts >= 0) & (lengths >= 0) & (starts <= self.nb_rows) & (lengths <= self.nb_rows - np.clip(starts, 0, self.nb_rows))
+        room = self.nb_rows - np.clip(starts, 0, self.nb_rows)
+        inside = (starts >= 0) & (lengths >= 0) & (starts <= self.nb_rows) & (lengths <= room)
         self.astray += int((~inside).sum()); self.short += int((inside & (lengths < 2)).sum())
         n = np.where(inside, lengths, 0)
         ends = self.next_row + np.cumsum(n)
@@ -80,11 +85,18 @@ class LineTable:
     def problems(self) -> list: # of `DataProblem`
         "What is wrong with the lines' places."
         bad = []
-        if self.astray: bad.append(DataProblem("offsets or lengths point outside the data", expected=f"rows 0 to {self.nb_rows}", found=f"{self.astray} lines that do not lie there",
-                                               do="create the study again; these lines cannot be read."))
-        if self.short: bad.append(DataProblem("lines of fewer than two points", expected="at least 2, or there is no direction", found=f"{self.short} of them"))
+        if self.astray:
+            bad.append(DataProblem("offsets or lengths point outside the data",
+                                   expected=f"rows 0 to {self.nb_rows}",
+                                   found=f"{self.astray} lines that do not lie there",
+                                   do="create the study again; these lines cannot be read."))
+        if self.short:
+            bad.append(DataProblem("lines of fewer than two points",
+                                   expected="at least 2, or there is no direction",
+                                   found=f"{self.short} of them"))
         if not self.astray and self.total != self.nb_rows:
-            bad.append(DataProblem("the lengths do not add up to the rows of the data", expected=self.nb_rows, found=self.total))
+            bad.append(DataProblem("the lengths do not add up to the rows of the data", expected=self.nb_rows,
+                                   found=self.total))
         return bad
 
 # %% ../../nbs/01_study/14_line_tables.ipynb #ba29dfd8
@@ -99,8 +111,11 @@ def check_places(
     reached = np.maximum.accumulate(np.append(0, ends))[:-1]
     shared = int(((starts < reached) & (ends > starts)).sum())
     unused = nb_rows - int(np.maximum(0, ends - np.maximum(starts, reached)).sum())
-    if shared or unused: raise DataProblem("offsets and lengths do not share out the points", expected="each row of the data in one line",
-                                           found=f"{shared} lines that begin within another line, {unused} of {nb_rows} rows in no line", do="create the study again.")
+    if shared or unused:
+        raise DataProblem("offsets and lengths do not share out the points",
+                          expected="each row of the data in one line",
+                          found=f"{shared} lines that begin within another line, {unused} of {nb_rows} rows "
+                          "in no line", do="create the study again.")
 
 # %% ../../nbs/01_study/14_line_tables.ipynb #5761cb46
 def line_runs(
@@ -130,14 +145,16 @@ def measure_lines(
     "What can be asked of some lines."
     lengths = lengths.astype(np.int64)
     line = np.repeat(np.arange(len(lengths)), lengths)
-    points = rows[np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(len(line))].astype(np.float64)
+    points = rows[np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+                  + np.arange(len(line))].astype(np.float64)
     ok = np.isfinite(points).all(1)
     finite = np.bincount(line[~ok], minlength=len(lengths)) == 0
     with np.errstate(invalid='ignore', over='ignore'):
         vox = points if matrix is None else points @ matrix[:3, :3].T + matrix[:3, 3]
         out = ((vox < -1e-3) | (vox > np.array(grid.dimensions) + 1e-3)).any(1)
         steps = np.linalg.norm(np.diff(vox, axis=0) @ grid.affine[:3, :3].T, axis=1)*(line[1:] == line[:-1])
-        return finite, np.bincount(line[out & ok], minlength=len(lengths)) > 0, np.bincount(line[1:], steps, minlength=len(lengths))
+        return (finite, np.bincount(line[out & ok], minlength=len(lengths)) > 0,
+                np.bincount(line[1:], steps, minlength=len(lengths)))
 
 # %% ../../nbs/01_study/14_line_tables.ipynb #8227190c
 @dataclass
@@ -153,14 +170,25 @@ class PointCounts:
     ) -> tuple: # problems, remarks
         "In words."
         bad,said = [], []
-        if self.not_finite: bad.append(DataProblem("streamlines hold NaN or infinite coordinates", expected="finite numbers", found=f"{self.not_finite} of {nb_lines} lines"))
-        if self.wrong_mm: bad.append(DataProblem("euclidean_lengths do not agree with the points", expected="line {}: {:.3f} mm".format(self.example[0], self.example[2]),
-                                                 found=f"{self.example[1]:.3f} mm, and {self.wrong_mm - 1} more lines"))
-        if self.outside > nb_lines/2: bad.append(DataProblem("most streamlines leave the volume", expected="points within the volume", found=f"{self.outside} of {nb_lines} lines outside",
-                                                             do="check space, origin, affine and dimensions: the points seem to be in another space."))
-        elif self.outside: said.append(DataProblem("streamlines leave the volume", found=f"{self.outside} of {nb_lines} lines", do="remove_invalid leaves them out when a study is made."))
+        if self.not_finite:
+            bad.append(DataProblem("streamlines hold NaN or infinite coordinates", expected="finite numbers",
+                                   found=f"{self.not_finite} of {nb_lines} lines"))
+        if self.wrong_mm:
+            bad.append(DataProblem("euclidean_lengths do not agree with the points",
+                                   expected="line {}: {:.3f} mm".format(self.example[0], self.example[2]),
+                                   found=f"{self.example[1]:.3f} mm, and {self.wrong_mm - 1} more lines"))
+        if self.outside > nb_lines/2:
+            bad.append(DataProblem("most streamlines leave the volume", expected="points within the volume",
+                                   found=f"{self.outside} of {nb_lines} lines outside",
+                                   do="check space, origin, affine and dimensions: the points seem to be in "
+                                      "another space."))
+        elif self.outside:
+            said.append(DataProblem("streamlines leave the volume",
+                                    found=f"{self.outside} of {nb_lines} lines",
+                                    do="remove_invalid leaves them out when a study is made."))
         return bad, said
 
+# %% ../../nbs/01_study/14_line_tables.ipynb #e6392cc9
 def check_points(
     group, # HDF5 group of streamlines
     grid:Grid,
@@ -174,12 +202,15 @@ def check_points(
     for first,starts in blocks(group['offsets'], block):
         lengths = group['lengths'][first:first + block]
         ok = np.flatnonzero(table.add(starts, lengths))
-        starts,lengths,mm_said = starts[ok].astype(np.int64), lengths[ok].astype(np.int64), None if stored is None else stored[first:first + block][ok]
+        starts,lengths = starts[ok].astype(np.int64), lengths[ok].astype(np.int64)
+        mm_said = None if stored is None else stored[first:first + block][ok]
         for i,a,b in line_runs(starts, lengths):
             finite,out,mm = measure_lines(data[a:b], starts[i] - a, lengths[i], grid, matrix)
             counts.not_finite += int((~finite).sum()); counts.outside += int(out.sum())
             if mm_said is None: continue
             wrong = np.flatnonzero(finite & ~(np.abs(mm_said[i] - mm) <= .01 + 1e-3*mm))
-            if len(wrong) and counts.example is None: counts.example = int(first + ok[i[wrong[0]]]), float(mm_said[i[wrong[0]]]), float(mm[wrong[0]])
+            if len(wrong) and counts.example is None:
+                counts.example = (int(first + ok[i[wrong[0]]]), float(mm_said[i[wrong[0]]]),
+                                  float(mm[wrong[0]]))
             counts.wrong_mm += len(wrong)
     return counts

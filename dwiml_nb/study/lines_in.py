@@ -32,14 +32,16 @@ class LinesReport:
     outside:int = 0 # Lines that leave the volume
     removed_outside:int = 0 # How many of these were left out
 
-    def __add__(self, other): return LinesReport(*(a + b for a,b in zip(vars(self).values(), vars(other).values())))
+    def __add__(self, other):
+        return LinesReport(*(a + b for a,b in zip(vars(self).values(), vars(other).values())))
     def remarks(self) -> list: # of str
         "What somebody should know, in words."
         counts = ((self.without_direction, "streamlines of fewer than two different points were left out"),
                   (self.repeated_points, "points that repeated the one before were kept once"),
                   (self.removed_outside, "streamlines that leave the volume were left out"),
                   (self.outside - self.removed_outside, "streamlines leave the volume and were kept"))
-        return [f"{n} {what}" for n,what in counts if n] + ["no streamline is left in the group"]*(self.kept == 0)
+        return ([f"{n} {what}" for n,what in counts if n]
+                + ["no streamline is left in the group"]*(self.kept == 0))
 
 # %% ../../nbs/01_study/09_lines_in.ipynb #8f2adb42
 def check_finite(
@@ -48,9 +50,10 @@ def check_finite(
 ):
     "Refuse lines with NaN or infinite coordinates."
     bad = lines.line_index[~lines.data.isfinite().all(1)].unique()
-    if len(bad): raise DataProblem("streamlines hold NaN or infinite coordinates", expected="finite numbers",
-                                   found=f"{len(bad)} of {len(lines)} streamlines, number {bad[:5].tolist()} …",
-                                   do="write the tractogram again; such a file is damaged.", file=path)
+    if not len(bad): return
+    raise DataProblem("streamlines hold NaN or infinite coordinates", expected="finite numbers",
+                      found=f"{len(bad)} of {len(lines)} streamlines, number {bad[:5].tolist()} …",
+                      do="write the tractogram again; such a file is damaged.", file=path)
 
 def tidy(
     tractogram:Tractogram, # rasmm
@@ -59,13 +62,15 @@ def tidy(
     lines = tractogram.lines
     moves = torch.ones(len(lines.data), dtype=torch.bool)
     moves[1:] = (lines.data[1:] != lines.data[:-1]).any(1)
-    moves[lines.offsets[:-1][lines.lengths > 0]] = True                          # a line's first point repeats none
-    if moves.all() and (lines.lengths > 1).all(): return tractogram, LinesReport(read=len(lines), kept=len(lines)), torch.arange(len(lines))
+    moves[lines.offsets[:-1][lines.lengths > 0]] = True    # a line's first point repeats none
+    if moves.all() and (lines.lengths > 1).all():
+        return tractogram, LinesReport(read=len(lines), kept=len(lines)), torch.arange(len(lines))
     lengths = torch.zeros(len(lines), dtype=torch.long).index_add_(0, lines.line_index, moves.long())
     merged,keep = Ragged.from_lengths(lines.data[moves], lengths), lengths > 1
     report = LinesReport(read=len(lines), kept=int(keep.sum()), without_direction=int((~keep).sum()),
                          repeated_points=int((lines.lengths - lengths)[keep].sum()))
-    return Tractogram(merged[keep], tractogram.grid, {k: v[keep.numpy()] for k,v in tractogram.dps.items()}), report, keep.nonzero().flatten()
+    return (Tractogram(merged[keep], tractogram.grid, {k: v[keep.numpy()] for k,v in tractogram.dps.items()}),
+            report, keep.nonzero().flatten())
 
 # %% ../../nbs/01_study/09_lines_in.ipynb #ec80aa23
 @dataclass
@@ -74,18 +79,27 @@ class LineOptions:
     step_size:float = None # mm between points
     nb_points:int = None # Points a line
     compress:float = None # mm, tolerance of the linearisation
-    remove_invalid:bool|Literal['refuse'] = False # Lines that leave the volume: False keep, True leave out, 'refuse'
+    # Lines that leave the volume: False keep, True leave out, 'refuse'
+    remove_invalid:bool|Literal['refuse'] = False
 
     def __post_init__(self):
-        given = {k: getattr(self, k) for k in ('step_size', 'nb_points', 'compress') if getattr(self, k) is not None}
-        if len(given) > 1: raise DataProblem("points can be placed in one way only", expected="one of step_size, nb_points and compress", found=given)
+        ways = {k: getattr(self, k) for k in ('step_size', 'nb_points', 'compress')}
+        given = {k: v for k,v in ways.items() if v is not None}
+        if len(given) > 1:
+            raise DataProblem("points can be placed in one way only",
+                              expected="one of step_size, nb_points and compress", found=given)
         for k,v in given.items():
             if not isinstance(v, Integral if k == 'nb_points' else Real):
-                raise DataProblem(f"{k} must be a {'whole ' if k == 'nb_points' else ''}number", expected="a count of points" if k == 'nb_points' else "millimetres", found=repr(v))
+                raise DataProblem(f"{k} must be a {'whole ' if k == 'nb_points' else ''}number",
+                                  expected="a count of points" if k == 'nb_points' else "millimetres",
+                                  found=repr(v))
             if not 0 < v < np.inf or (k == 'nb_points' and v < 2):
-                raise DataProblem(f"{k} must be positive", expected="2 or more" if k == 'nb_points' else "a number of mm above 0", found=v)
+                raise DataProblem(f"{k} must be positive",
+                                  expected="2 or more" if k == 'nb_points' else "a number of mm above 0",
+                                  found=v)
         if self.remove_invalid not in (True, False, 'refuse'):
-            raise DataProblem("remove_invalid is not understood", expected="True, False or 'refuse'", found=self.remove_invalid)
+            raise DataProblem("remove_invalid is not understood", expected="True, False or 'refuse'",
+                              found=self.remove_invalid)
 
 def place_points(
     lines:Ragged, # mm
@@ -104,7 +118,8 @@ def leaves_volume(
 ) -> torch.Tensor: # (S,) bool
     "Which lines leave the volume."
     points,last = lines_vox.data, torch.tensor(dimensions) - margin
-    if not len(points) or (points.amin(0) >= margin).all() and (points.amax(0) <= last).all(): return torch.zeros(len(lines_vox), dtype=torch.bool)
+    if not len(points) or (points.amin(0) >= margin).all() and (points.amax(0) <= last).all():
+        return torch.zeros(len(lines_vox), dtype=torch.bool)
     out = ((points < margin) | (points > last)).any(1)
     return torch.zeros(len(lines_vox), dtype=torch.long).index_add_(0, lines_vox.line_index, out.long()) > 0
 
@@ -118,9 +133,13 @@ def as_float32(
     with np.errstate(over='ignore'): out = values.astype(np.float32)
     exact = values.dtype.kind in 'iu'
     back = out.astype(np.float64)
-    wrong = (back != values) if exact else np.isfinite(values) & ~np.isclose(back, values, rtol=1e-6, atol=1e-37)
-    if wrong.any(): raise DataProblem(f"the data per streamline '{key}' do not fit into float32", expected="integers up to 16777216, numbers up to 3e38",
-                                      found=f"{values[wrong][0]}, and {int(wrong.sum()) - 1} more", do="leave it out of dps_keys, or number the lines anew.")
+    wrong = ((back != values) if exact
+             else np.isfinite(values) & ~np.isclose(back, values, rtol=1e-6, atol=1e-37))
+    if wrong.any():
+        raise DataProblem(f"the data per streamline '{key}' do not fit into float32",
+                          expected="integers up to 16777216, numbers up to 3e38",
+                          found=f"{values[wrong][0]}, and {int(wrong.sum()) - 1} more",
+                          do="leave it out of dps_keys, or number the lines anew.")
     return out
 
 # %% ../../nbs/01_study/09_lines_in.ipynb #b2ad81da
@@ -143,7 +162,8 @@ def lines_of_file(
     tractogram = load_tractogram(path, src.grid)
     check_finite(tractogram.lines, path)
     with naming("the data per streamline cannot be kept", file=path):
-        kept = {k: as_float32(tractogram.dps.get(k, np.zeros((0, n))), k).reshape(len(tractogram), n) for k,n in dps.items()}
+        kept = {k: as_float32(tractogram.dps.get(k, np.zeros((0, n))), k).reshape(len(tractogram), n)
+                for k,n in dps.items()}
     kept |= {k: np.full((len(tractogram), 1), number, np.float32) for k,number in (labels or {}).items()}
     clean,report,numbers = tidy(Tractogram(tractogram.lines, src.grid, kept))
     lines = place_points(clean.lines, options)
@@ -151,12 +171,16 @@ def lines_of_file(
     out = leaves_volume(vox, src.grid.dimensions)
     report.outside = int(out.sum())
     if report.outside and options.remove_invalid == 'refuse':
-        raise DataProblem("streamlines leave the volume", expected=f"all points within {src.grid.dimensions} voxels",
-                          found=f"{report.outside} of {report.read} lines outside, number {numbers[out][:5].tolist()} …",
-                          do="check that both come from the same space, or allow it with remove_invalid=True or False.", file=path)
+        raise DataProblem("streamlines leave the volume",
+                          expected=f"all points within {src.grid.dimensions} voxels",
+                          found=f"{report.outside} of {report.read} lines outside, number "
+                          f"{numbers[out][:5].tolist()} …",
+                          do="check that both come from the same space, or allow it with remove_invalid=True "
+                             "or False.", file=path)
     keep = ~out if options.remove_invalid is True else torch.ones_like(out)
     report.removed_outside,report.kept = int((~keep).sum()), int(keep.sum())
-    return StoredLines(vox[keep], lengths_of(lines)[keep].numpy(), {k: v[keep.numpy()] for k,v in clean.dps.items()}, report)
+    return StoredLines(vox[keep], lengths_of(lines)[keep].numpy(),
+                       {k: v[keep.numpy()] for k,v in clean.dps.items()}, report)
 
 # %% ../../nbs/01_study/09_lines_in.ipynb #47af52aa
 def lines_of(
@@ -165,13 +189,17 @@ def lines_of(
     options:LineOptions,
 ) -> StoredLines:
     "All streamlines of a group, the files joined in order; a group without files has none."
-    dps,labels = {k: src.dps.get(spec.name, {}).get(k, 1) for k in spec.dps_keys}, src.file_labels.get(spec.name, {})
+    dps = {k: src.dps.get(spec.name, {}).get(k, 1) for k in spec.dps_keys}
+    labels = src.file_labels.get(spec.name, {})
     parts = [lines_of_file(p, src, dps, options, labels.get(p)) for p in src.files[spec.name]]
     dps |= {k: 1 for k in spec.file_labels}
     nothing = Ragged(torch.zeros(0, 3, dtype=torch.float64), [0])
-    if not parts: return StoredLines(nothing, np.zeros(0), {k: np.zeros((0, n), np.float32) for k,n in dps.items()}, LinesReport())
+    if not parts:
+        return StoredLines(nothing, np.zeros(0), {k: np.zeros((0, n), np.float32) for k,n in dps.items()},
+                           LinesReport())
     return StoredLines(Ragged.cat([p.lines for p in parts]), np.concatenate([p.lengths_mm for p in parts]),
-                       {k: np.concatenate([p.dps[k] for p in parts]) for k in dps}, sum((p.report for p in parts), LinesReport()))
+                       {k: np.concatenate([p.dps[k] for p in parts]) for k in dps},
+                       sum((p.report for p in parts), LinesReport()))
 
 # %% ../../nbs/01_study/09_lines_in.ipynb #5c27c5ef
 def connectivity_of(
@@ -183,12 +211,14 @@ def connectivity_of(
     if path is None: return None, None
     m = np.load(path)
     if bad := int((~np.isfinite(m)).sum()):
-        raise DataProblem("the connectivity matrix holds NaN or infinite values", expected="finite numbers", found=f"{bad} that are not", file=path)
+        raise DataProblem("the connectivity matrix holds NaN or infinite values", expected="finite numbers",
+                          found=f"{bad} that are not", file=path)
     matrix = np.triu((m > 0) | (m.T > 0))
     if labels_path is None: return matrix, None
     labels = load_volume(labels_path)[..., 0]
     if len(odd := labels[labels != np.round(labels)]):
-        raise DataProblem("a label image must hold whole numbers", expected="integers", found=f"values such as {odd[0]}", file=labels_path)
+        raise DataProblem("a label image must hold whole numbers", expected="integers",
+                          found=f"values such as {odd[0]}", file=labels_path)
     return matrix, labels.astype(np.int32)
 
 # %% ../../nbs/01_study/09_lines_in.ipynb #b1dcc1e2
@@ -201,4 +231,5 @@ def label_remarks(
     there = np.unique(labels[labels != 0])
     largest = int(there.max(initial=0))
     if len(matrix) in (len(there), len(there) + 1, largest, largest + 1): return []
-    return [f"the connectivity matrix has {len(matrix)} rows, but the label image has {len(there)} labels up to {largest}; check that they belong together"]
+    return [f"the connectivity matrix has {len(matrix)} rows, but the label image has {len(there)} labels up "
+            f"to {largest}; check that they belong together"]

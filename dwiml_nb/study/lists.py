@@ -20,10 +20,14 @@ def read_subject_list(
     if subjects is None: return []
     if not isinstance(subjects, (str, os.PathLike)): return [str(s) for s in subjects]
     if not Path(subjects).is_file():
-        raise DataProblem("no such subject list", file=subjects, do="give the path of a text file of ids, or a Python list of them.")
+        raise DataProblem("no such subject list", file=subjects,
+                          do="give the path of a text file of ids, or a Python list of them.")
     try: return Path(subjects).read_text(encoding='utf-8-sig').split()
-    except UnicodeDecodeError as e: raise DataProblem("the subject list cannot be read", expected="a text file in UTF-8", found=e, file=subjects) from e
+    except UnicodeDecodeError as e:
+        raise DataProblem("the subject list cannot be read", expected="a text file in UTF-8", found=e,
+                          file=subjects) from e
 
+# %% ../../nbs/01_study/04_lists.ipynb #2e2b2e73
 def read_subject_lists(
     training, # Each: path of a text file, list of ids, or None
     validation,
@@ -35,10 +39,15 @@ def read_subject_lists(
         try: lists[subset] = read_subject_list(given)
         except DataProblem as e: lists[subset] = []; bad.append(e)
         for s in lists[subset]:
-            if s in seen: bad.append(DataProblem("a subject is listed twice" if seen[s] == subset else "a subject is in two lists",
-                                                 expected="each subject in one list, once", found=f"in {seen[s]} and in {subset}",
-                                                 do="take it out of one of them.", subject=s))
-            if '/' in s or s in ('.', '..'): bad.append(DataProblem("a subject id must be the name of a folder", found=s, subject=s))
+            if s in seen:
+                bad.append(DataProblem("a subject is listed twice" if seen[s] == subset
+                                       else "a subject is in two lists",
+                                       expected="each subject in one list, once",
+                                       found=f"in {seen[s]} and in {subset}",
+                                       do="take it out of one of them.", subject=s))
+            if '/' in s or s in ('.', '..'):
+                bad.append(DataProblem("a subject id must be the name of a folder", found=s, subject=s))
             seen.setdefault(s, subset)
-    if not seen and not bad: bad.append(DataProblem("the three lists hold no subject at all", expected="at least one id"))
+    if not seen and not bad:
+        bad.append(DataProblem("the three lists hold no subject at all", expected="at least one id"))
     return lists, bad

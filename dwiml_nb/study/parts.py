@@ -32,7 +32,8 @@ from ..core.errors import DataProblem
 from ..core.files import atomic_file, progress
 from ..core.registry import SameTrust
 from ..core.tractograms import TRACTOGRAM_FORMATS, tractogram_format
-from .lines_in import LineOptions, LinesReport, StoredLines, connectivity_of, label_remarks, lines_of
+from .lines_in import (LineOptions, LinesReport, StoredLines, connectivity_of, label_remarks,
+                                     lines_of)
 from .config import VolumeSpec, raise_problems
 from .schema import FORMAT_VERSION
 from .sources import Sources, SubjectSources, placed
@@ -50,7 +51,8 @@ def write_volume(
     "Add a volume to a subject."
     group = parent.create_group(name)
     group.create_dataset('data', data=data)
-    group.attrs.update({'type': 'volume', 'affine': np.array(grid.affine), 'voxres': grid.voxel_sizes.astype(np.float32), 'nb_features': data.shape[-1]})
+    group.attrs.update({'type': 'volume', 'affine': np.array(grid.affine),
+                        'voxres': grid.voxel_sizes.astype(np.float32), 'nb_features': data.shape[-1]})
     if frame is not None: group.attrs['frame'] = frame
 
 # %% ../../nbs/01_study/10_parts.ipynb #9188381c
@@ -66,12 +68,15 @@ def write_streamlines(
     "Add streamlines to a subject."
     group = parent.create_group(name)
     data,offsets = stored.lines.numpy()
-    arrays = dict(data=data.reshape(-1, 3), offsets=offsets[:-1], lengths=np.diff(offsets), euclidean_lengths=stored.lengths_mm)
+    arrays = dict(data=data.reshape(-1, 3), offsets=offsets[:-1], lengths=np.diff(offsets),
+                  euclidean_lengths=stored.lengths_mm)
     for key,value in arrays.items(): group.create_dataset(key, data=value)
     dps = group.create_group('data_per_streamline')
     for key,value in stored.dps.items(): dps.create_dataset(key, data=value)
-    group.attrs.update({'type': 'streamlines', 'space': 'Space.VOX', 'origin': 'Origin.TRACKVIS', 'affine': np.array(grid.affine),
-                        'dimensions': np.array(grid.dimensions, np.int16), 'voxel_sizes': grid.voxel_sizes.astype(np.float32),
+    group.attrs.update({'type': 'streamlines', 'space': 'Space.VOX', 'origin': 'Origin.TRACKVIS',
+                        'affine': np.array(grid.affine),
+                        'dimensions': np.array(grid.dimensions, np.int16),
+                        'voxel_sizes': grid.voxel_sizes.astype(np.float32),
                         'voxel_order': grid.voxel_order, 'report': json.dumps(vars(stored.report))})
     if matrix is None: return
     group.create_dataset('connectivity_matrix', data=matrix)
@@ -126,7 +131,8 @@ class StudyOptions(LineOptions):
     def __post_init__(self):
         super().__post_init__()
         if self.volume_dtype not in VOLUME_DTYPES:
-            raise DataProblem("volumes cannot be stored in this type", expected=' or '.join(VOLUME_DTYPES), found=self.volume_dtype)
+            raise DataProblem("volumes cannot be stored in this type", expected=' or '.join(VOLUME_DTYPES),
+                              found=self.volume_dtype)
 
 # %% ../../nbs/01_study/10_parts.ipynb #c76da690
 @dataclass
@@ -134,7 +140,8 @@ class SubjectReport:
     "What was written for one subject."
     subject:str # Id
     volumes:dict = field(default_factory=dict) # group -> shape
-    rounding:dict = field(default_factory=dict) # group stored as float16 -> largest error, and as a share of its feature's largest value
+    # group stored as float16 -> largest error, and as a share of its feature's largest value
+    rounding:dict = field(default_factory=dict)
     lines:dict = field(default_factory=dict) # group -> `LinesReport`
     remarks:list = field(default_factory=list) # Sentences worth reading
     problems:list = field(default_factory=list) # `DataProblem`s: with any, there is no part
@@ -191,11 +198,14 @@ def part_mark(
     options:StudyOptions,
 ) -> str: # 64 hexadecimal digits
     "A digest of what a part is made from."
-    def seen(path): return None if path is None else (str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns)
-    files = {g: [seen(p) for p in [*src.files.get(g, []), *src.masks.get(g, []), src.matrix.get(g), src.labels.get(g)]] for g in specs}
+    def seen(path):
+        return None if path is None else (str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns)
+    files = {g: [seen(p) for p in [*src.files.get(g, []), *src.masks.get(g, []), src.matrix.get(g),
+                                   src.labels.get(g)]] for g in specs}
     config = {g: [type(s).__name__, vars(s)] for g,s in specs.items()}
     made_by = [FORMAT_VERSION, dwiml_nb.__version__]
-    return hashlib.sha256(json.dumps([src.subject, files, config, vars(options), made_by]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([src.subject, files, config, vars(options),
+                                      made_by]).encode()).hexdigest()
 
 # %% ../../nbs/01_study/10_parts.ipynb #780d60e1
 def make_part(
@@ -211,7 +221,8 @@ def make_part(
         with atomic_file(path) as tmp, steady_hdf5(tmp) as (f, _):
             report = add_subject(f, src, specs, options)
             raise_problems(report.problems)
-            f.attrs.update({'part_mark': mark or part_mark(src, specs, options), 'part_report': report.to_json()})
+            f.attrs.update({'part_mark': mark or part_mark(src, specs, options),
+                            'part_report': report.to_json()})
     except DataProblem:
         if report is None: raise
     return report
@@ -222,7 +233,8 @@ def finished_part(
 ) -> SubjectReport: # None when there is no such part
     "The report of a part that was made from just this."
     try:
-        with h5py.File(path, 'r') as f: return SubjectReport.from_json(f.attrs['part_report']) if f.attrs['part_mark'] == mark else None
+        with h5py.File(path, 'r') as f:
+            return SubjectReport.from_json(f.attrs['part_report']) if f.attrs['part_mark'] == mark else None
     except (OSError, KeyError): return None
 
 # %% ../../nbs/01_study/10_parts.ipynb #c6eea3da
@@ -240,18 +252,19 @@ def locked(
     try: current = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError: current = False
     if current: return file
-    file.close()                                                               # its folder was tidied away meanwhile
+    file.close()    # its folder was tidied away meanwhile
     return None
 
 @contextmanager
 def parts_folder(
     study, # Path of the study
 ): # -> the folder
-    "The folder of a study's parts, ours alone; it goes when all went well, or when there is no finished part in it."
+    "The folder of a study's parts, ours alone; it goes when all went well, or when it has no finished part."
     folder = Path(study).with_name(f'.{Path(study).stem}.parts')
     folder.mkdir(exist_ok=True)
     if (lock := locked(folder/'lock')) is None:
-        raise DataProblem("another process is making this study, or adding to it", file=study, do="wait for it to end.")
+        raise DataProblem("another process is making this study, or adding to it", file=study,
+                          do="wait for it to end.")
     try: yield folder
     except BaseException:
         if not any(folder.glob('[!.]*.hdf5')): shutil.rmtree(folder, ignore_errors=True)
@@ -280,7 +293,7 @@ def remove_partials(
         if told and not is_alive(int(told[1])): p.unlink(missing_ok=True)
 
 # %% ../../nbs/01_study/10_parts.ipynb #a3712643
-REGISTRIES = TRACTOGRAM_FORMATS, STANDARDIZATIONS                                 # what may be needed to make a subject
+REGISTRIES = TRACTOGRAM_FORMATS, STANDARDIZATIONS    # what may be needed to make a subject
 
 def registered_outside() -> list: # of (number of the registry, name, object)
     "What was registered, and not by this library."
@@ -291,7 +304,8 @@ def can_be_sent(
     obj, # A class or a function
 ) -> bool:
     "Whether another process can have it: it is found there by its name."
-    if obj.__module__ == '__main__' and not hasattr(sys.modules['__main__'], '__file__'): return False   # of a cell
+    # of a cell
+    if obj.__module__ == '__main__' and not hasattr(sys.modules['__main__'], '__file__'): return False
     try: pickle.dumps(obj)
     except (pickle.PicklingError, AttributeError): return False
     return True
@@ -324,7 +338,8 @@ def reports_in_turn(
     except BrokenProcessPool as e:
         raise RuntimeError("A process that made a subject ended before it was done: out of memory "
                            "(use fewer, n_procs), or a script that lacks `if __name__ == '__main__':` "
-                           "around the call, which processes need. What is finished is taken next time.") from e
+                           "around the call, which processes need. What is finished is taken next time."
+                           ) from e
     finally: pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/01_study/10_parts.ipynb #c1ecd4ca
@@ -371,12 +386,13 @@ def make_parts(
     "Make the parts that are not there yet."
     for p in set(folder.glob('*.hdf5')) - {part.path for part in parts.values() if part.report}: p.unlink()
     if n_procs > 1 and (names := only_here(sources)):
-        warnings.warn(f"{', '.join(names)}: other processes cannot have what is defined in a notebook's cell or in a "
-                      "function, so subjects are made one after another. Define it in a .py file and import that.",
-                      stacklevel=2)
+        warnings.warn(f"{', '.join(names)}: other processes cannot have what is defined in a notebook's cell "
+                      "or in a function, so subjects are made one after another. Define it in a .py file and "
+                      "import that.", stacklevel=2)
         n_procs = 1
     job = lambda s,mark: (sources.subjects[s], sources.specs, options, mark)
-    made = reports_in_turn({part.path: job(s, part.mark) for s,part in parts.items() if not part.report}, n_procs)
+    made = reports_in_turn({part.path: job(s, part.mark) for s,part in parts.items() if not part.report},
+                           n_procs)
     taken = sum(part.report is not None for part in parts.values())
     what = "creating study"
     if taken: what += f" ({taken} of {len(parts)} subjects were finished before)"

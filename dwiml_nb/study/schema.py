@@ -43,26 +43,36 @@ def open_study(
 ) -> h5py.File: # open for reading
     "Open a study, or say why it is none."
     path = Path(path)
-    if not path.is_file(): raise DataProblem("no such study", file=path, do="check the path; a study is made by create_study.")
+    if not path.is_file():
+        raise DataProblem("no such study", file=path, do="check the path; a study is made by create_study.")
     try: file = h5py.File(path, 'r')
     except Exception as e:
         with open(path, 'rb') as f: signed = f.read(8) == b'\x89HDF\r\n\x1a\n'
-        if 'unable to lock' in str(e): raise DataProblem("the study is being written by another program", found=e, file=path, do="wait for it to end.") from e
-        if signed: raise DataProblem("the study is damaged or was cut short", expected="a whole HDF5 file", found=e, file=path,
-                                     do="copy it again, or create it again.") from e
+        if 'unable to lock' in str(e):
+            raise DataProblem("the study is being written by another program", found=e, file=path,
+                              do="wait for it to end.") from e
+        if signed:
+            raise DataProblem("the study is damaged or was cut short", expected="a whole HDF5 file", found=e,
+                              file=path,
+                              do="copy it again, or create it again.") from e
         raise DataProblem("this is not an HDF5 file", expected="a study made by create_study or by dwi_ml",
                           found=f"{path.stat().st_size} bytes of something else", file=path) from e
     try:
         with naming("the study is damaged", do="copy it again, or create it again.", file=path):
             missing = [f'{s}_subjs' for s in SUBSETS if f'{s}_subjs' not in file.attrs]
-            gone = [] if missing else [s for subset in SUBSETS for s in attr_words(file.attrs[f'{subset}_subjs']) if s not in file]
+            gone = ([] if missing
+                    else [s for subset in SUBSETS
+                          for s in attr_words(file.attrs[f'{subset}_subjs']) if s not in file])
             found = list(file)[:5] if missing or gone else []
     except BaseException: file.close(); raise
     if not missing and not gone: return file
     file.close()
-    if missing: raise DataProblem("this HDF5 file is not a study", expected=f"root attributes {', '.join(missing)}", found=f"top level {found}", file=path,
-                                  do="make the study with create_study.")
-    raise DataProblem("subjects are listed that the study does not hold", expected=gone, found=found, file=path, do="create the study again.")
+    if missing:
+        raise DataProblem("this HDF5 file is not a study", expected=f"root attributes {', '.join(missing)}",
+                          found=f"top level {found}", file=path,
+                          do="make the study with create_study.")
+    raise DataProblem("subjects are listed that the study does not hold", expected=gone, found=found,
+                      file=path, do="create the study again.")
 
 # %% ../../nbs/01_study/05_schema.ipynb #8638daed
 def found_in(
@@ -73,12 +83,17 @@ def found_in(
     try: return root[name]
     except Exception as e:
         subject,_,rest = name.partition('/')
-        with naming("the study is damaged", do="copy it again, or create it again.", subject=subject, group=rest or None, file=root.filename):
+        with naming("the study is damaged", do="copy it again, or create it again.", subject=subject,
+                    group=rest or None, file=root.filename):
             link = root.get(subject, getlink=True) if subject in root else None
             lost = isinstance(link, h5py.ExternalLink) and root.get(subject) is None
-            says = "the file that holds this subject is missing or damaged" if lost else "the study does not hold this, or it is damaged" if link else "no such subject in the study"
-            raise DataProblem(says, expected=link.filename if lost else name, found=None if lost else ', '.join(list(root)[:5]) or 'an empty study',
-                              do="bring the file back beside the study, or create the study again." if lost else None) from e
+            says = ("the file that holds this subject is missing or damaged" if lost
+                    else "the study does not hold this, or it is damaged" if link
+                    else "no such subject in the study")
+            raise DataProblem(says, expected=link.filename if lost else name,
+                              found=None if lost else ', '.join(list(root)[:5]) or 'an empty study',
+                              do="bring the file back beside the study, or create the study again." if lost
+                              else None) from e
 
 # %% ../../nbs/01_study/05_schema.ipynb #60152649
 def members(
@@ -86,7 +101,8 @@ def members(
 ) -> dict: # name -> h5py group or dataset
     "The objects of a group."
     found = {name.decode(): h5py.h5o.open(group.id, name) for name in group.id}
-    return {name: h5py.Dataset(o, readonly=True) if isinstance(o, h5py.h5d.DatasetID) else h5py.Group(o) for name,o in found.items() if not isinstance(o, h5py.h5t.TypeID)}
+    return {name: h5py.Dataset(o, readonly=True) if isinstance(o, h5py.h5d.DatasetID) else h5py.Group(o)
+            for name,o in found.items() if not isinstance(o, h5py.h5t.TypeID)}
 
 # %% ../../nbs/01_study/05_schema.ipynb #f59e0697
 READ_MODES = ('map', 'pread')
@@ -95,10 +111,12 @@ class StudyFile:
     "A study's path with a handle of its own in every process; what was seen first is what is read."
     def __init__(self,
         path, # A study file
-        read_mode:str='map', # 'map': through memory; 'pread': by system calls, for files that others may cut short
+        # 'map': through memory; 'pread': by system calls, for files that others may cut short
+        read_mode:str='map',
     ):
         if read_mode not in READ_MODES:
-            raise DataProblem(f"no way of reading '{read_mode}'.{did_you_mean(read_mode, READ_MODES)}", expected="'map' or 'pread'", found=read_mode)
+            raise DataProblem(f"no way of reading '{read_mode}'.{did_you_mean(read_mode, READ_MODES)}",
+                              expected="'map' or 'pread'", found=read_mode)
         self.path,self.read_mode,self.lock,self.held = Path(path).resolve(), read_mode, OwnLock(), HeldFiles()
         self._handle = self._pid = None
         self.handle
@@ -118,12 +136,15 @@ class StudyFile:
     ):
         "A group or dataset, in the file it was first seen in."
         root = self.handle
-        if (now := stamp_of(hdf5_descriptor(root))) != self.root: raise changed_file(self.path, self.root, now)
+        if (now := stamp_of(hdf5_descriptor(root))) != self.root:
+            raise changed_file(self.path, self.root, now)
         try: found = found_in(root, name)
         except DataProblem as e:
             if seen is None: raise
-            raise DataProblem("the study has changed since it was first opened", expected=name, found=e.problem, do="make the dataset again.", file=self.path) from e
-        if seen is not None and (now := stamp_of(hdf5_descriptor(found))) != seen: raise changed_file(found.file.filename, seen, now)
+            raise DataProblem("the study has changed since it was first opened", expected=name,
+                              found=e.problem, do="make the dataset again.", file=self.path) from e
+        if seen is not None and (now := stamp_of(hdf5_descriptor(found))) != seen:
+            raise changed_file(found.file.filename, seen, now)
         return found
 
     def data_file(self,
@@ -151,13 +172,15 @@ def group_kind(
 ) -> str: # 'volume' or 'streamlines'; None for anything else
     "What kind of data a group of a subject holds."
     kind = attr_value(group.attrs, 'type') if isinstance(group, h5py.Group) else None
-    return kind if kind in ('volume', 'streamlines') and group.get('data', getclass=True) is h5py.Dataset else None
+    return (kind if kind in ('volume', 'streamlines') and group.get('data', getclass=True) is h5py.Dataset
+            else None)
 
 def group_grid(
     group, # HDF5 group of a volume or of streamlines
 ) -> Grid:
     "The voxel grid of a group, from its header."
-    return Grid(group.attrs['affine'], group.attrs['dimensions'] if group_kind(group) == 'streamlines' else group['data'].shape[:3])
+    return Grid(group.attrs['affine'],
+                group.attrs['dimensions'] if group_kind(group) == 'streamlines' else group['data'].shape[:3])
 
 # %% ../../nbs/01_study/05_schema.ipynb #df4652af
 ORIGINS = {'trackvis': 'corner', 'corner': 'corner', 'nifti': 'center', 'center': 'center'}
@@ -167,16 +190,20 @@ def stored_to_vox(
     grid:Grid, # Of the group
 ) -> np.ndarray: # (4, 4), or None when the points are in vox already
     "The matrix from the space a group is stored in to `vox` with a corner origin."
-    words = [str(attr_value(attrs, k) or usual).split('.')[-1].lower() for k,usual in (('space', 'vox'), ('origin', 'trackvis'))]
+    words = [str(attr_value(attrs, k) or usual).split('.')[-1].lower()
+             for k,usual in (('space', 'vox'), ('origin', 'trackvis'))]
     for word,known,what in zip(words, (('vox', 'voxmm', 'rasmm', 'lpsmm'), ORIGINS), ('space', 'origin')):
-        if word not in known: raise DataProblem(f"the {what} of the streamlines is unknown.{did_you_mean(word, known)}", expected=' or '.join(known),
-                                                found=attr_value(attrs, what))
+        if word not in known:
+            raise DataProblem(f"the {what} of the streamlines is unknown.{did_you_mean(word, known)}",
+                              expected=' or '.join(known),
+                              found=attr_value(attrs, what))
     space,origin = words[0], ORIGINS[words[1]]
     flip = np.diag([-1., -1, 1, 1]) if space == 'lpsmm' else np.eye(4)
     if space == 'lpsmm': space = 'rasmm'
-    half = np.eye(4)                                                        # from the stored origin to the one core.space means
+    half = np.eye(4)    # from the stored origin to the one core.space means
     if space == 'rasmm' and origin == 'corner': half[:3, 3] = -grid.affine[:3, :3] @ [.5, .5, .5]
-    if space in ('vox', 'voxmm') and origin == 'center': half[:3, 3] = .5*(grid.voxel_sizes if space == 'voxmm' else 1)
+    if space in ('vox', 'voxmm') and origin == 'center':
+        half[:3, 3] = .5*(grid.voxel_sizes if space == 'voxmm' else 1)
     matrix = to_vox_matrix(grid, space) @ half @ flip
     return None if np.array_equal(matrix, np.eye(4)) else matrix
 
@@ -186,5 +213,7 @@ def study_config(
 ) -> dict: # None where it cannot be read
     "The config a study was made from: our JSON, or dwi_ml's printed dict."
     import ast
-    try: return json.loads(attrs['groups_config_json']) if 'groups_config_json' in attrs else ast.literal_eval(attr_value(attrs, 'groups_config'))
+    try:
+        return (json.loads(attrs['groups_config_json']) if 'groups_config_json' in attrs
+                else ast.literal_eval(attr_value(attrs, 'groups_config')))
     except (ValueError, SyntaxError, TypeError): return None

@@ -34,13 +34,16 @@ def find_files(
             hits,problems = find_entities(folder, pattern)
             bad += problems; found += [p for p in hits if p not in found]
             continue
-        hits = sorted(Path(p) for p in glob.glob(str(Path(glob.escape(str(folder)))/pattern))) if '*' in pattern else [Path(folder)/pattern]
+        hits = (sorted(Path(p) for p in glob.glob(str(Path(glob.escape(str(folder)))/pattern)))
+                if '*' in pattern else [Path(folder)/pattern])
         if not hits:
             nearby = next(p for p in (Path(folder)/pattern).parents if p.is_dir())
             there = ', '.join(sorted(p.name for p in nearby.iterdir())[:8]) or 'nothing'
-            bad.append(DataProblem(f"nothing matches '{pattern}'", expected="at least one file", found=f"in {nearby.name}: {there}",
+            bad.append(DataProblem(f"nothing matches '{pattern}'", expected="at least one file",
+                                   found=f"in {nearby.name}: {there}",
                                    do="check the pattern in the config.", file=Path(folder)/pattern))
-        bad += [DataProblem("no such file", file=p, do="check the path in the config.") for p in hits if not p.is_file()]
+        bad += [DataProblem("no such file", file=p, do="check the path in the config.")
+                for p in hits if not p.is_file()]
         bad += [DataProblem("a file is listed twice in one group", file=p) for p in hits if p in found]
         found += [p for p in hits if p.is_file() and p not in found]
     return found, bad
@@ -50,16 +53,26 @@ def image_header(
     path, # .nii or .nii.gz
 ) -> tuple: # `Grid`, number of features
     "The grid and number of features of an image, from its header."
-    if not str(path).endswith(('.nii', '.nii.gz')): raise DataProblem("this is not a NIfTI file", expected=".nii or .nii.gz", found=Path(path).name, file=path)
-    with naming("the image cannot be read", "a whole NIfTI file", "copy it again from its source.", file=path):
+    if not str(path).endswith(('.nii', '.nii.gz')):
+        raise DataProblem("this is not a NIfTI file", expected=".nii or .nii.gz", found=Path(path).name,
+                          file=path)
+    with naming("the image cannot be read", "a whole NIfTI file", "copy it again from its source.",
+                file=path):
         image = nib.load(path)
         shape,dtype,size = image.shape, image.get_data_dtype(), Path(path).stat().st_size
-        if dtype.kind not in 'iuf': raise DataProblem("the image holds no plain numbers", expected="integers or floats", found=dtype, do="convert it on purpose, for instance to magnitudes.")
+        if dtype.kind not in 'iuf':
+            raise DataProblem("the image holds no plain numbers", expected="integers or floats", found=dtype,
+                              do="convert it on purpose, for instance to magnitudes.")
         if len(shape) not in (3, 4) or not all(shape):
-            raise DataProblem("the image has the wrong axes", expected="3 (X, Y, Z) or 4 (X, Y, Z, features), none of length 0", found=f"{len(shape)}: {shape}")
+            raise DataProblem("the image has the wrong axes",
+                              expected="3 (X, Y, Z) or 4 (X, Y, Z, features), none of length 0",
+                              found=f"{len(shape)}: {shape}")
         grid,claimed = grid_of(image), dtype.itemsize*math.prod(shape)
-        if claimed > size*(1100 if str(path).endswith('.gz') else 1):                        # gzip makes zeros a thousand times smaller, not more
-            raise DataProblem("the image claims more voxels than its file can hold", expected=f"at most {size} bytes", found=f"{shape}: {claimed} bytes", do="copy it again from its source.")
+        # gzip makes zeros a thousand times smaller, not more
+        if claimed > size*(1100 if str(path).endswith('.gz') else 1):
+            raise DataProblem("the image claims more voxels than its file can hold",
+                              expected=f"at most {size} bytes", found=f"{shape}: {claimed} bytes",
+                              do="copy it again from its source.")
     return grid, 1 if len(shape) == 3 else shape[3]
 
 # %% ../../nbs/01_study/07_sources.ipynb #c8a89289
@@ -75,7 +88,8 @@ def tractogram_header(
     except DataProblem as e: raise DataProblem(e.problem, e.expected, e.found, e.do, file=path) from e
     except Exception as e:
         raise DataProblem("the tractogram cannot be read", expected=f"a whole {format.suffix} file",
-                          found=f"{type(e).__name__}: {e}", file=path, do="copy it again from its source.") from e
+                          found=f"{type(e).__name__}: {e}", file=path,
+                          do="copy it again from its source.") from e
 
 # %% ../../nbs/01_study/07_sources.ipynb #2bd5f36a
 @dataclass
@@ -126,23 +140,31 @@ def find_sources(
     def find(patterns, group, may_miss=True):
         found,missing = find_files(src.folder, patterns)
         missing = [placed(p, src.subject, group) for p in missing]
-        soft = [p for p in missing if skip_missing and may_miss and not p.problem.startswith('a file is listed twice')]
+        soft = [p
+                for p in missing
+                if skip_missing and may_miss and not p.problem.startswith('a file is listed twice')]
         warn.extend(f"{p} It is left out." for p in soft)
         bad.extend(p for p in missing if p not in soft)
         if len(soft) < len(missing): src.incomplete.add(group)
         return found
     def find_one(pattern, group):
         found = find([pattern], group) if pattern else []
-        if len(found) > 1: bad.append(DataProblem(f"several files match '{pattern}'", expected="one file", found=', '.join(p.name for p in found), do="write the whole name in the config.",
-                                                  subject=src.subject, group=group))
+        if len(found) > 1:
+            bad.append(DataProblem(f"several files match '{pattern}'", expected="one file",
+                                   found=', '.join(p.name for p in found),
+                                   do="write the whole name in the config.",
+                                   subject=src.subject, group=group))
         return found[0] if found else None
     for g,spec in specs.items():
         src.files[g] = find(spec.files, g)
         if isinstance(spec, VolumeSpec): src.masks[g] = find(spec.std_mask, g, may_miss=not src.files[g])
         else:
-            src.matrix[g],src.labels[g] = find_one(spec.connectivity_matrix, g), find_one(spec.connectivity_labels, g)
-            if spec.connectivity_labels and src.labels[g] is None and src.matrix[g]:              # its rows would have no meaning
-                warn.append(f"subject {src.subject}, group {g}: {src.matrix[g].name} is left out with its labels.")
+            src.matrix[g],src.labels[g] = (find_one(spec.connectivity_matrix, g),
+                                           find_one(spec.connectivity_labels, g))
+            # its rows would have no meaning
+            if spec.connectivity_labels and src.labels[g] is None and src.matrix[g]:
+                warn.append(f"subject {src.subject}, group {g}: {src.matrix[g].name} is left out with its "
+                            "labels.")
                 src.matrix[g] = None
     return bad, warn
 
@@ -159,8 +181,10 @@ def check_on_grid(
     if src.grid is None: src.grid = header[0]
     if not same_grid(header[0], src.grid):
         say = (lambda g: g.affine.tolist()) if header[0].dimensions == src.grid.dimensions else (lambda g: g)
-        bad.append(DataProblem("images of one subject lie on different grids", expected=say(src.grid), found=say(header[0]),
-                               do="resample it to the subject's first volume, or check which space it is in.", subject=src.subject, group=group, file=path))
+        bad.append(DataProblem("images of one subject lie on different grids", expected=say(src.grid),
+                               found=say(header[0]),
+                               do="resample it to the subject's first volume, or check which space it is in.",
+                               subject=src.subject, group=group, file=path))
     return header[1]
 
 # %% ../../nbs/01_study/07_sources.ipynb #3c3bb391
@@ -180,9 +204,11 @@ def check_frame(
     "World-frame directions on an oblique grid are refused."
     if src.grid is None or not is_oblique(src.grid): return False
     if spec.frame == 'world':
-        bad.append(DataProblem("directions in world axes on an oblique grid", expected="frame: \"image\", or voxel axes along the world's axes",
+        bad.append(DataProblem("directions in world axes on an oblique grid",
+                               expected="frame: \"image\", or voxel axes along the world's axes",
                                found=src.grid.affine[:3, :3].round(3).tolist(),
-                               do="compute the coefficients from b-vectors in image axes (dwiml_fit_sh does), or resample the image to an axis-aligned grid.",
+                               do="compute the coefficients from b-vectors in image axes (dwiml_fit_sh "
+                                  "does), or resample the image to an axis-aligned grid.",
                                subject=src.subject, group=spec.name))
     return spec.frame is None
 
@@ -196,13 +222,16 @@ def check_volume(
     counts = [check_on_grid(src, p, g, bad) for p in src.files[g]]
     for p in src.masks[g]:
         if check_on_grid(src, p, g, bad) not in (1, None):
-            bad.append(DataProblem("a mask has one value a voxel", expected="a 3D image", found="4D", file=p, **here))
+            bad.append(DataProblem("a mask has one value a voxel", expected="a 3D image", found="4D", file=p,
+                                   **here))
     how = standardization(spec.standardization)
     if how.each_file or None not in counts:
         for n in counts if how.each_file else [sum(counts)]: n and attempt(bad, how.check, n, **here)
     if counts and None not in counts and g not in src.incomplete: src.nb_features[g] = sum(counts)
-    assumed = check_frame(src, spec, bad) and src.nb_features.get(g, 1) > 1             # one number a voxel has no direction
-    said = f"subject {src.subject}, group {g}: the grid is oblique and the config names no frame; directions are taken to be in image axes."
+    # one number a voxel has no direction
+    assumed = check_frame(src, spec, bad) and src.nb_features.get(g, 1) > 1
+    said = (f"subject {src.subject}, group {g}: the grid is oblique and the config names no frame; "
+            "directions are taken to be in image axes.")
     return bad, [said] if assumed else []
 
 # %% ../../nbs/01_study/07_sources.ipynb #2f85001c
@@ -226,18 +255,26 @@ def check_tractograms(
             if k not in dps:
                 if tractogram_format(p).is_empty(p): continue
                 bad.append(DataProblem(f"no data per streamline '{k}'.{did_you_mean(k, dps)}", expected=k,
-                                       found=sorted(dps) or 'none', do="correct dps_keys, or the file.", **here))
+                                       found=sorted(dps) or 'none', do="correct dps_keys, or the file.",
+                                       **here))
             elif kept.setdefault(k, dps[k]) != dps[k]:
-                bad.append(DataProblem(f"data per streamline '{k}' has another width", expected=kept[k], found=dps[k], **here))
+                bad.append(DataProblem(f"data per streamline '{k}' has another width", expected=kept[k],
+                                       found=dps[k], **here))
         numbers = src.file_labels.setdefault(g, {}).setdefault(p, {})
         for k,words in spec.file_labels.items():
             word = bids_name(p).says(k)
             if word in words: numbers[k] = words.index(word)
-            else: bad.append(DataProblem(f"the file's name has no '{k}' that the config lists.{did_you_mean(word, words)}", expected=' or '.join(words), found=word,
-                                         do="add the word to file_labels, or leave the file out.", **here))
+            else:
+                bad.append(DataProblem(f"the file's name has no '{k}' that the config "
+                                       f"lists.{did_you_mean(word, words)}", expected=' or '.join(words),
+                                       found=word,
+                                       do="add the word to file_labels, or leave the file out.", **here))
     there = src.file_labels.get(g, {}).values()
-    absent = {k: [w for i,w in enumerate(words) if i not in [numbers.get(k) for numbers in there]] for k,words in spec.file_labels.items() if there}
-    return bad, [f"subject {src.subject}, group {g}: no file has the {k} {', '.join(words)}." for k,words in absent.items() if words]
+    absent = {k: [w for i,w in enumerate(words) if i not in [numbers.get(k) for numbers in there]]
+              for k,words in spec.file_labels.items() if there}
+    return (bad,
+            [f"subject {src.subject}, group {g}: no file has the {k} {', '.join(words)}."
+             for k,words in absent.items() if words])
 
 # %% ../../nbs/01_study/07_sources.ipynb #f4d91de1
 def check_connectivity(
@@ -245,15 +282,22 @@ def check_connectivity(
     spec, # `StreamlinesSpec`
 ) -> list: # problems
     "Check the connectivity matrix and labels of a streamlines group."
-    bad,path,labels,here = [], src.matrix[spec.name], src.labels[spec.name], dict(subject=src.subject, group=spec.name)
+    bad,path,labels = [], src.matrix[spec.name], src.labels[spec.name]
+    here = dict(subject=src.subject, group=spec.name)
     if labels is not None and check_on_grid(src, labels, spec.name, bad) not in (1, None):
-        bad.append(DataProblem("a label image has one label a voxel", expected="3D", found="4D", file=labels, **here))
+        bad.append(DataProblem("a label image has one label a voxel", expected="3D", found="4D", file=labels,
+                               **here))
     if path is None: return bad
     try: shape = np.load(path, mmap_mode='r').shape
-    except Exception as e: return bad + [DataProblem("the connectivity matrix cannot be read", expected="a .npy file", found=e, file=path, **here)]
-    wanted = int(np.prod(spec.connectivity_nb_blocs)) if spec.connectivity_nb_blocs else shape[0] if shape else 1
+    except Exception as e:
+        return (bad
+                + [DataProblem("the connectivity matrix cannot be read", expected="a .npy file", found=e,
+                               file=path, **here)])
+    wanted = (int(np.prod(spec.connectivity_nb_blocs)) if spec.connectivity_nb_blocs else shape[0] if shape
+              else 1)
     if shape != (wanted, wanted):
-        bad.append(DataProblem("the connectivity matrix has the wrong shape", expected=(wanted, wanted), found=shape, do="check connectivity_nb_blocs.", file=path, **here))
+        bad.append(DataProblem("the connectivity matrix has the wrong shape", expected=(wanted, wanted),
+                               found=shape, do="check connectivity_nb_blocs.", file=path, **here))
     return bad
 
 # %% ../../nbs/01_study/07_sources.ipynb #9a4306a5
@@ -264,7 +308,8 @@ def check_subject(
 ) -> tuple: # problems, warnings
     "Find and check all files of one subject."
     bad,warn = find_sources(src, specs, skip_missing)
-    for spec in sorted(specs.values(), key=lambda s: not isinstance(s, VolumeSpec)):        # volumes first: they set the grid
+    # volumes first: they set the grid
+    for spec in sorted(specs.values(), key=lambda s: not isinstance(s, VolumeSpec)):
         if isinstance(spec, VolumeSpec):
             b,w = check_volume(src, spec)
             bad += b; warn += w
@@ -272,7 +317,9 @@ def check_subject(
             b,w = check_tractograms(src, spec)
             bad += b + check_connectivity(src, spec); warn += w
     if specs and src.grid is None and not bad:
-        bad.append(DataProblem("no image and no tractogram of the subject is there", do="take it out of its list, or bring its files.", subject=src.subject, file=src.folder))
+        bad.append(DataProblem("no image and no tractogram of the subject is there",
+                               do="take it out of its list, or bring its files.", subject=src.subject,
+                               file=src.folder))
     return bad, warn
 
 # %% ../../nbs/01_study/07_sources.ipynb #45d05c44
@@ -287,19 +334,26 @@ def check_alike(
     for s,v in values.items():
         if v is not None: found.setdefault(v, []).append(s)
     who = '; '.join(f"{v} in {', '.join(ids)}" for v,ids in found.items())
-    return [DataProblem(problem, expected="the same in all", found=who, do=do, group=group)] if len(found) > 1 else []
+    return ([DataProblem(problem, expected="the same in all", found=who, do=do, group=group)]
+            if len(found) > 1 else [])
 
 def check_between(
     subjects, # `SubjectSources` of all subjects
 ) -> list: # problems
     "What differs between subjects and must not."
     subjects = list(subjects)
-    bad = check_alike("voxel orders differ between subjects", {s.subject: s.grid.voxel_order for s in subjects if s.grid is not None},
-                     "reorient them alike (for instance with nibabel's as_closest_canonical, tractograms included).")
+    bad = check_alike("voxel orders differ between subjects",
+                      {s.subject: s.grid.voxel_order for s in subjects if s.grid is not None},
+                     "reorient them alike (for instance with nibabel's as_closest_canonical, tractograms "
+                     "included).")
     for g in dict.fromkeys(g for s in subjects for g in s.nb_features):
-        bad += check_alike("the number of features differs between subjects", {s.subject: s.nb_features.get(g) for s in subjects}, "compute the same features for all.", g)
+        bad += check_alike("the number of features differs between subjects",
+                           {s.subject: s.nb_features.get(g) for s in subjects},
+                           "compute the same features for all.", g)
     for g,k in dict.fromkeys((g, k) for s in subjects for g,dps in s.dps.items() for k in dps):
-        bad += check_alike(f"the width of the data per streamline '{k}' differs between subjects", {s.subject: s.dps.get(g, {}).get(k) for s in subjects}, "measure the same for all.", g)
+        bad += check_alike(f"the width of the data per streamline '{k}' differs between subjects",
+                           {s.subject: s.dps.get(g, {}).get(k) for s in subjects},
+                           "measure the same for all.", g)
     return bad
 
 # %% ../../nbs/01_study/07_sources.ipynb #dbe68841
@@ -314,16 +368,19 @@ class Sources:
 
     def __repr__(self):
         counts = ', '.join(f"{len(v)} {k}" for k,v in self.lists.items())
-        return f"Sources({self.root}: {counts}; groups {', '.join(self.specs)}; {len(self.warnings)} warnings)"
+        return (f"Sources({self.root}: {counts}; groups {', '.join(self.specs)}; {len(self.warnings)} "
+                "warnings)")
 
     @property
     def volume_bytes(self) -> int:
         "Bytes that the volumes will take in the study."
-        return sum(4*int(np.prod(s.grid.dimensions))*n for s in self.subjects.values() for n in s.nb_features.values())
+        return sum(4*int(np.prod(s.grid.dimensions))*n for s in self.subjects.values()
+                   for n in s.nb_features.values())
     @property
     def file_bytes(self) -> int:
         "Bytes of all tractograms, as they are on disk."
-        return sum(p.stat().st_size for s in self.subjects.values() for g,ps in s.files.items() if g not in s.nb_features for p in ps)
+        return sum(p.stat().st_size for s in self.subjects.values()
+                   for g,ps in s.files.items() if g not in s.nb_features for p in ps)
 
 # %% ../../nbs/01_study/07_sources.ipynb #23f0e4fe
 def subject_folder(
@@ -346,22 +403,31 @@ def check_sources(
 ) -> Sources:
     "Check folders, lists, files and headers; all problems are raised together."
     root = Path(root)
-    if not root.is_dir(): raise DataProblem("no such folder of subjects", file=root, do="give the folder that holds one folder per subject.")
+    if not root.is_dir():
+        raise DataProblem("no such folder of subjects", file=root,
+                          do="give the folder that holds one folder per subject.")
     bad,warn = [], []
     specs = attempt(bad, read_config, config) or {}
     lists,problems = read_subject_lists(training, validation, testing)
     bad += problems
     folders = sorted(p.name for p in root.iterdir() if p.is_dir())
-    subjects = {s: SubjectSources(s, subset, subject_folder(root, s)) for subset in SUBSETS for s in lists[subset]}
+    subjects = {s: SubjectSources(s, subset, subject_folder(root, s)) for subset in SUBSETS
+                for s in lists[subset]}
     for s,src in subjects.items():
-        if not src.folder.is_dir(): bad.append(DataProblem(f"no folder for a listed subject.{did_you_mean(s, folders)}", expected=root/s, found=folders[:8],
-                                                    do="correct the list, or add the folder.", subject=s))
+        if not src.folder.is_dir():
+            bad.append(DataProblem(f"no folder for a listed subject.{did_you_mean(s, folders)}",
+                                   expected=root/s, found=folders[:8],
+                            do="correct the list, or add the folder.", subject=s))
         else:
             b,w = check_subject(src, specs, skip_missing)
             bad += b; warn += w
-    used = {p for folder in [*(src.folder for src in subjects.values()), *(subject_folder(root, s) for s in known)] for p in folder.relative_to(root).parts[:1]}
-    if ignored := [f for f in folders if f not in used]: warn.append(f"folders that no list names are ignored: {', '.join(ignored)}.")
+    used = {p for folder in [*(src.folder for src in subjects.values()),
+                             *(subject_folder(root, s) for s in known)]
+            for p in folder.relative_to(root).parts[:1]}
+    if ignored := [f for f in folders if f not in used]:
+        warn.append(f"folders that no list names are ignored: {', '.join(ignored)}.")
     warn += [f"group {g}: std_mask has no effect without standardisation." for g,s in specs.items()
-             if isinstance(s, VolumeSpec) and s.std_mask and s.standardization == 'none' and s.outside is None]
+             if isinstance(s, VolumeSpec) and s.std_mask and s.standardization == 'none'
+             and s.outside is None]
     raise_problems(bad + check_between(subjects.values()), f"the sources in {root}; nothing was written")
     return Sources(root, specs, lists, subjects, warn)

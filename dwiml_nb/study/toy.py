@@ -20,4 +20,5 @@ def toy_study(
 ) -> Path: # study.hdf5
     "Make the toy study in a folder."
     root = write_phantom(Path(folder)/'subjects', n_subjects=n_subjects, seed=seed)
-    return create_study(root, Path(folder)/'study.hdf5', root/'config.json', *(root/f'{s}.txt' for s in SUBSETS), **{'overwrite': True, **options}).path
+    return create_study(root, Path(folder)/'study.hdf5', root/'config.json',
+                        *(root/f'{s}.txt' for s in SUBSETS), **{'overwrite': True, **options}).path

@@ -18,7 +18,7 @@ from .standardize import standardization, standardized
 def row_major(
     data, # (X, Y, Z, F), any order in memory
 ) -> np.ndarray: # The same, the last axis next to each other
-    "Values in the order of the study, slice by slice: six times as fast as all at once, because a slice fits into the processor's cache."
+    "Values in the order of the study, slice by slice: as a slice fits into the cache, this is fast."
     if data.flags.c_contiguous: return data
     out = np.empty(data.shape, data.dtype)
     for z in range(data.shape[2]): out[:, :, z] = data[:, :, z]
@@ -32,10 +32,12 @@ def load_volume(
     try: data = np.asanyarray(nib.load(path).dataobj, dtype=np.float32)
     except MemoryError: raise
     except Exception as e:
-        raise DataProblem("the image cannot be read to its end", expected="a whole NIfTI file", found=e, file=path, do="copy it again from its source.") from e
+        raise DataProblem("the image cannot be read to its end", expected="a whole NIfTI file", found=e,
+                          file=path, do="copy it again from its source.") from e
     data = data[..., None] if data.ndim == 3 else data
     if bad := int((~np.isfinite(data)).any(-1).sum()):
-        raise DataProblem("the image holds NaN or infinite values", expected="finite numbers", found=f"{bad} voxels that are not", file=path,
+        raise DataProblem("the image holds NaN or infinite values", expected="finite numbers",
+                          found=f"{bad} voxels that are not", file=path,
                           do="find out why, or replace them (numpy.nan_to_num) on purpose.")
     return row_major(data)
 
@@ -43,7 +45,7 @@ def load_volume(
 def default_mask(
     data, # (X, Y, Z, F)
 ) -> np.ndarray: # (X, Y, Z) bool
-    "Voxels where every feature (that is non-zero anywhere) is non-zero; where none is such, where any feature is."
+    "Voxels where every feature that is not zero everywhere is non-zero; if there are none, where any is."
     alive = (data != 0).any((0, 1, 2))
     mask = ((data if alive.all() else data[..., alive]) != 0).all(-1) & alive.any()
     return mask if mask.any() else (data != 0).any(-1)
@@ -91,11 +93,16 @@ def rounded(
     dtype:str='float16', # One of `VOLUME_DTYPES`
 ) -> tuple: # the values in that type, the largest error, the same as a share of its feature's largest value
     "Values in the type they are stored in, and what that costs."
-    if dtype not in VOLUME_DTYPES: raise DataProblem("volumes cannot be stored in this type", expected=' or '.join(VOLUME_DTYPES), found=dtype)
+    if dtype not in VOLUME_DTYPES:
+        raise DataProblem("volumes cannot be stored in this type", expected=' or '.join(VOLUME_DTYPES),
+                          found=dtype)
     if dtype == 'float32': return data.astype(np.float32, copy=False), 0., 0.
-    peaks,limit = np.abs(data).max((0, 1, 2), initial=0), float(np.finfo(np.float16).max)            # one peak a feature
-    if (largest := peaks.max()) > limit: raise DataProblem("the values are too large for float16", expected=f"at most {limit:g}", found=f"{largest:g}",
-                                          do="standardise the group, or store float32.")
+    # one peak a feature
+    peaks,limit = np.abs(data).max((0, 1, 2), initial=0), float(np.finfo(np.float16).max)
+    if (largest := peaks.max()) > limit:
+        raise DataProblem("the values are too large for float16", expected=f"at most {limit:g}",
+                          found=f"{largest:g}",
+         do="standardise the group, or store float32.")
     out = data.astype(np.float16)
     errors = np.max([np.abs(a.astype(np.float32) - b).max((0, 1)) for a,b in zip(out, data)], 0)
     return out, float(errors.max()), float((errors/np.where(peaks > 0, peaks, 1)).max())

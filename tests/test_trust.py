@@ -185,7 +185,7 @@ def test_openers_take_trust(case):
     file = case.write(case.tmp/f"{case.name}.py")
     case.record(case.name)
     folder = case.folder/"first"
-    with pytest.raises(DataProblem, match="not allowed"): load_model(folder/"best_model")
+    with pytest.raises(DataProblem, match="not on this machine, nor allowed"): load_model(folder/"best_model")
     assert case.ran == []
     assert type(load_model(folder/"best_model", trust=file)).__name__ == f"Net{case.n}"
     assert registry.trusted.get() == frozenset() and case.ran == [case.name]

@@ -49,7 +49,7 @@ def experiment_model(
 # %% ../../nbs/08_runs/00_track.ipynb #1ebf3ca9
 def check_output(
     out_tractogram, # .trx, .trk or .tck
-    save_seeds:bool, # Must it keep data per streamline?
+    save_seeds:bool, # Whether it must keep data per streamline
     overwrite:bool,
 ):
     "Refuse a file that cannot be written."
@@ -81,7 +81,7 @@ def track_from_model(
     trust=(), # Packages and .py files whose classes the experiment may name
     **options, # Of `Tracker`: tracking_mask_group, step_mm, theta_deg, algo, …
 ) -> Tractogram:
-    "Track a subject with a trained experiment and save the lines."
+    "The lines of a subject, tracked with a trained experiment and saved."
     with trusting(trust):
         check_output(out_tractogram, save_seeds, overwrite)
         record = read_experiment(experiment_path)
@@ -98,13 +98,14 @@ def track_from_model(
     save_tractogram(tractogram, out_tractogram)
     return tractogram
 
+# %% ../../nbs/08_runs/00_track.ipynb #803015ac
 def seeds_of_group(
     tracker:Tracker,
     dataset, # `MultiSubjectDataset`
     group:str, # Volume group with the seeding mask
-    npv:int=None,
-    nt:int=None,
-    seed:int=1234,
+    npv:int=None, # Seeds per voxel; 1 if neither is given
+    nt:int=None, # Seeds in total
+    seed:int=1234, # Of their places
 ): # -> (n, 3) Tensor, rasmm
     "Seeds in a mask of the tracker's subject."
     mask = tracker.subset.get_volume(tracker.subject, known_group(group, dataset.volume_groups, 'volume'))

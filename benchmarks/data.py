@@ -14,7 +14,7 @@ import os
 import sys
 import time
 
-MODULES = ('volume', 'lines', 'reading', 'batch', 'study')
+MODULES = ('volume', 'lines', 'reading', 'batch', 'study', 'gpu')
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -7,6 +7,7 @@ __all__ = ['DWIMLTrainer', 'trainable', 'check_numbers', 'DWIMLTrainerOneInput',
 
 # %% ../../nbs/07_training/09_trainer.ipynb #208a259a
 import functools
+import importlib
 import inspect
 import itertools
 import logging
@@ -492,3 +493,8 @@ def init_from_checkpoint(cls:DWIMLTrainer,
                   device=device, checkpoint=checkpoint, **kwargs)
     check_not_ended(trainer.epoch, trainer.max_epochs, trainer.monitor, trainer.experiment_folder)
     return trainer
+
+# %% ../../nbs/07_training/09_trainer.ipynb #dcfe0b6a
+def __getattr__(name):
+    if name == 'trainer_from_folder': return getattr(importlib.import_module('dwiml_nb.runs.resume'), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -33,7 +33,8 @@ def dwiml_track_from_model(
     theta:float=90., # Largest turn between two steps, degrees
     min_length:float=10., # mm
     max_length:float=300., # mm
-    eos_stop:Param("Probability that ends a line, or 'max'", lambda word: word if word == 'max' else float(word))=None,
+    eos_stop:Param("Probability that ends a line, or 'max'",
+                   lambda word: word if word == 'max' else float(word))=None,
     first_direction:str='model', # Or peaks:GROUP
     keep_last_point:bool=False, # Keep the point that left the mask
     use_latest_epoch:bool=False, # The checkpoint's model instead of the best one
@@ -44,7 +45,9 @@ def dwiml_track_from_model(
 ):
     "Track a subject with a trained experiment."
     with plain_problems():
-        seeds = None if in_custom_seeds is None else np.load(in_custom_seeds) if in_custom_seeds.endswith('.npy') else np.loadtxt(in_custom_seeds, ndmin=2)
+        seeds = (None if in_custom_seeds is None else
+                 np.load(in_custom_seeds) if in_custom_seeds.endswith('.npy') else
+                 np.loadtxt(in_custom_seeds, ndmin=2))
         lines = track_from_model(experiment_path, subj_id, out_tractogram, seeding_mask_group, input_group, hdf5_file, npv, nt, seeds, save_seeds, use_latest_epoch, device, overwrite,
                                  rng_seed, tracking_mask_group=tracking_mask_group, algo=algo, step_mm=step_size, theta_deg=theta, min_length_mm=min_length, max_length_mm=max_length,
                                  eos_threshold=eos_stop, first_direction=first_direction, keep_last_point=keep_last_point, batch_size=batch_size)

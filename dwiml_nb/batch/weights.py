@@ -7,7 +7,7 @@ __all__ = ['LINE_WEIGHTS', 'WeightsOfKey', 'weight_function', 'weight_name', 'we
 
 # %% ../../nbs/03_batch/04_weights.ipynb #9748c693
 import numpy as np
-from ..core.errors import DataProblem, did_you_mean
+from ..core.errors import DataProblem
 from ..core.registry import Registry
 from .order import mixed
 
@@ -32,7 +32,7 @@ class WeightsOfKey:
         lines = subset.streamlines_of(subject, group)
         if self.key in lines.dps_keys: return lines
         known = [*lines.dps_keys, *LINE_WEIGHTS]
-        hint = did_you_mean(self.key, known)
+        hint = LINE_WEIGHTS.hint(self.key, lines.dps_keys)
         raise DataProblem(f"no data per streamline '{self.key}', and no weight of that name.{hint}",
                           expected=' or '.join(known) or "data per streamline in the study", found=self.key,
                           do="choose one of these, or register a function in LINE_WEIGHTS; for a command, "

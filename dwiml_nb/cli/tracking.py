@@ -36,6 +36,7 @@ def dwiml_track_from_model(
     eos_stop:Param("Probability that ends a line, or 'max'",
                    lambda word: word if word == 'max' else float(word))=None,
     first_direction:str='model', # Or peaks:GROUP
+    stop_rules:Param("Further reasons to stop, by name", nargs='+', metavar='RULE')=None,
     keep_last_point:bool=False, # Keep the point that left the mask
     use_latest_epoch:bool=False, # The checkpoint's model instead of the best one
     batch_size:int=None, # Lines walking together
@@ -50,7 +51,7 @@ def dwiml_track_from_model(
                  np.loadtxt(in_custom_seeds, ndmin=2))
         lines = track_from_model(experiment_path, subj_id, out_tractogram, seeding_mask_group, input_group, hdf5_file, npv, nt, seeds, save_seeds, use_latest_epoch, device, overwrite,
                                  rng_seed, tracking_mask_group=tracking_mask_group, algo=algo, step_mm=step_size, theta_deg=theta, min_length_mm=min_length, max_length_mm=max_length,
-                                 eos_threshold=eos_stop, first_direction=first_direction, keep_last_point=keep_last_point, batch_size=batch_size)
+                                 eos_threshold=eos_stop, first_direction=first_direction, keep_last_point=keep_last_point, batch_size=batch_size, stop_rules=stop_rules)
         print(f"{len(lines)} streamlines in {out_tractogram}; dropped: {lines.info['dropped'] or 'none'}; stopped by {lines.info['reasons']}")
 
 # %% ../../nbs/12_cli/04_tracking.ipynb #59c06117

@@ -181,7 +181,14 @@ class Registry(Mapping):
             raise ValueError(f"more than one {self.what} is called '{name}': {', '.join(same)}. "
                              "Give the name in full.")
         raise ValueError(f"unknown {self.what} '{name}'. It is one of {', '.join(self.entries)}."
-                         f"{did_you_mean(name, self.entries)}")
+                         f"{self.hint(name)}")
+
+    def hint(self, name,
+        others=(), # Names that would be right too
+    ) -> str:
+        "What to do about a name that is not known."
+        return (f"{did_you_mean(name, [*self.entries, *others])} One of yours is known when its module is "
+                "imported, or its file trusted: --trust mine.py.")
 
     def __contains__(self, name):
         if self.find(name) is None: bring_in_trusted()

@@ -95,7 +95,8 @@ def tractogram_format(
     name = Path(path).name.lower()
     known = [s for s in TRACTOGRAM_FORMATS if name.endswith(s)]
     if known: return TRACTOGRAM_FORMATS[suffix := max(known, key=len)](suffix)
-    raise DataProblem(f"'{Path(path).suffix.lower()}' is not a tractogram format",
+    suffix = Path(path).suffix.lower()
+    raise DataProblem(f"'{suffix}' is not a tractogram format.{TRACTOGRAM_FORMATS.hint(suffix)}",
                       expected=', '.join(TRACTOGRAM_FORMATS), file=path)
 
 def suffixes(

@@ -28,7 +28,7 @@ def optimizer_class(
     known = {**torch_optimizers(), **OPTIMIZERS}
     if name in known: return known[name]
     raise ValueError(f"optimizer is one of {list(OPTIMIZERS)}, another of torch.optim, "
-                     f"or a function of the parameters, found {name!r}.{did_you_mean(name, known)}")
+                     f"or a function of the parameters, found {name!r}.{OPTIMIZERS.hint(name, known)}")
 
 # %% ../../nbs/07_training/04_optimizers.ipynb #3d5be241
 def checked_args(

@@ -7,7 +7,6 @@ __all__ = ['SCHEDULES', 'parse_learning_rates', 'cosine', 'cosine_warmup', 'sche
 
 # %% ../../nbs/07_training/03_schedules.ipynb #71641fff
 import math
-from ..core.errors import did_you_mean
 from ..core.registry import Registry
 
 # %% ../../nbs/07_training/03_schedules.ipynb #bf0d3fab
@@ -58,7 +57,7 @@ def schedule_of(
     if callable(lr_schedule): return lr_schedule
     if lr_schedule not in SCHEDULES:
         raise ValueError(f"lr_schedule is None, one of {list(SCHEDULES)} or a function of the iteration, "
-                         f"found {lr_schedule!r}.{did_you_mean(lr_schedule, SCHEDULES)}")
+                         f"found {lr_schedule!r}.{SCHEDULES.hint(lr_schedule)}")
     return lambda iteration: SCHEDULES[lr_schedule](iteration, total)
 
 # %% ../../nbs/07_training/03_schedules.ipynb #4052a98e

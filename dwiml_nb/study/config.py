@@ -126,10 +126,9 @@ def volume_spec(
     for key,allowed in words:
         value = group.get(key)
         if value is None or isinstance(value, str) and value in allowed: continue
-        do = "register it in STANDARDIZATIONS if it is yours; for a command, in a file that --trust names."
-        bad.append(DataProblem(f"unknown {key}.{did_you_mean(value, allowed)}",
-                               expected=' or '.join(map(repr, allowed)), found=repr(value),
-                               do=do if key == 'standardization' else None, group=name))
+        hint = allowed.hint(value) if allowed is STANDARDIZATIONS else did_you_mean(value, allowed)
+        bad.append(DataProblem(f"unknown {key}.{hint}", expected=' or '.join(map(repr, allowed)),
+                               found=repr(value), group=name))
     files,masks = as_list(group.get('files')), as_list(group.get('std_mask'))
     return VolumeSpec(name, files, how or 'none', masks, group.get('frame'), group.get('outside')), bad
 

@@ -13,12 +13,7 @@ import nibabel as nib
 import torch
 from pathlib import Path
 from typing import NamedTuple
-from dipy.core.gradients import gradient_table
-from dipy.data import get_sphere
-from dipy.reconst.csdeconv import ConstrainedSphericalDeconvModel
 from dipy.reconst.shm import sh_to_sf_matrix
-from dipy.tracking.stopping_criterion import BinaryStoppingCriterion
-from dipy.tracking.tracker import deterministic_tracking
 from ..core.errors import DataProblem
 from ..core.ragged import Ragged
 from ..core.space import Grid, convert, grid_of, inside
@@ -67,6 +62,8 @@ def csd_fodf(
     shell:float=None, # b-value; the highest when not given
 ) -> np.ndarray: # (X, Y, Z, c) float64, dipy's legacy descoteaux07 basis, image axes, 0 outside the mask
     "Fibre orientation distributions within the mask."
+    from dipy.core.gradients import gradient_table        # here, because they bring in all that dipy draws with
+    from dipy.reconst.csdeconv import ConstrainedSphericalDeconvModel
     mask,bvals,bvecs = check_dwi(acquisition.dwi, acquisition.bvals, acquisition.bvecs, acquisition.mask)
     b0,volumes,_ = choose_shell(bvals, shell)
     use = b0 | volumes
@@ -122,6 +119,9 @@ def track_csd(
     seed:int=1234, # For dipy's random draws
 ) -> Tractogram:
     "A tractogram by dipy's deterministic tracker on CSD."
+    from dipy.data import get_sphere
+    from dipy.tracking.stopping_criterion import BinaryStoppingCriterion
+    from dipy.tracking.tracker import deterministic_tracking
     a = read_acquisition(subject)
     if mask is not None: a = a._replace(mask=np.asarray(mask) > 0)
     seeds = check_seeds(seeds, a.grid)

@@ -96,8 +96,8 @@ def tractogram_format(
     known = [s for s in TRACTOGRAM_FORMATS if name.endswith(s)]
     if known: return TRACTOGRAM_FORMATS[suffix := max(known, key=len)](suffix)
     suffix = Path(path).suffix.lower()
-    raise DataProblem(f"'{suffix}' is not a tractogram format.{TRACTOGRAM_FORMATS.hint(suffix)}",
-                      expected=', '.join(TRACTOGRAM_FORMATS), file=path)
+    raise DataProblem(f"'{suffix}' is not a tractogram format", expected=', '.join(TRACTOGRAM_FORMATS),
+                      do=TRACTOGRAM_FORMATS.hint(suffix).strip(), file=path)
 
 def suffixes(
     which=lambda format: True, # Function of a class

@@ -83,7 +83,7 @@ def tractogram_header(
     try: format = tractogram_format(path)
     except DataProblem as e:
         raise DataProblem("this is not a tractogram", expected=' or '.join(TRACTOGRAM_FORMATS),
-                          found=Path(path).name, file=path) from e
+                          found=Path(path).name, do=e.do, file=path) from e
     try: return format.header(path)
     except DataProblem as e: raise DataProblem(e.problem, e.expected, e.found, e.do, file=path) from e
     except Exception as e:

@@ -25,3 +25,10 @@ def test_drawing_libraries_are_imported_where_something_is_drawn():
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {name.split(".")[0] for name in names} & drawing, file
+
+
+def test_warnings_are_left_on():
+    "FURY switches off every warning of the process when it is imported, and dipy.data imports it."
+    code = ("import warnings, dwiml_nb.all\nfrom dwiml_nb.core.sphere import sphere_vertices\nfrom dwiml_nb.viz.stage import import_fury\n"
+            "sphere_vertices(); import_fury()\nassert ('ignore', None, Warning, None, 0) not in warnings.filters, warnings.filters")
+    subprocess.run([sys.executable, "-c", code], check=True)

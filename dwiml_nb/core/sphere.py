@@ -6,6 +6,7 @@
 __all__ = ['SPHERES', 'sphere_vertices', 'nearest_vertex']
 
 # %% ../../nbs/00_core/09_sphere.ipynb #1ee6afeb
+import warnings
 from functools import lru_cache
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ def sphere_vertices(
     if name not in SPHERES:
         raise ValueError(f"unknown sphere '{name}'. It is one of {', '.join(SPHERES)}."
                          f"{did_you_mean(name, SPHERES)}")
-    from dipy.data import get_sphere                # here, because it imports all that dipy draws with
+    with warnings.catch_warnings():                 # here: it brings in fury, which switches warnings off
+        from dipy.data import get_sphere
     return torch.tensor(get_sphere(name=name).vertices, dtype=torch.float32)
 
 # %% ../../nbs/00_core/09_sphere.ipynb #e08b18d0

@@ -62,8 +62,9 @@ def csd_fodf(
     shell:float=None, # b-value; the highest when not given
 ) -> np.ndarray: # (X, Y, Z, c) float64, dipy's legacy descoteaux07 basis, image axes, 0 outside the mask
     "Fibre orientation distributions within the mask."
-    from dipy.core.gradients import gradient_table        # here, because they bring in all that dipy draws with
-    from dipy.reconst.csdeconv import ConstrainedSphericalDeconvModel
+    with warnings.catch_warnings():         # here: they bring in fury, which switches warnings off
+        from dipy.core.gradients import gradient_table
+        from dipy.reconst.csdeconv import ConstrainedSphericalDeconvModel
     mask,bvals,bvecs = check_dwi(acquisition.dwi, acquisition.bvals, acquisition.bvecs, acquisition.mask)
     b0,volumes,_ = choose_shell(bvals, shell)
     use = b0 | volumes
@@ -119,9 +120,10 @@ def track_csd(
     seed:int=1234, # For dipy's random draws
 ) -> Tractogram:
     "A tractogram by dipy's deterministic tracker on CSD."
-    from dipy.data import get_sphere
-    from dipy.tracking.stopping_criterion import BinaryStoppingCriterion
-    from dipy.tracking.tracker import deterministic_tracking
+    with warnings.catch_warnings():
+        from dipy.data import get_sphere
+        from dipy.tracking.stopping_criterion import BinaryStoppingCriterion
+        from dipy.tracking.tracker import deterministic_tracking
     a = read_acquisition(subject)
     if mask is not None: a = a._replace(mask=np.asarray(mask) > 0)
     seeds = check_seeds(seeds, a.grid)

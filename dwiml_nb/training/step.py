@@ -37,15 +37,18 @@ def descend(
     optimizer.step()
     return norm.item()
 
-# %% ../../nbs/07_training/07_step.ipynb #6af0c24a
+# %% ../../nbs/07_training/07_step.ipynb #77711030
 def seed_batch(
     seed:int, # Of the run
     phase:str,
     epoch:int,
     batch:int,
+    device='cpu', # Where the model is
 ):
     "Seed torch for one batch."
-    torch.manual_seed(int(keyed_rng(seed, 'model', phase, epoch, batch).integers(2**63)))
+    number = int(keyed_rng(seed, 'model', phase, epoch, batch).integers(2**63))
+    if torch.device(device).type != 'cpu': torch.manual_seed(number)
+    else: torch.default_generator.manual_seed(number)    # the same, without a note for each idle GPU
 
 # %% ../../nbs/07_training/07_step.ipynb #d25d6eae
 def describe_batch(

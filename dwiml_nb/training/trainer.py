@@ -238,7 +238,7 @@ def learning_rate(self:DWIMLTrainer,
     per_epoch = self.nb_batches('training')
     return rate_of_step(self.learning_rates, self.lr_schedule, epoch, batch, per_epoch, self.max_epochs)
 
-# %% ../../nbs/07_training/09_trainer.ipynb #573187aa
+# %% ../../nbs/07_training/09_trainer.ipynb #d9b40a0e
 def batch_row(
     phase:str,
     epoch:int,
@@ -273,7 +273,7 @@ def go_through(self:DWIMLTrainer,
     began = time.perf_counter()
     for batch in bar:
         if self.control.stop_requested: break
-        seed_batch(self.seed, name, epoch, self.batch)
+        seed_batch(self.seed, name, epoch, self.batch, self.device)
         with torch.set_grad_enabled(learn is not None): row = step(self.batch_loader.hand_out(batch))
         began,seconds = time.perf_counter(), time.perf_counter() - began
         self.count_batch(phase, row, len(batch.lines.data), seconds)

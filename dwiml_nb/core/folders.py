@@ -11,21 +11,23 @@ import shutil
 from pathlib import Path
 from .files import exchange_folders, fsync_path
 
-# %% ../../nbs/00_core/02_folders.ipynb #7c0eaf8c
+# %% ../../nbs/00_core/02_folders.ipynb #374fc3c3
 def clear_folder(
     folder, # May be missing
 ):
     "Remove a folder and all that is in it, if it is there."
     if Path(folder).exists(): shutil.rmtree(folder)
 
+# %% ../../nbs/00_core/02_folders.ipynb #5c3bfcdc
 def flush_folder(
-    folder,
+    folder, # Its files and folders, at any depth
 ):
-    "Put every file below a folder, and every folder's list of names, on the disk."
+    "Put every file below a folder on the disk, and every folder's list of names."
     for here,_,files in os.walk(folder, topdown=False):
         for name in files: fsync_path(os.path.join(here, name))
         fsync_path(here)
 
+# %% ../../nbs/00_core/02_folders.ipynb #7c0eaf8c
 def beside(
     folder, # `…/checkpoint`
     word:str, # 'new' or 'previous'
@@ -36,7 +38,7 @@ def beside(
 
 # %% ../../nbs/00_core/02_folders.ipynb #2f5ac7a8
 def swap_steps(
-    folder, # The name in use
+    folder, # The name in use; `folder.new` is there
 ): # -> generator of the names of the steps, each done when its name comes
     "Put `folder.new` in the place of `folder`."
     folder,new,previous = Path(folder), beside(folder, 'new'), beside(folder, 'previous')
@@ -58,7 +60,7 @@ def write_folder_steps(
     folder, # What it shall be called
     parts:dict, # file or folder name -> function that writes it, called with its path
 ): # -> generator of the names of the steps
-    "Write a folder anew, step by step; whoever stops in between leaves a whole one."
+    "Write a folder anew, step by step. A stop between two steps leaves a whole folder."
     folder,new = Path(folder), beside(folder, 'new')
     clear_folder(new); yield 'clear leftovers'
     new.mkdir(parents=True); yield 'make folder'
@@ -66,6 +68,7 @@ def write_folder_steps(
     flush_folder(new); yield 'flush'
     yield from swap_steps(folder)
 
+# %% ../../nbs/00_core/02_folders.ipynb #8182cd3e
 def write_folder(
     folder, # What it shall be called
     parts:dict, # file or folder name -> function that writes it
@@ -80,5 +83,5 @@ def write_folder(
 def whole_folder(
     folder, # The name in use
 ) -> Path: # None if it was never written
-    "Where the latest whole version of a folder is."
+    "The path of the latest whole version of a folder."
     return next((f for f in (Path(folder), beside(folder, 'previous')) if f.is_dir()), None)

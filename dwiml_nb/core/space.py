@@ -29,8 +29,7 @@ class Grid:
             raise DataProblem("the affine is not a 4x4 matrix", expected=(4, 4), found=affine.shape)
         if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
             raise DataProblem("the affine cannot be inverted", expected="a finite matrix of rank 3",
-                              found=affine.tolist(),
-                              do="repair the image header (qform or sform).")
+                              found=affine.tolist(), do="repair the image header (qform or sform).")
         if not np.abs(affine[3] - (0, 0, 0, 1)).max() < 1e-3:
             raise DataProblem("the affine's last row is not that of an affine", expected=[0, 0, 0, 1],
                               found=affine[3].tolist())
@@ -43,7 +42,7 @@ class Grid:
         return np.sqrt((self.affine[:3, :3]**2).sum(0))
     @cached_property
     def voxel_order(self) -> str:
-        "Which way the voxel axes run, for instance 'RAS' or 'LPS'."
+        "The directions of the voxel axes, for instance 'RAS' or 'LPS'."
         return ''.join(nib.aff2axcodes(self.affine))
     @property
     def isotropic(self) -> bool: return bool(np.allclose(self.voxel_sizes, self.voxel_sizes[0], rtol=1e-3))
@@ -59,45 +58,47 @@ class Grid:
 def grid_of(
     image, # A `Grid`, a nibabel image, or the path of a NIfTI file
 ) -> Grid:
-    "The grid of an image; a grid passes through."
+    "The grid of an image. A grid passes through."
     if isinstance(image, Grid): return image
     img = image if hasattr(image, 'affine') else nib.load(image)
     return Grid(img.affine, img.shape[:3])
 
 # %% ../../nbs/00_core/05_space.ipynb #df629571
-GRID_TOLERANCE_MM = 1e-3 # How far the corners of two volumes may lie apart when their grids are the same
+GRID_TOLERANCE_MM = 1e-3 # The corners of two volumes may lie this far apart if their grids are the same
 
 def corners_apart(
     a:Grid,
     b:Grid,
-) -> float: # mm, infinite where the numbers of voxels differ
+) -> float: # mm; infinite if the numbers of voxels differ
     "The largest distance between a corner of one volume and the same corner of the other."
     if a.dimensions != b.dimensions: return math.inf
     corners = np.stack(np.meshgrid(*[(-.5, n - .5) for n in a.dimensions], [1.]), -1).reshape(-1, 4)
     return float(np.linalg.norm(corners @ (a.affine - b.affine)[:3].T, axis=1).max())
 
+# %% ../../nbs/00_core/05_space.ipynb #fd4938e5
 def same_grid(
     a:Grid,
     b:Grid,
 ) -> bool:
-    "Whether two grids are the same lattice."
+    "Are two grids the same lattice?"
     return corners_apart(a, b) <= GRID_TOLERANCE_MM
 
-# %% ../../nbs/00_core/05_space.ipynb #d82d857a
+# %% ../../nbs/00_core/05_space.ipynb #15962cbb
 def almost_same_grid(
     a:Grid,
     b:Grid,
 ) -> bool:
-    "Whether earlier versions took two grids for the same when they opened a study."
+    "Did earlier versions take two grids for the same when they opened a study?"
     return a.dimensions == b.dimensions and bool(np.abs(a.affine - b.affine).max() <= 1e-3)
 
+# %% ../../nbs/00_core/05_space.ipynb #d82d857a
 def fits_grid(
     grid:Grid,
-    other:Grid, # What it should be
+    other:Grid, # The grid that it should be
     what:str="two grids", # For the warning
     **place, # subject, group, file: for the warning
 ) -> bool:
-    "Whether a grid can be used for another; one that is the same only by the earlier judgement is warned of."
+    "Can one grid be used for another? Warns if only earlier versions took the two for the same."
     if (apart := corners_apart(grid, other)) <= GRID_TOLERANCE_MM: return True
     if not almost_same_grid(grid, other): return False
     said = DataProblem(f"{what} are not quite the same, and are taken for the same",
@@ -155,7 +156,7 @@ def inside(
     points_vox, # (P, 3) Tensor or array, vox space
     grid:Grid,
 ): # -> (P,) bool of the same kind
-    "Whether points lie within the volume: 0 <= x < dimensions on every axis. NaN is outside."
+    "Are points within the volume, 0 <= x < dimensions on every axis? NaN is outside."
     if isinstance(points_vox, torch.Tensor):
         dimensions = torch.tensor(grid.dimensions, device=points_vox.device)
         return ((points_vox >= 0) & (points_vox < dimensions)).all(1)

@@ -37,21 +37,22 @@ def open_group(
     raise DataProblem(f"no group '{group}'.{did_you_mean(group, volumes + lines)}",
                       expected=', '.join(volumes + lines), found=group, subject=subject, file=file.path)
 
-# %% ../../nbs/02_data/05_extract.ipynb #9da096aa
+# %% ../../nbs/02_data/05_extract.ipynb #b98d5f98
 IMAGES = ('.nii.gz', '.nii')
 
 def save_array(
-    path, # Taken as it is: `np.save` adds .npy to any other name, to a.NPY for one
-    array:np.ndarray,
+    path, # Taken as it is: to a name without .npy, even to a.NPY, `np.save` would add it
+    array:np.ndarray, # Any shape
 ):
     "Write an array in NumPy's format."
     with open(path, 'wb') as f: np.save(f, array)
 
+# %% ../../nbs/02_data/05_extract.ipynb #9da096aa
 def extract_volume(
-    volume:MRIData,
+    volume:MRIData, # Read whole
     path, # .nii.gz, .nii or .npy
 ):
-    "Write a volume; one feature makes a 3D image."
+    "Write a volume. One feature makes a 3D image."
     data = volume.read().numpy()
     data = data[..., 0] if volume.nb_features == 1 else data
     with atomic_file(path) as tmp:
@@ -60,7 +61,7 @@ def extract_volume(
 
 # %% ../../nbs/02_data/05_extract.ipynb #3644e21a
 def extract_lines(
-    lines:SFTData,
+    lines:SFTData, # All of them are written
     path, # A tractogram; .npy for the connectivity matrix, .nii.gz for its labels
 ):
     "Write streamlines with their data, or what is kept beside them."

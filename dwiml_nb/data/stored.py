@@ -21,23 +21,24 @@ from ..study.line_tables import check_stored
 from ..study.files import DataFile, hdf5_descriptor, stamp_of
 from ..study.schema import StudyFile
 
-# %% ../../nbs/02_data/00_stored.ipynb #e613dc08
+# %% ../../nbs/02_data/00_stored.ipynb #d3e3beb4
 def is_contiguous(
     dataset, # HDF5 dataset
 ) -> bool:
-    "Whether the values are one stretch of bytes of the file, or none at all."
+    "Are the values one stretch of bytes of the file, or none at all?"
     shape,how = dataset.shape, dataset.id.get_create_plist()
     return (shape is not None
             and (0 in shape or how.get_layout() == h5py.h5d.CONTIGUOUS and how.get_external_count() == 0))
 
+# %% ../../nbs/02_data/00_stored.ipynb #e613dc08
 def mapped_address(
     dataset, # HDF5 dataset
-) -> int: # Byte of the file where its values begin; None when it cannot be mapped
-    "Where a dataset can be mapped into memory."
+) -> int: # Byte of the file where its values begin; None if it cannot be mapped
+    "The place of a dataset that can be mapped into memory."
     if not is_contiguous(dataset) or dataset.dtype.kind not in 'fiub': return None
     if dataset.size == 0 or dataset.id.get_storage_size() == 0: return None
-    if not h5py.h5t.py_create(dataset.dtype,
-                              logical=True).equal(dataset.id.get_type()) or dataset.file.driver != 'sec2':
+    if (not h5py.h5t.py_create(dataset.dtype, logical=True).equal(dataset.id.get_type())
+            or dataset.file.driver != 'sec2'):
         return None
     address = dataset.id.get_offset()
     whole = (address is not None
@@ -59,7 +60,7 @@ def lines_outside(
     starts, # (S,) int64 first rows
     lengths, # (S,) int64 numbers of rows
     n:int, # Rows there are
-) -> np.ndarray: # (k,) which ones
+) -> np.ndarray: # (k,) numbers of lines
     "The lines that are not within the rows."
     return np.flatnonzero((starts < 0) | (lengths < 0) | (lengths > n) | (starts > n - lengths))
 
@@ -83,12 +84,12 @@ def pick_lines(
 def coalesced(
     starts, # (S,) int64 first rows
     lengths, # (S,) int64
-    gap:int, # Rows that are read along rather than starting anew
+    gap:int, # Rows that are read along; a wider gap begins a new run
 ) -> tuple: # (n,) first row of each run, (n,) row after its last, (S,) each line's start, runs end to end
     "Few runs of rows that hold all lines."
     order = np.argsort(starts, kind='stable')
     first = starts[order]
-    reach = np.maximum.accumulate(first + lengths[order])            # how far all lines so far go
+    reach = np.maximum.accumulate(first + lengths[order])            # how far the lines so far reach
     new = np.ones(len(order), bool); new[1:] = first[1:] > reach[:-1] + gap
     begin = first[new]
     end = reach[np.append(np.flatnonzero(new)[1:] - 1, len(order) - 1)] if len(order) else first
@@ -99,7 +100,7 @@ def coalesced(
 
 # %% ../../nbs/02_data/00_stored.ipynb #19e516a7
 def told_of(
-    file:StudyFile,
+    file:StudyFile, # Named in the message
     name:str, # 'subject/group' or longer
 ): # -> a context
     "Name the place in errors that come from a file."
@@ -108,14 +109,14 @@ def told_of(
                   do="see what dwiml_hdf5_check says of the file.", **place, file=file.path)
 
 # %% ../../nbs/02_data/00_stored.ipynb #774673c6
-GAP_BYTES = {'pread': 16384, 'hdf5': 65536}       # what is read along rather than paying for another call
+GAP_BYTES = {'pread': 16384, 'hdf5': 65536}       # gaps up to this are read along: cheaper than another call
 
 class StoredRows:
-    "The rows of a dataset of a study, read when asked for; always copies, but for `mapped`."
+    "The rows of a dataset of a study, read when asked for. All are copies, but for `mapped`."
     def __init__(self,
-        file:StudyFile,
+        file:StudyFile, # The study
         name:str, # 'subject/group/data'
-        dataset=None, # The same, where it is open already
+        dataset=None, # The same, if it is open already
     ):
         if dataset is None: dataset = file.open(name)
         self.file,self.name,self.shape = (file, name,
@@ -134,14 +135,14 @@ class StoredRows:
         return file
     def check(self): self.data_file()
     def way(self) -> str:
-        "'map', 'pread' or 'hdf5': how the rows are read here."
+        "How the rows are read here: 'map', 'pread' or 'hdf5'."
         if self.address == -1:
             dataset = self.file.open(self.name, self.seen)
             check_stored(dataset)                                      # a damaged header may claim terabytes
             self.address = mapped_address(dataset) if self.contiguous else None
         if self.address is None: return 'hdf5'
         return 'map' if self.file.read_mode == 'map' and self.data_file().bytes is not None else 'pread'
-    def mapped(self) -> np.ndarray: # None where there is no map
+    def mapped(self) -> np.ndarray: # None if there is no map
         "The whole dataset without a copy."
         if self.way() != 'map': return None
         return self.data_file().bytes[self.address:self.address
@@ -173,9 +174,9 @@ def read_runs(self:StoredRows,
 def fetch(self:StoredRows,
     starts, # (S,) first rows of the runs that will be read
     lengths, # (S,)
-    samples:int=3, # Runs looked at
+    samples:int=3, # Runs to look at
 ):
-    "Ask the system for rows that still are on the disk only, all at once."
+    "Ask the system, all at once, for rows that are on the disk only."
     if len(starts) <= samples or not hasattr(os, 'posix_fadvise'): return
     file = self.data_file()
     if all(file.has_at_hand(self.address + row*self.width)
@@ -206,6 +207,7 @@ def around(self:StoredRows,
     begin,end,moved = coalesced(starts, lengths, GAP_BYTES[way]//max(1, self.width))
     return self.read_runs(begin, end), moved
 
+# %% ../../nbs/02_data/00_stored.ipynb #36e2351e
 @patch
 def take(self:StoredRows,
     rows, # (n,) row numbers, any order, repeats allowed

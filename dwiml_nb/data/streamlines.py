@@ -33,9 +33,9 @@ def as_vox(
 # %% ../../nbs/02_data/02_streamlines.ipynb #cb4762ca
 def line_numbers(
     ids, # None for all, an int, a slice, a boolean mask, a list or an array
-    n:int, # How many lines there are
+    n:int, # Lines there are
 ) -> np.ndarray: # int64
-    "Any way of choosing lines, as their numbers."
+    "The numbers of the chosen lines."
     if ids is None: return np.arange(n)
     if isinstance(ids, slice): return np.arange(n)[ids]
     ids = np.atleast_1d(ids.cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids))
@@ -53,10 +53,10 @@ def line_numbers(
 class SFTData:
     "A streamlines group of one subject."
     def __init__(self,
-        file:StudyFile,
+        file:StudyFile, # The study
         name:str, # 'subject/group'
         lazy:bool=True, # Leave the points in the file
-        group=None, # The HDF5 group, where it is open already
+        group=None, # The HDF5 group, if it is open already
     ):
         self.file,self.name = file, name
         with told_of(file, name):
@@ -69,7 +69,7 @@ class SFTData:
                            for k,d in members(inside.pop('data_per_streamline')).items()}
             self.parts = {k: StoredRows(file, f'{name}/{k}', d)
                           for k,d in inside.items() if isinstance(d, h5py.Dataset)}
-            check_stored(inside['lengths'])    # how many lines there are is believed from here on
+            check_stored(inside['lengths'])    # from here on, the number of lines is believed
             self.check_header()
         self.rows,self.nb_streamlines = self.parts['data'], len(self.parts['lengths'])
         self.nb_stored_points = len(self.rows)
@@ -77,7 +77,7 @@ class SFTData:
         if not lazy: self.load()
 
     def check_header(self):
-        "Raise where parts of the group do not fit together."
+        "Raise if parts of the group do not fit together."
         data,starts,lengths = (self.parts[k] for k in ('data', 'offsets', 'lengths'))
         if data.shape[1:] != (3,):
             raise DataProblem("points have three coordinates", expected="(P, 3)", found=data.shape)
@@ -107,25 +107,26 @@ class SFTData:
 # %% ../../nbs/02_data/02_streamlines.ipynb #70329772
 @patch
 def spans(self:SFTData,
-    ids=None, # (n,) line numbers; all when not given
+    ids=None, # (n,) line numbers; None for all
 ) -> tuple: # (n,) int64 first rows, (n,) int64 points; all of them within the stored points
-    "Where lines lie."
+    "Where lines lie in the stored points."
     if self.spans_kept is None:
         starts,lengths = (self.parts[k] for k in ('offsets', 'lengths'))
-        # looking up single numbers there costs more than keeping all
-        slow = 'hdf5' in (starts.way(), lengths.way())
+        slow = 'hdf5' in (starts.way(), lengths.way())     # there, single numbers cost more than keeping all
         read = lambda r: (r.all() if ids is None or slow else r.take(ids)).astype(np.int64)
         found = read(starts), read(lengths)
         if len(bad := lines_outside(*found, self.nb_stored_points)):
             line = int(bad[0] if ids is None or slow else ids[bad[0]])
             raise DataProblem(f"{len(bad)} streamlines point outside the stored points",
                               expected=f"rows 0 to {self.nb_stored_points}",
-                              found=f"streamline {line}: {found[1][bad[0]]} points from row "
-                              f"{found[0][bad[0]]}", do="see what dwiml_hdf5_check says of the file.")
+                               found=(f"streamline {line}: {found[1][bad[0]]} points "
+                                      f"from row {found[0][bad[0]]}"),
+                               do="see what dwiml_hdf5_check says of the file.")
         if not slow: return found
         self.spans_kept = found
     return self.spans_kept if ids is None else tuple(x[ids] for x in self.spans_kept)
 
+# %% ../../nbs/02_data/02_streamlines.ipynb #aba0d602
 @patch
 def load(self:SFTData):
     "Bring points and data per streamline into memory."
@@ -167,13 +168,13 @@ def get_lines(
 # %% ../../nbs/02_data/02_streamlines.ipynb #edad4bb0
 @patch(as_prop=True)
 def lengths_mm(self:SFTData) -> np.ndarray: # (S,) float64
-    "Length of each line in mm, as stored; measured, once, where the file does not say."
+    "Length of each line in mm, as stored. If the file has none, they are measured once."
     if self.mm_kept is not None: return self.mm_kept
     with told_of(self.file, self.name):
         if 'euclidean_lengths' in self.parts: mm = self.parts['euclidean_lengths'].all().astype(np.float64)
         else:
-            mm = self.mm_kept = lengths_of(convert(self.get_lines().to(torch.float64), self.grid, 'vox',
-                                                   'voxmm')).numpy()
+            mm = self.mm_kept = lengths_of(
+                convert(self.get_lines().to(torch.float64), self.grid, 'vox', 'voxmm')).numpy()
     if not self.is_lazy: self.mm_kept = mm
     return mm
 
@@ -181,8 +182,8 @@ def lengths_mm(self:SFTData) -> np.ndarray: # (S,) float64
 @patch
 def get_dps(
     self:SFTData,
-    ids=None, # Line numbers; all when not given
-    keys=None, # Names wanted; all when not given
+    ids=None, # Line numbers; None for all
+    keys=None, # Names wanted; None for all
 ) -> dict: # name -> (n, k) array
     "Data per streamline of some lines."
     ids,keys = line_numbers(ids, self.nb_streamlines), self.dps_keys if keys is None else keys
@@ -190,12 +191,13 @@ def get_dps(
     with told_of(self.file, self.name):
         return {k: self.parts[f'data_per_streamline/{k}'].take(ids) for k in keys}
 
+# %% ../../nbs/02_data/02_streamlines.ipynb #a8fc3788
 @patch
 def as_tractogram(
     self:SFTData,
-    ids=None, # Line numbers
+    ids=None, # Line numbers; None for all
 ) -> Tractogram: # rasmm
-    "Some streamlines in world millimetres with all that belongs to them: to save, or to look at."
+    "Some streamlines in world millimetres with all their data: to save, or to look at."
     lines = convert(self.get_lines(ids), self.grid, 'vox', 'rasmm')
     return Tractogram(lines, self.grid, self.get_dps(ids))
 
@@ -203,7 +205,7 @@ def as_tractogram(
 @patch
 def get_connectivity_matrix_and_info(self:SFTData,
 ) -> tuple: # (K, K) bool, dimensions, blocs (3,) or None, labels (X, Y, Z) or None
-    "The connectivity matrix of the group; None for all when there is none."
+    "The connectivity matrix of the group; None for each if there is no matrix."
     if not self.has_connectivity: return None, None, None, None
     with told_of(self.file, self.name):
         blocs = self.file.open(self.name, self.rows.seen).attrs.get('connectivity_nb_blocs')

@@ -20,13 +20,13 @@ from ..study.schema import StudyFile
 class SubjectData:
     "The chosen groups of one subject."
     def __init__(self,
-        file:StudyFile,
-        subj_id:str, # Id
+        file:StudyFile, # The study
+        subj_id:str, # Its id
         volume_groups, # Names, in the order wanted
         streamline_groups, # Names, in the order wanted
         lazy:bool=True, # Leave values in the file
         cache:VolumeCache=None, # Shared by all volumes of a dataset
-        groups=None, # Its HDF5 groups by name, where they are open already
+        groups=None, # Its HDF5 groups by name, if they are open already
     ):
         self.subj_id,groups = subj_id, file.open(subj_id) if groups is None else groups
         self.volumes = {g: MRIData(file, f'{subj_id}/{g}', True, cache, groups.get(g)) for g in volume_groups}
@@ -42,13 +42,14 @@ class SubjectData:
         return (f"SubjectData({self.subj_id}: volumes {', '.join(self.volumes) or 'none'}; streamlines "
                 f"{', '.join(self.streamlines) or 'none'})")
 
+# %% ../../nbs/02_data/03_subjects.ipynb #499f5491
 def named(
     groups:dict, # name -> anything
-    name:str, # The one wanted
+    name:str, # The name wanted
     kind:str, # 'volume' or 'streamlines', for the message
     subject:str=None, # For the message
-):
-    "The group of a name, or a hint at the one that was meant."
+): # -> the entry of that name
+    "The group of a name, or a problem that hints at a similar name."
     if name in groups: return groups[name]
     raise DataProblem(f"no {kind} group '{name}'.{did_you_mean(name, groups)}",
                       expected=' or '.join(groups) or 'none is loaded', found=name, subject=subject)
@@ -73,8 +74,8 @@ class MultisubjectSubset(torch.utils.data.Dataset):
         "One subject."
         if not isinstance(which, str): return self.data[which]
         if which in self.subjects: return self.data[self.subjects.index(which)]
-        raise DataProblem(f"no subject '{which}' in the {self.name} "
-                          f"subset.{did_you_mean(which, self.subjects)}",
+        raise DataProblem(f"no subject '{which}' in the {self.name} subset."
+                          f"{did_you_mean(which, self.subjects)}",
                           expected=', '.join(self.subjects) or 'none is loaded', found=which)
 
 # %% ../../nbs/02_data/03_subjects.ipynb #3e4676be
@@ -111,10 +112,11 @@ def get_volume(self:MultisubjectSubset,
     subj_idx, # Number or id
     group:str, # Volume group
     device='cpu', # torch device
-) -> torch.Tensor: # (X, Y, Z, F) float32; never change it in place
+) -> torch.Tensor: # (X, Y, Z, F) float32: never change it in place
     "A volume of a subject, on a device."
     return self.volume_of(subj_idx, group).get_data_as_tensor(device)
 
+# %% ../../nbs/02_data/03_subjects.ipynb #a799c2a4
 @patch
 def grid(self:MultisubjectSubset,
     subj_idx, # Number or id
@@ -124,20 +126,23 @@ def grid(self:MultisubjectSubset,
     s = self.subject(subj_idx)
     return named(s.groups, group, 'volume or streamlines', s.subj_id).grid
 
-# %% ../../nbs/02_data/03_subjects.ipynb #fb898db4
+# %% ../../nbs/02_data/03_subjects.ipynb #01baeabf
 @patch
 def nb_streamlines(self:MultisubjectSubset,
     group:str, # Streamlines group
 ) -> np.ndarray: # (subjects,) int64
-    "Streamlines of each subject, from headers alone; counted once, not to be changed."
+    "Streamlines of each subject, from headers alone. Counted once: do not change the array."
     if group not in self.counts:
         self.counts[group] = np.array([self.streamlines_of(i, group).nb_streamlines
                                        for i in range(len(self))], np.int64)
         self.counts[group].flags.writeable = False
     return self.counts[group]
 
+# %% ../../nbs/02_data/03_subjects.ipynb #fb898db4
 @patch
-def total_nb_streamlines(self:MultisubjectSubset, group:str) -> int:
+def total_nb_streamlines(self:MultisubjectSubset,
+    group:str, # Streamlines group
+) -> int:
     "Streamlines of all subjects."
     return int(self.nb_streamlines(group).sum())
 
@@ -145,7 +150,7 @@ def total_nb_streamlines(self:MultisubjectSubset, group:str) -> int:
 def streamline_ids_per_subj(self:MultisubjectSubset,
     group:str, # Streamlines group
 ) -> dict: # subj_idx -> slice
-    "Which numbers a subject's lines have when all subjects' lines are counted through."
+    "The numbers of a subject's lines, if the lines of all subjects are counted through."
     ends = self.nb_streamlines(group).cumsum().tolist()
     return {i: slice(first, last) for i,(first,last) in enumerate(zip([0, *ends], ends))}
 
@@ -164,7 +169,10 @@ def streamline_lengths_mm(self:MultisubjectSubset,
     "Length of each line in mm, subject by subject."
     return [self.streamlines_of(i, group).lengths_mm for i in range(len(self))]
 
+# %% ../../nbs/02_data/03_subjects.ipynb #f437cfe5
 @patch
-def total_nb_points(self:MultisubjectSubset, group:str) -> int:
+def total_nb_points(self:MultisubjectSubset,
+    group:str, # Streamlines group
+) -> int:
     "Points of all lines of all subjects."
     return sum(int(n.sum()) for n in self.streamline_lengths(group))

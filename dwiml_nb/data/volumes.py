@@ -24,7 +24,7 @@ from .stored import StoredRows, told_of
 def free_memory(
     device='cpu', # torch device
 ) -> int: # bytes
-    "Memory that is free on a device; for the CPU, within the limits of its container."
+    "Memory that is free on a device; on the CPU, within the limits of the container."
     device = torch.device(device)
     if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]
     free = (os.sysconf('SC_AVPHYS_PAGES')*os.sysconf('SC_PAGE_SIZE') if 'SC_AVPHYS_PAGES' in os.sysconf_names
@@ -40,7 +40,9 @@ def free_memory(
     return max(free, 0)
 
 # %% ../../nbs/02_data/01_volumes.ipynb #8adc0042
-def exact_device(device) -> torch.device:
+def exact_device(
+    device, # torch device, or its name
+) -> torch.device:
     "The device with its number: 'cuda' and 'cuda:0' are one place."
     device = torch.device(device)
     return (torch.device('cuda', torch.cuda.current_device()) if device.type == 'cuda'
@@ -48,9 +50,9 @@ def exact_device(device) -> torch.device:
 
 # %% ../../nbs/02_data/01_volumes.ipynb #d68cb8cf
 class VolumeCache:
-    "Tensors by key and device, the least recently used dropped first, within a number of bytes per device."
+    "Tensors by key and device, within a number of bytes per device. The least recently used goes first."
     def __init__(self,
-        size:int=None, # Bytes a device keeps; a quarter of its free memory when not given
+        size:int=None, # Bytes that a device keeps; None: a quarter of its free memory
     ):
         if size is not None and not (isinstance(size, Real) and size >= 0 and size == size//1):
             raise ValueError(f"the size of a cache is a whole number of bytes, found {size!r}")
@@ -86,7 +88,7 @@ class VolumeCache:
             while self.used(device) > self.budget(device): kept.popitem(last=False)
 
     def get(self, key, device, load) -> Tensor:
-        "The tensor of a key on a device; `load()` makes it, on the CPU, when it is not there."
+        "The tensor of a key on a device. If it is not there, `load()` makes it, on the CPU."
         device = exact_device(device)
         if (tensor := self.find(key, device)) is not None: return tensor
         with self.lock: door = self.loading.setdefault((device, key), OwnLock())
@@ -105,11 +107,11 @@ class VolumeCache:
 class MRIData:
     "A volume group of one subject."
     def __init__(self,
-        file:StudyFile,
+        file:StudyFile, # The study
         name:str, # 'subject/group'
-        lazy:bool=True, # Read when needed, instead of now
+        lazy:bool=True, # Read when needed; False: now
         cache:VolumeCache=None, # Shared by all volumes of a dataset
-        group=None, # The HDF5 group, where it is open already
+        group=None, # The HDF5 group, if it is open already
     ):
         self.file,self.name,self.cache,self.tensor = (file, name, VolumeCache() if cache is None else cache,
                                                       None)
@@ -120,7 +122,7 @@ class MRIData:
                 raise DataProblem("a volume has four axes", expected="(X, Y, Z, F)", found=self.rows.shape)
             self.grid,self.nb_features = (Grid(group.attrs['affine'], self.rows.shape[:3]),
                                           int(self.rows.shape[3]))
-            self.frame = attr_value(group.attrs, 'frame')    # None in files by dwi_ml: image axes are meant
+            self.frame = attr_value(group.attrs, 'frame')    # None in files by dwi_ml: they mean image axes
         if not lazy: self.load()
 
     @property
@@ -138,14 +140,14 @@ class MRIData:
         "The values, a copy."
         with told_of(self.file, self.name):
             return torch.from_numpy(self.rows.all().astype(np.float32, copy=False))
-    def over_map(self) -> Tensor: # None where the file is no float32 map
+    def over_map(self) -> Tensor: # None if the file is no float32 map
         "The values, as a view of the file."
         mapped = self.rows.mapped() if self.rows.dtype == np.float32 else None
         return None if mapped is None or not mapped.flags.aligned else torch.from_numpy(mapped)
 
     def get_data_as_tensor(self,
         device='cpu', # torch device
-    ) -> Tensor: # (X, Y, Z, F) float32; shared with everybody who asks, so never change it in place
+    ) -> Tensor: # (X, Y, Z, F) float32, shared by all who ask: never change it in place
         "The values, on a device."
         on_cpu = torch.device(device).type == 'cpu'
         if not self.is_lazy:
@@ -153,7 +155,7 @@ class MRIData:
         with told_of(self.file, self.name):
             self.rows.check()
             if on_cpu and (tensor := self.over_map()) is not None: return tensor
-        # a device that is full or not there is no fault of the file
+        # a device that is full or missing is no fault of the file
         return self.cache.get(self.name, device, self.read)
     def __repr__(self):
         return (f"MRIData({self.name}: {self.grid}, {self.nb_features} features, "

@@ -17,9 +17,12 @@ if [ "${1:-}" = --collect ]; then
     [ "$size" -lt 60 ]; exit
 fi
 
-if ! "$python" -c 'import torch' 2> /dev/null; then echo "$python has no torch: PYTHON=… names another interpreter"; exit 1; fi
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then echo "no GPU that torch could use: nothing is checked"; exit 0; fi
-rm -rf $site; mkdir -p $site/dwiml_nb-0.dist-info
+there=$("$python" -c 'import torch; print(torch.cuda.is_available())') || { echo "PYTHON=… names an interpreter that has torch"; exit 1; }
+[ "$there" = True ] || { echo "no GPU that torch could use: nothing is checked"; exit 0; }
+
+rm -rf $site; mkdir -p $site/dwiml_nb-0.dist-info; shopt -s nullglob
 for wheel in $wheels/*.whl; do "$python" -m zipfile -e "$wheel" $site; done
 printf 'Metadata-Version: 2.1\nName: dwiml_nb\nVersion: %s\n' "$(sed -n 's/^version = //p' settings.ini)" > $site/dwiml_nb-0.dist-info/METADATA
-PYTHONPATH=$PWD/$site:$PWD exec "$python" tools/gpu_table.py
+export PYTHONPATH=$PWD/$site:$PWD
+"$python" -c 'import dipy, fastcore, nibabel, pytest, tqdm, trx' || { echo "where there is a network, run: tools/gpu_check.sh --collect"; exit 1; }
+exec "$python" tools/gpu_table.py

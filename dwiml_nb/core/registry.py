@@ -24,33 +24,34 @@ from fastcore.basics import patch
 from .errors import DataProblem, did_you_mean
 
 # %% ../../nbs/00_core/03_registry.ipynb #5fddba8d
-brought_in = {}                                        # what was ever trusted, in words -> name of the module
-trusted = ContextVar('trusted', default=frozenset())   # names of the modules that are trusted just now
+brought_in = {}                                    # all that was ever trusted, in words -> name of the module
+trusted = ContextVar('trusted', default=frozenset())   # names of the modules that are trusted at this moment
 
 def words_of(
     trust, # Names of packages, paths of .py files: one, several or none
 ) -> list: # of str
-    "What is trusted, word by word."
+    "All that is trusted, word by word."
     return [os.fspath(word) for word in ([trust] if isinstance(trust, (str, os.PathLike)) else trust or ())]
 
 def name_of(
     word:str, # A package's name, or the path of a .py file
-) -> str:
+) -> str: # Name of the module
     "The module's name, without importing it."
     name = Path(word).stem if word.endswith('.py') else word
     if all(part.isidentifier() for part in name.split('.')): return name
     raise DataProblem(f"'{word}' cannot be trusted", do="give one of these, or rename the file.",
                       expected="the name of a package, or a .py file with a name that Python can import")
 
-# %% ../../nbs/00_core/03_registry.ipynb #e98b3c87
+# %% ../../nbs/00_core/03_registry.ipynb #d195f96a
 def same_file(a, b) -> bool: # Paths, or None
-    "Whether both are the same file."
+    "Are both the same file?"
     try: return os.path.samefile(a, b)
     except (OSError, TypeError): return False
 
+# %% ../../nbs/00_core/03_registry.ipynb #e98b3c87
 def import_file(
     path:str, # A .py file
-    name:str, # What the module is called
+    name:str, # The module's name
 ) -> str: # its name among the loaded modules
     "Import one file, unless it is there already."
     if not Path(path).is_file():
@@ -71,7 +72,7 @@ def import_file(
 def bring_in(
     word:str, # A package's name, or the path of a .py file
 ) -> str: # The module's name
-    "Import what is trusted."
+    "Import a package or a file that is trusted."
     if word.endswith('.py'): word = os.path.abspath(os.path.expanduser(word))
     if word in brought_in: return brought_in[word]
     name = brought_in[word] = name_of(word)
@@ -92,19 +93,19 @@ def bring_in(
 def trusting(
     trust=(), # Names of packages, paths of .py files: one, several or none
 ):
-    "Within this, files may name classes of these. They are imported at once, so what they register is there."
+    "Within this block, files may name classes of these. They are imported at once, with all they register."
     before = trusted.set(trusted.get() | {bring_in(word) for word in words_of(trust)})
     try: yield
     finally: trusted.reset(before)
 
 # %% ../../nbs/00_core/03_registry.ipynb #78164df6
 def words_of_environment() -> list: # of str
-    "What `DWIML_TRUST` names, separated by commas or as in PATH."
+    "The words of `DWIML_TRUST`, separated by commas or as in PATH."
     words = re.split(f'[,{re.escape(os.pathsep)}]', os.environ.get('DWIML_TRUST', ''))
     return [word.strip() for word in words if word.strip()]
 
 def places_of_installation() -> list: # of folders
-    "Those of `sys.path` that Python's site or PYTHONPATH name, but not the working directory."
+    "The folders of `sys.path` that Python's site or PYTHONPATH name, without the working directory."
     named = [*site.getsitepackages(), sysconfig.get_path('purelib'), sysconfig.get_path('platlib'),
              *os.environ.get('PYTHONPATH', '').split(os.pathsep)]
     if site.ENABLE_USER_SITE: named.append(site.getusersitepackages())
@@ -113,7 +114,7 @@ def places_of_installation() -> list: # of folders
 
 @cache
 def plugins() -> dict: # name of the package -> its entry points
-    "What installed distributions announce; nothing is imported."
+    "The entry points that installed packages announce. Nothing is imported."
     found = {}
     for one in metadata.distributions(path=places_of_installation()):
         for point in one.entry_points.select(group='dwiml_nb.plugins'):
@@ -124,7 +125,7 @@ def plugins() -> dict: # name of the package -> its entry points
 loaded_plugins = set()
 
 def bring_in_trusted():
-    "Import what `DWIML_TRUST` and the plugins name, once; called when a name is looked up that is not known."
+    "Import all that `DWIML_TRUST` and the plugins name, once. Called when an unknown name is looked up."
     for word in words_of_environment(): bring_in(word)
     for package,points in plugins().items():
         if package in loaded_plugins: continue
@@ -135,24 +136,25 @@ def bring_in_trusted():
             warnings.warn(f"the plugin {package} cannot be imported, {type(e).__name__}: {e}. "
                           "Correct it, or remove the package.")
 
+# %% ../../nbs/00_core/03_registry.ipynb #55822a0a
 def all_trusted() -> list: # of packages and files, in words
-    "What this process has trusted so far, for the record of a run."
+    "All that this process has trusted so far, for the record of a run."
     return [*brought_in, *loaded_plugins]
 
 def allowed() -> set: # of names of modules
-    "Whose classes a file may name, beside those that are here."
+    "The modules whose classes a file may name, beside the classes that are here."
     return {'dwiml_nb', *trusted.get(), *map(name_of, words_of_environment()), *plugins()}
 
 # %% ../../nbs/00_core/03_registry.ipynb #8017a776
 def trust_again(
-    words, # What another process has trusted
+    words, # All that another process has trusted
 ):
-    "In a worker: import it too."
+    "In a worker: trust and import the same."
     trusted.set(trusted.get() | {bring_in(word) for word in words})
     return SameTrust()
 
 class SameTrust:
-    "Read from a pickle, it imports what the process trusted that wrote it."
+    "Reading it from a pickle imports all that the writing process trusted."
     def __reduce__(self): return trust_again, (tuple(brought_in),)
 
 # %% ../../nbs/00_core/03_registry.ipynb #61dc05f2
@@ -186,7 +188,7 @@ class Registry(Mapping):
     def hint(self, name,
         others=(), # Names that would be right too
     ) -> str:
-        "What to do about a name that is not known."
+        "A sentence on what to do about an unknown name."
         return (f"{did_you_mean(name, [*self.entries, *others])} One of yours is known when its module is "
                 "imported, or its file trusted: --trust mine.py.")
 
@@ -200,10 +202,10 @@ class Registry(Mapping):
 
 # %% ../../nbs/00_core/03_registry.ipynb #9459dd26
 def same_definition(
-    a, # Two objects
-    b,
+    a, # An object
+    b, # Another one
 ) -> bool:
-    "Whether one comes from the same source as the other: a cell or a page that runs again."
+    "Do both come from the same source, because a cell or a page ran again?"
     if a is b: return True
     names = [getattr(o, '__qualname__', None) for o in (a, b)]
     modules = [getattr(o, '__module__', None) for o in (a, b)]
@@ -228,37 +230,37 @@ def register(self:Registry,
 
 @patch
 def describe(self:Registry) -> dict: # name -> the first line of its docstring
-    "What there is to choose from."
+    "The names to choose from, with a line about each."
     return {name: (obj.__doc__ or '').strip().partition('\n')[0] for name,obj in self.items()}
 
 # %% ../../nbs/00_core/03_registry.ipynb #40ff98f0
 def class_path(
     obj, # An object, or its class
 ) -> str: # 'module.Class'
-    "The dotted path of a class, by which it is found again."
+    "The dotted path of a class. `class_named` finds the class by it."
     cls = obj if isinstance(obj, type) else type(obj)
     return f"{cls.__module__}.{cls.__qualname__}"
 
 # %% ../../nbs/00_core/03_registry.ipynb #0aac554b
 def family(
-    base:type,
+    base:type, # Any class
 ): # -> generator of classes
     "A class and all its children in this process."
     yield base
     for child in type.__subclasses__(base): yield from family(child)
 
 def is_current(
-    cls:type,
+    cls:type, # Any class
 ) -> bool:
-    "Whether its path leads to this class, and not to one of a cell that ran later."
+    "Does the path lead to this class, and not to one of a cell that ran later?"
     place = sys.modules.get(cls.__module__)
     for name in cls.__qualname__.split('.'): place = getattr(place, '__dict__', {}).get(name)
     return place is cls
 
 def is_on_this_machine(
     name:str, # Of a package, without dots
-) -> bool: # Nothing is imported
-    "Whether it could be imported."
+) -> bool:
+    "Could a package be imported? Nothing is imported to find out."
     try: return name in sys.modules or importlib.util.find_spec(name) is not None
     except (ImportError, ValueError): return False
 
@@ -267,7 +269,7 @@ def class_here(
     path:str, # 'module.Class', or a class's last name
     base:type, # It is a child of this class
 ): # -> the class, or None
-    "The class of that path in this process; nothing is imported."
+    "The class of that path in this process. Nothing is imported."
     known = {class_path(o): o for o in sorted(family(base), key=is_current)}
     if path in known: return known[path]
     module,_,name = path.rpartition('.')
@@ -285,8 +287,8 @@ def class_here(
 # %% ../../nbs/00_core/03_registry.ipynb #8cdb65dc
 def imported_class(
     path:str, # 'module.Class' of a module that is allowed
-): # -> whatever class is there, or None
-    "Import a module and find a class in it."
+): # -> any class that is there, or None
+    "The class of that path, after importing its module."
     first,*names = path.split('.')
     place = importlib.import_module(first)
     while names:
@@ -301,10 +303,10 @@ def imported_class(
 # %% ../../nbs/00_core/03_registry.ipynb #055a2965
 def check_allowed(
     path:str, # 'module.Class'
-    base:type, # What it should be
+    base:type, # The class should be a child of this one
     do:str='', # What else the reader can do
 ):
-    "Refuse a class of a module that nobody has allowed; nothing is imported."
+    "Raise if nobody has allowed the module of a class. Nothing is imported."
     package,*rest = path.split('.')
     if package in ('', '__main__') or not rest or '<locals>' in rest:
         close = did_you_mean(path.rpartition('.')[2], [o.__name__ for o in family(base)])
@@ -328,10 +330,10 @@ MOVED = {}        # path in older records -> path now
 def class_named(
     path:str, # 'module.Class', as a file names it
     base:type, # The class must be a child of this one
-    do:str='', # What else the reader can do when it is not found
-    trust=(), # Names of packages, paths of .py files that are allowed besides
+    do:str='', # What else the reader can do if it is not found
+    trust=(), # Names of packages, paths of .py files: these are allowed too
 ) -> type:
-    "The class that a file names, if it is here, of this library, or of what is trusted."
+    "The class that a file names, if it is here, in this library, or in a trusted module."
     def wrong(problem, found, expected="a class in an installed module"):
         return DataProblem(problem, expected, found, do)
     if not isinstance(path, str): raise wrong(f"a {base.__name__} is named by no text", repr(path)[:80])

@@ -42,18 +42,18 @@ class Tractogram:
         counts = f"{len(self)} lines, {len(self.lines.data)} points"
         return f"Tractogram({counts}, rasmm, {self.grid or 'no grid'}, dps {sorted(self.dps)})"
     def __getitem__(self, which) -> 'Tractogram':
-        "The chosen lines with their data per streamline; groups and info are not carried over."
+        "The chosen lines with their data per streamline, without groups and info."
         if isinstance(which, (list, torch.Tensor)): which = np.asarray(which)
         which = np.arange(len(self))[which].reshape(-1)
         return Tractogram(self.lines[which], self.grid, {k: v[which] for k,v in self.dps.items()})
 
 # %% ../../nbs/00_core/10_tractograms.ipynb #61fa5525
 class TractogramFormat:
-    "A kind of tractogram file: how it is written, read and looked into."
-    keeps_grid = True # Whether a file names the grid of its image; where not, the image's is used
-    keeps_dps = True # Whether a file keeps data per streamline
+    "A kind of tractogram file: how to write it, read it and look into it."
+    keeps_grid = True # Does a file name the grid of its image? If not, the image's is used
+    keeps_dps = True # Does a file keep data per streamline?
     def __init__(self,
-        suffix:str, # '.trk': what it was registered as
+        suffix:str, # '.trk': the name it was registered under
     ): self.suffix = suffix
     def load(self, path) -> Tractogram:
         "The streamlines of a file, rasmm."
@@ -62,22 +62,23 @@ class TractogramFormat:
         "Write a file."
         raise NotImplementedError(f"the format {self.suffix} has no `save`")
     def check(self, tractogram:Tractogram):
-        "Refuse what a file cannot keep."
+        "Raise if a file cannot keep something."
     def header(self, path) -> tuple: # `Grid` or None, dict of the data per streamline: name -> columns
         "The grid and the data per streamline."
         tractogram = self.load(path)
         return tractogram.grid, {k: as_table(v).shape[1] for k,v in tractogram.dps.items()}
-    def size(self, path) -> tuple: # number of streamlines, number of points; None where the file does not say
-        "How much is in a file."
+    def size(self, path) -> tuple: # number of streamlines, number of points; None if the file does not say
+        "The numbers of streamlines and points in a file."
         lines = self.load(path).lines
         return len(lines), len(lines.data)
     def is_empty(self, path) -> bool:
-        "Whether a file has no line."
+        "Has a file no line?"
         return self.size(path)[0] == 0
     def first_lines(self, path, most:int) -> Ragged: # (P, 3) rasmm
         "The first lines of a file."
         return self.load(path).lines[:most]
 
+# %% ../../nbs/00_core/10_tractograms.ipynb #0de9b2af
 def as_table(
     values, # (S, ...) array
 ) -> np.ndarray: # (S, k), also when S is 0
@@ -91,7 +92,7 @@ TRACTOGRAM_FORMATS = Registry('tractogram format', TractogramFormat) # suffix, s
 def tractogram_format(
     path, # A file name
 ) -> TractogramFormat:
-    "The format a file name asks for."
+    "The format that a file name asks for."
     name = Path(path).name.lower()
     known = [s for s in TRACTOGRAM_FORMATS if name.endswith(s)]
     if known: return TRACTOGRAM_FORMATS[suffix := max(known, key=len)](suffix)
@@ -99,8 +100,9 @@ def tractogram_format(
     raise DataProblem(f"'{suffix}' is not a tractogram format", expected=', '.join(TRACTOGRAM_FORMATS),
                       do=TRACTOGRAM_FORMATS.hint(suffix).strip(), file=path)
 
+# %% ../../nbs/00_core/10_tractograms.ipynb #4eb23323
 def suffixes(
-    which=lambda format: True, # Function of a class
+    which=lambda format: True, # Function of a class: name this one?
 ) -> str: # '.trk, .tck or .trx'
     "The known formats, in words."
     *first,last = [s for s,format in TRACTOGRAM_FORMATS.items() if which(format)]
@@ -108,7 +110,7 @@ def suffixes(
 
 # %% ../../nbs/00_core/10_tractograms.ipynb #912f2308
 class NibabelFormat(TractogramFormat):
-    "What `.trk` and `.tck` share."
+    "The common part of `.trk` and `.tck`."
     def open(self, path): # -> nibabel's file, its header read
         "A file whose points are still in it."
         return nib.streamlines.load(str(path), lazy_load=True)
@@ -121,7 +123,7 @@ class NibabelFormat(TractogramFormat):
         lines = itertools.islice(self.open(path).streamlines, most)
         return Ragged.from_list([torch.tensor(x, dtype=torch.float32) for x in lines] or [torch.zeros(0, 3)])
     def write(self, tractogram:Tractogram, path, header=None, dps=None):
-        "Write lines, with what the format has besides."
+        "Write lines, with the other things that the format keeps."
         lines = tractogram.lines.to(torch.float32).to_array_sequence()
         content = nib.streamlines.Tractogram(lines, data_per_streamline=dps, affine_to_rasmm=np.eye(4))
         nib.streamlines.save(content, str(path), header=header)
@@ -170,9 +172,9 @@ class Trk(NibabelFormat):
 # %% ../../nbs/00_core/10_tractograms.ipynb #4a8f3dfe
 def check_trk(
     path, # .trk
-    lines:int=None, # Look at the first so many only
+    lines:int=None, # Look only at so many lines, the first ones
 ):
-    "Refuse a `.trk` whose counts do not lead from line to line to the end of the file."
+    "Raise if the counts of a `.trk` do not lead from line to line to the end of the file."
     size,n,at = Path(path).stat().st_size, 0, 1000
     with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
         order = '<' if data[996:1000] == (1000).to_bytes(4, 'little') else '>'
@@ -264,9 +266,9 @@ class Trx(TractogramFormat):
 # %% ../../nbs/00_core/10_tractograms.ipynb #8e826f51
 def trx_content(
     trx, # trx-python's open file
-    n:int, # Streamlines that its header says
+    n:int, # Streamlines, by its header
 ) -> Tractogram:
-    "What a `.trx` holds; points become float32, data per streamline keep their type."
+    "The content of a `.trx`. Points become float32, data per streamline keep their type."
     grid = Grid(trx.header['VOXEL_TO_RASMM'], trx.header['DIMENSIONS'])
     starts = np.asarray(trx.streamlines._offsets).astype(np.int64)
     points = np.asarray(trx.streamlines._data, np.float32).reshape(-1, 3)
@@ -283,7 +285,7 @@ def trx_content(
 def check_trx(
     path, # .trx
 ) -> dict: # its header
-    "Refuse a `.trx` whose arrays do not have the sizes or the checksums that it says."
+    "Raise if the arrays of a `.trx` do not have the sizes or the checksums that it states."
     size = Path(path).stat().st_size
     with zipfile.ZipFile(path) as z:
         sizes = {i.filename: i.file_size for i in z.infolist() if not i.is_dir()}
@@ -305,9 +307,9 @@ def check_trx(
 
 # %% ../../nbs/00_core/10_tractograms.ipynb #5e4064f0
 def save_tractogram(
-    tractogram:Tractogram,
+    tractogram:Tractogram, # Lines, their grid and data
     path, # .trk, .tck, .trx, or a suffix of `TRACTOGRAM_FORMATS`
-    drop_dps:bool=False, # Let a format that has no data per streamline, such as `.tck`, lose them
+    drop_dps:bool=False, # Drop data per streamline if the format has none, such as `.tck`
 ):
     "Write streamlines to a file, whole or not at all."
     format = tractogram_format(path)
@@ -328,7 +330,7 @@ def save_tractogram(
 # %% ../../nbs/00_core/10_tractograms.ipynb #ba34d436
 def load_tractogram(
     path, # .trk, .tck, .trx, or a suffix of `TRACTOGRAM_FORMATS`
-    reference=None, # Grid or image path; a `.tck` has no grid of its own, others are checked against it
+    reference=None, # Grid or image path: the grid of a `.tck`; the grids of others must fit it
 ) -> Tractogram:
     "Streamlines in RAS mm, float32, with data per streamline."
     format = tractogram_format(path)
@@ -350,8 +352,8 @@ def matching_grid(
     own:Grid, # From the file's header; None for a `.tck`
     reference:Grid, # Of the subject's image
     path, # For the message
-) -> Grid: # The reference's
-    "The reference grid, if the file's own header does not contradict it."
+) -> Grid: # That of the reference
+    "The reference grid, unless the file's own header contradicts it."
     if own is None: return reference
     dummy = own.dimensions in ((0, 0, 0), (1, 1, 1))
     if not dummy and own.dimensions != reference.dimensions: expected,found = reference,own

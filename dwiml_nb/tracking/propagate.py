@@ -16,7 +16,7 @@ from ..core.space import Grid, inside
 from ..core.lines import unit
 from ..core.volume import sample_nearest
 from ..batch.inputs import InputsAt, model_scale
-from .stops import reasons_with, select_rows
+from .stops import answer_of, reasons_with, select_rows
 
 # %% ../../nbs/06_tracking/02_propagate.ipynb #a0304c88
 def mix64(
@@ -121,7 +121,7 @@ def propagate(
     code = torch.where(max_points <= 1, walk.code('length'), walk.leaving(start))
     keep,ruled = code == 0, [rule.begin(start) for rule in walk.stop_rules]
     here,t = start, 0
-    if on_step and n: on_step(numbers, here, code.clone())
+    if on_step and n: on_step(numbers.clone(), here.clone(), code.clone())
     while True:
         if not keep.all():
             alive,here,memory = alive[keep], here[keep], memory[keep]
@@ -131,7 +131,7 @@ def propagate(
         along = first_dirs[alive] if t == 0 and first_dirs is not None else None
         here,memory,state,stop,went = one_step(walk, here, memory, state, numbers[alive],
                                                -1 - t if backward else t, along)
-        for i,rule in enumerate(walk.stop_rules): stop,ruled[i] = rule(walk, here, stop, ruled[i])
+        for i,rule in enumerate(walk.stop_rules): stop,ruled[i] = answer_of(rule, walk, here, stop, ruled[i])
         if t == 0: first[alive] = went
         t += 1
         moved = (stop == 0) | (walk.keep_last_point & ((stop == walk.code('mask')) |
@@ -141,7 +141,7 @@ def propagate(
         stop = torch.where((stop == 0) & (count[alive] >= max_points[alive]), walk.code('length'), stop)
         code[alive] = stop
         keep = stop == 0
-        if on_step: on_step(numbers[alive], here, stop)
+        if on_step: on_step(numbers[alive], here.clone(), stop)
     steps = torch.arange(longest, device=device)
     return Ragged.from_lengths(points.transpose(0, 1)[steps < count[:, None]], count), code, first
 

@@ -132,7 +132,11 @@ def embedding(
     name,own = key_and_options(key)
     cls = EMBEDDINGS[name]
     options['output_size'] = output_size
-    options = {k: v for k,v in options.items() if v is not None and v != []} | own
+    options = {k: v for k,v in options.items() if v is not None and v != []}
+    if twice := [k for k in own if k in options and own[k] != options[k]]:
+        k = twice[0]
+        raise ValueError(f"{k} of {name} is given twice, {own[k]!r} and {options[k]!r}. Keep one.")
+    options |= own
     known = options_of(cls if cls.build.__func__ is Embedding.build.__func__ else cls.build)
     refuse_unknown(options, list(known)[1:], name)
     return cls.build(spec if isinstance(spec, InputSpec) else InputSpec(int(spec)), **options)

@@ -320,3 +320,36 @@ def test_parts_do_not_know_the_trainer():
     from dwiml_nb.training import checkpoints, control, feed, means, optimizers, run, schedules, sinks, step
     for part in (checkpoints, control, feed, means, optimizers, run, schedules, sinks, step):
         assert "DWIMLTrainer" not in inspect.getsource(part), part.__name__
+
+
+def test_a_second_phase_that_learns(dataset, tmp_path):
+    "Its loss has a column of its own in the row of an epoch."
+    class Twice(DWIMLTrainerOneInput):
+        def make_phases(self):
+            again = lambda epoch: self.go_through("again", epoch, self.run_one_batch, self.back_propagation)
+            return [*super().make_phases(), Phase("again", "training", again, nb_batches=2, train=True)]
+    trainer = make(dataset, tmp_path, Twice, max_epochs=1)
+    trainer.train_and_validate()
+    rows, epoch = numbers(trainer), numbers(trainer, "epochs")
+    losses = [loss for phase, loss, n in zip(rows["phase"], rows["loss"], rows["n"]) if phase == "again"]
+    assert min(losses) <= epoch["again_loss"][0] <= max(losses) and epoch["again_loss"] != epoch["train_loss"]
+
+
+def test_a_phase_with_nothing_to_do(dataset, tmp_path):
+    class Idle(DWIMLTrainerOneInput):
+        def make_phases(self): return [*super().make_phases(), Phase("idle", "validation")]
+    with pytest.raises(TypeError, match="the phase 'idle' has nothing to do"): make(dataset, tmp_path, Idle).train_and_validate()
+
+
+def test_streamlines_alone_with_a_loader_of_inputs(dataset, tmp_path):
+    "As ever: the trainer of models of streamlines hands them nothing else."
+    class Alone(Lists):
+        def forward(self, streamlines): return [self.layer.bias.expand(len(s), 3) for s in streamlines]
+    trainer = make(dataset, tmp_path, DWIMLTrainer, Alone)
+    trainer.train_and_validate()
+    assert numbers(trainer, "epochs")["epoch"] == [0, 1, 2]
+
+
+def test_a_norm_that_is_forgotten(dataset, tmp_path):
+    cls = child("def back_propagation(self, loss): super(self.__class__, self).back_propagation(loss)")
+    with pytest.raises(TypeError, match="must return the norm"): make(dataset, tmp_path, cls).train_and_validate()

@@ -329,3 +329,26 @@ def test_from_a_file_of_ones_own(study, tmp_path):
     assert read_logs(tmp_path / "runs" / "stopped", "batches")["learning_rate"] == read_logs(tmp_path / "runs" / "through", "batches")["learning_rate"]
     assert [len((tmp_path / "runs" / name / "count.txt").read_text()) for name in ("through", "stopped")] == [12, 12]
     assert read_checkpoint(tmp_path / "runs" / "stopped").params["trainer"]["params"]["optimizer"] == "signs"
+
+
+def test_values_that_would_share_a_column(dataset, tmp_path):
+    class Clash(Learn2TrackModel):
+        def compute_loss(self, outputs, target_streamlines, **kwargs):
+            return *super().compute_loss(outputs, target_streamlines, **kwargs), {"x": 1.0, "valid_x": 5.0}
+    with pytest.raises(ValueError, match="'valid_x' of the phase 'training' would share a column with the phase 'validation'"):
+        make(dataset, tmp_path, model=Clash).train_and_validate()
+
+
+def test_a_value_summed_up_in_another_way():
+    with pytest.raises(ValueError, match="found how='max'"): Logged(1.0, how="max")
+
+
+def test_one_sink_without_a_list(dataset, tmp_path):
+    class Heard(Sink):
+        rows = ()
+        def epoch(self, row): self.rows = [*self.rows, row]
+    sink = Heard()
+    trainer = make(dataset, tmp_path, sinks=sink)
+    trainer.train_and_validate()
+    assert len(sink.rows) == 2 and trainer.given_sinks == [sink]
+    with pytest.raises(ValueError, match="unknown sink 'herd'"): make(dataset, tmp_path, "other", sinks="herd")

@@ -48,6 +48,10 @@ class Logged:
     weight:float=None # How often it counts in the mean; None: as often as the batch has points
     how:Literal['mean', 'last']='mean' # What the epoch keeps
 
+    def __post_init__(self):
+        if self.how in ('mean', 'last'): return
+        raise ValueError(f"an epoch keeps the 'mean' of a value or the 'last' one, found how={self.how!r}")
+
 @dataclass(frozen=True)
 class Row:
     "What a step on a batch gives."

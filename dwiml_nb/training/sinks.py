@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_JSON', 'PHASES', 'SINKS', 'row_to_line', 'line_to_row', 'read_rows', 'JSONLLog', 'row_position', 'Sink',
-           'ExperimentLogs', 'Sinks', 'sink_of', 'read_logs', 'export_csv']
+           'ExperimentLogs', 'Sinks', 'list_of_sinks', 'sink_of', 'read_logs', 'export_csv']
 
 # %% ../../nbs/07_training/01_sinks.ipynb #792731eb
 import csv
@@ -154,7 +154,7 @@ class Sinks:
         logs:ExperimentLogs,
         others=(), # `Sink`s, or names of `SINKS`
     ):
-        self.logs,self.others = logs,[sink_of(o) for o in others]
+        self.logs,self.others = logs,[sink_of(o) for o in list_of_sinks(others)]
 
     def send(self,
         what:str, # 'begin', 'rewind', 'batch', 'epoch' or 'close'
@@ -168,6 +168,12 @@ class Sinks:
                 self.others.remove(sink)
                 warnings.warn(f"the sink {type(sink).__name__} raised {type(e).__name__} in {what}: {e}. "
                               "It gets no more rows; the training goes on.", stacklevel=2)
+
+def list_of_sinks(
+    sinks=(), # `Sink`s, or names of `SINKS`; or one of them
+) -> list:
+    "The sinks that were asked for, as they were."
+    return [sinks] if isinstance(sinks, (str, type, Sink)) else list(sinks or ())
 
 def sink_of(
     sink, # A `Sink`, or a name of `SINKS`

@@ -87,6 +87,8 @@ def checked_values(
     values:dict, # name -> number, tensor of one number, or `Logged`
 ) -> dict: # name -> number or `Logged`
     "Further values of a batch as the logs can keep them."
+    if wrong := [name for name in values if not isinstance(name, str)]:
+        raise TypeError(f"the values of a batch have names, found {wrong[0]!r}")
     if taken := [name for name in values if name in TAKEN]:
         raise ValueError(f"the logs have a column {taken[0]!r} already: give your value another name.")
     def number(name, v):
@@ -117,5 +119,6 @@ class Step:
         if not self.learn: return Row(value, n, values)
         try: norm = self.learn(loss)
         except NotFinite as e: refuse("gradient's norm", e.found, self.describe(batch))
+        if norm is None: raise TypeError("back_propagation must return the norm of the gradient, found None")
         learnt = {'grad_norm': Logged(norm, weight=1), 'learning_rate': Logged(rate, how='last')}
         return Row(value, n, {**learnt, **values})

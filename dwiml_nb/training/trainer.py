@@ -24,13 +24,13 @@ from ..core.registry import class_path
 from ..batch.spec import spec_of
 from .checkpoints import Checkpoint, check_same, load_weights, read_checkpoint
 from .control import TrainingControl, stop_on_signals
-from .feed import Phase, choose_device, feed
+from .feed import Phase, check_columns, choose_device, feed
 from .means import BestEpochMonitor, Row, Sums
 from .optimizers import make_optimizer, set_rate
 from .run import (Experiment, arguments_again, check_not_empty, check_not_ended,
                                    check_same_run, in_words, run_params, sums_again)
 from .schedules import parse_learning_rates, rate_of_step, schedule_of
-from .sinks import ExperimentLogs, Sinks
+from .sinks import ExperimentLogs, Sinks, list_of_sinks
 from .step import Step, descend, describe_batch, seed_batch
 
 # %% ../../nbs/07_training/09_trainer.ipynb #2dbbe9fe
@@ -57,6 +57,7 @@ WHEN = {'train_and_validate': of_the_run, 'train_one_epoch': of_a_phase('trainin
 # %% ../../nbs/07_training/09_trainer.ipynb #fcba1a82
 class DWIMLTrainer:
     "Trains a model on streamlines alone: `model(streamlines)`."
+    always_inputs = False               # False: a model that takes streamlines alone gets them alone
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         for name,within in WHEN.items():
@@ -101,7 +102,7 @@ class DWIMLTrainer:
         weights,lr = trainable(model.to(self.device), self.spec.name),self.learning_rates[0]
         self.optimizer = make_optimizer(optimizer, weights, lr, weight_decay, optimizer_args)
         self.control,self.monitor = TrainingControl(),BestEpochMonitor(patience, patience_delta)
-        self.phases,self.counted,self.given_sinks = self.make_phases(),{},list(sinks)
+        self.phases,self.counted,self.given_sinks = self.make_phases(),{},list_of_sinks(sinks)
         logs = ExperimentLogs(self.experiment_folder/'logs', [phase.name for phase in self.phases])
         self.sinks = Sinks(logs, self.given_sinks)
         self.doing,self.runner,self.saved = None,None,None          # a phase, a thread, a place
@@ -209,7 +210,8 @@ def run_one_batch(self:DWIMLTrainer,
 ) -> tuple: # (loss, n): scalar tensor, number of rows behind it; and values by name, if the model gives any
     "The loss of a batch."
     batch = self.batch_loader.finish(batch.to(self.device))
-    outputs = self.model(*map(self.spec.form, (*batch.inputs, batch.seen)))
+    inputs = batch.inputs if self.always_inputs or self.spec.takes_inputs else ()
+    outputs = self.model(*map(self.spec.form, (*inputs, batch.seen)))
     return self.spec.loss(self.model, outputs, self.spec.form(batch.targets), batch.ends)
 
 @patch
@@ -221,6 +223,7 @@ def back_propagation(self:DWIMLTrainer,
 
 class DWIMLTrainerOneInput(DWIMLTrainer):
     "Trains a model on streamlines and the volume under them: `model(inputs, streamlines)`."
+    always_inputs = True
     def check_arguments(self):
         super().check_arguments()
         if not hasattr(self.batch_loader, 'load_batch_inputs'):
@@ -287,6 +290,7 @@ def count_batch(self:DWIMLTrainer,
     seconds:float, # Loading included
 ):
     "Add a batch to the sums, send its row, step to the next batch."
+    check_columns(phase, self.phases, row.values)
     self.sums.add(phase.name, row)
     columns = batch_row(phase.name, self.epoch, self.batch, row, points, seconds)
     self.sinks.send('batch', columns)
@@ -443,6 +447,8 @@ def running(self:DWIMLTrainer):
 @of_the_run
 def train_and_validate(self:DWIMLTrainer):
     "Train until the epochs or the patience are used up, or until a stop is asked for."
+    if idle := [phase.name for phase in self.phases if phase.run is None]:
+        raise TypeError(f"the phase {idle[0]!r} has nothing to do: give Phase(…, run=function of the epoch)")
     while not self.is_over:
         for phase in self.phases: self.do_phase(phase.name, None, phase.run)
         if self.phase is None: self.save_checkpoint()

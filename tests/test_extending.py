@@ -111,7 +111,7 @@ def there_and_back(iteration, total):
     "Up in the first half, down in the second."
     return 1 - abs(2*(iteration + 1)/(total + 1) - 1)
 
-@SINKS.register('diary')
+@SINKS.register('daybook')
 class Diary(Sink):
     "All that is told, in a text file."
     def note(self, *words):
@@ -173,7 +173,7 @@ def parts():
 def train(name, at_batch_end=lambda trainer, row: None):
     dataset, model, sampler, loader = parts()
     trainer = DWIMLTrainerOneInput(model, 'experiments', name, sampler, loader, learning_rates=2e-3, lr_schedule='there-and-back', optimizer='Lion',
-                                   optimizer_args=dict(betas=(.9, .95)), weight_decay=0., max_epochs=EPOCHS, sinks=['diary'], device='cpu')
+                                   optimizer_args=dict(betas=(.9, .95)), weight_decay=0., max_epochs=EPOCHS, sinks=['daybook'], device='cpu')
     trainer.control.on_batch_end.append(lambda row: at_batch_end(trainer, row))
     trainer.train_and_validate()
 
@@ -396,7 +396,7 @@ MODEL = dict(rnn_key="gru", input_embedding_key="no_embedding", dg_key="cosine-r
 TRAINER = dict(optimizer="Adam", optimizer_args=None, lr_schedule=None, sinks=[])
 KINDS = {"dg_key": "unknown direction getter 'chord'", "rnn_key": "unknown recurrent layer 'forgetful'",
          "input_embedding_key": "unknown embedding 'centre-and-mean'", "optimizer": "optimizer 'Lion' is not known here",
-         "lr_schedule": "lr_schedule 'there-and-back' is not known here", "sinks": "sinks 'diary' is not known here",
+         "lr_schedule": "lr_schedule 'there-and-back' is not known here", "sinks": "sinks 'daybook' is not known here",
          "line_weights": "no data per streamline 'surely', and no weight of that name"}
 
 

@@ -5,6 +5,7 @@ import textwrap
 import pytest
 import torch
 
+from dwiml_nb.core.errors import DataProblem
 from dwiml_nb.batch.loader import DWIMLBatchLoader, DWIMLBatchLoaderOneInput
 from dwiml_nb.batch.sampler import DWIMLBatchIDSampler
 from dwiml_nb.data.dataset import MultiSubjectDataset
@@ -353,3 +354,9 @@ def test_streamlines_alone_with_a_loader_of_inputs(dataset, tmp_path):
 def test_a_norm_that_is_forgotten(dataset, tmp_path):
     cls = child("def back_propagation(self, loss): super(self.__class__, self).back_propagation(loss)")
     with pytest.raises(TypeError, match="must return the norm"): make(dataset, tmp_path, cls).train_and_validate()
+
+
+def test_a_phase_that_is_gone(dataset, tmp_path):
+    stop_after(make(dataset, tmp_path, Fit), 7).train_and_validate()
+    with pytest.raises(DataProblem, match="the run stopped within its phase 'fit', which this trainer does not have"):
+        make(dataset, tmp_path, child("pass", name="Fit"), resume=True)

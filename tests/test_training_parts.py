@@ -352,3 +352,19 @@ def test_one_sink_without_a_list(dataset, tmp_path):
     trainer.train_and_validate()
     assert len(sink.rows) == 2 and trainer.given_sinks == [sink]
     with pytest.raises(ValueError, match="unknown sink 'herd'"): make(dataset, tmp_path, "other", sinks="herd")
+
+
+def test_another_optimiser_does_not_take_over(dataset, tmp_path):
+    "The state of an optimiser that was named is not handed to a function's."
+    stop_after(make(dataset, tmp_path), 2).train_and_validate()
+    function = lambda parameters: torch.optim.SGD(parameters, 1e-3, momentum=0.9)
+    with pytest.raises(ValueError, match="the run's optimizer is 'Adam', and its state goes on"): make(dataset, tmp_path, resume=True, optimizer=function)
+
+
+def test_an_object_that_looks_like_a_name(dataset, tmp_path):
+    class Half:
+        def __repr__(self): return "half"
+        def __call__(self, iteration): return 0.5
+    stop_after(make(dataset, tmp_path, lr_schedule=Half()), 2).train_and_validate()
+    with pytest.raises(ValueError, match="lr_schedule was a function, <half>. Give it again"): make(dataset, tmp_path, resume=True)
+    make(dataset, tmp_path, resume=True, lr_schedule=Half()).train_and_validate()

@@ -27,7 +27,7 @@ from .control import TrainingControl, stop_on_signals
 from .feed import Phase, check_columns, choose_device, feed
 from .means import BestEpochMonitor, Row, Sums
 from .optimizers import make_optimizer, set_rate
-from .run import (Experiment, arguments_again, check_not_empty, check_not_ended,
+from .run import (Experiment, arguments_again, check_not_empty, check_not_ended, check_phase,
                                    check_same_run, in_words, run_params, sums_again)
 from .schedules import parse_learning_rates, rate_of_step, schedule_of
 from .sinks import ExperimentLogs, Sinks, list_of_sinks
@@ -461,6 +461,7 @@ def load_state(self:DWIMLTrainer,
     "Go on from a checkpoint."
     state = checkpoint.state
     check_same_run(checkpoint, self.batch_sampler, self.batch_loader)
+    check_phase(state['phase'], [phase.name for phase in self.phases], checkpoint.folder)
     load_weights(self.model, checkpoint)
     torch.set_num_threads(checkpoint.params['num_threads'])
     self.optimizer.load_state_dict(state['optimizer'])

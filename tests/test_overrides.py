@@ -333,6 +333,7 @@ def test_a_second_phase_that_learns(dataset, tmp_path):
     trainer.train_and_validate()
     rows, epoch = numbers(trainer), numbers(trainer, "epochs")
     losses = [loss for phase, loss, n in zip(rows["phase"], rows["loss"], rows["n"]) if phase == "again"]
+    assert trainer.control.done == trainer.control.total == 4
     assert min(losses) <= epoch["again_loss"][0] <= max(losses) and epoch["again_loss"] != epoch["train_loss"]
 
 

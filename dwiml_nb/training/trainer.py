@@ -296,7 +296,8 @@ def count_batch(self:DWIMLTrainer,
     self.sinks.send('batch', columns)
     self.batch += 1
     self.spent['seconds'] += seconds
-    if phase.train: self.spent['points'] += points; self.control.done += 1
+    if phase.train: self.spent['points'] += points
+    if phase.name == 'training': self.control.done += 1              # of the batches of `control.total`
     self.control.tell(self.control.on_batch_end, columns)
 
 # %% ../../nbs/07_training/09_trainer.ipynb #ffcde9ac

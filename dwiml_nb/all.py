@@ -11,7 +11,8 @@ from .core.registry import Registry, trusting
 from .core.options import with_parts
 from .core.ragged import Ragged, as_ragged
 from .core.space import Grid, apply_affine, convert, grid_of, same_grid
-from .core.lines import directions, lengths_of, previous_directions, resample_nb_points, resample_step, unit
+from .core.lines import (directions, lengths_of, previous_directions, resample_nb_points,
+                                 resample_step, unit)
 from .core.volume import neighborhood_vectors, sample_neighborhood, sample_nearest, sample_trilinear
 from .core.tractograms import (TRACTOGRAM_FORMATS, Tractogram, TractogramFormat, load_tractogram,
                                        save_tractogram)
@@ -41,8 +42,8 @@ from .batch.inputs import InputsAt
 from .batch.weights import LINE_WEIGHTS
 from .batch.sampler import BatchIds, DWIMLBatchIDSampler
 from .batch.augment import Augmentation, Draws
-from .batch.loader import (Batch, DWIMLBatchLoader, DWIMLBatchLoaderOneInput, DWIMLStreamlinesBatchLoader,
-                                   IdsPerSubject, Place)
+from .batch.loader import (Batch, DWIMLBatchLoader, DWIMLBatchLoaderOneInput,
+                                   DWIMLStreamlinesBatchLoader, IdsPerSubject, Place)
 
 # %% ../nbs/all.ipynb #dd3f1e5f
 from .directions.base import DIRECTION_GETTERS, DirectionGetter

@@ -19,6 +19,7 @@ from check_contract import contract_problems
 from nbdev.process import NBProcessor
 from run_pages import EXPORTS, ROOT, bound_names
 
+WIDTH = 110  # characters of a line in a code cell
 DOOR = 150  # names that `from dwiml_nb.all import *` may bring
 MOST_METHODS = 28  # of a class
 
@@ -151,6 +152,16 @@ def writing(pages):
           f"{hidden} hidden test cells beside {shown} shown")
 
 
+def long_lines(pages):
+    "Code cells whose lines the site and JupyterLab would cut."
+    problems = []
+    for path, cells in pages.values():
+        for i, cell in enumerate(cells, 1):
+            longest = max(map(len, cell.source.splitlines()), default=0) if cell.cell_type == "code" else 0
+            if longest > WIDTH: problems.append(f"{path.relative_to(ROOT)}, cell {i}: a line of {longest} characters, at most {WIDTH}")
+    return problems
+
+
 def door():
     "The names that `from dwiml_nb.all import *` brings: how many, and which of them hide another library's."
     script = ("import builtins, dwiml_nb.all as door, matplotlib.pyplot as pyplot, numpy, torch\n"
@@ -163,7 +174,7 @@ def door():
 
 def main():
     problems, pages = out_of_step(), read_pages()
-    problems += orphans(pages) + backward_imports(pages) + mixed_cells(pages) + early_names(pages) + contract_problems() + door() + large_classes()
+    problems += orphans(pages) + backward_imports(pages) + mixed_cells(pages) + early_names(pages) + contract_problems() + long_lines(pages) + door() + large_classes()
     if (ROOT / "README.md").read_text(encoding="utf-8") != readme(): problems.append("README.md is not what nbs/index.ipynb says: run `make readme`")
     print(*problems, sep="\n", file=sys.stderr)
     writing(pages)

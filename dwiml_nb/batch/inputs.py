@@ -30,7 +30,8 @@ def known_groups(
     kind:str, # 'streamlines' or 'volume', for the message
 ) -> list: # of names
     "The names of the groups, if the study has them all."
-    names = [known_group(name, known, kind) for name in ([names] if isinstance(names, str) else list(names or ()))]
+    names = [known_group(name, known, kind)
+             for name in ([names] if isinstance(names, str) else list(names or ()))]
     if not names or len(set(names)) < len(names):
         raise DataProblem(f"each {kind} group is named once",
                           expected="one group, or a list of different ones", found=names)

@@ -49,10 +49,15 @@ def dwiml_track_from_model(
         seeds = (None if in_custom_seeds is None else
                  np.load(in_custom_seeds) if in_custom_seeds.endswith('.npy') else
                  np.loadtxt(in_custom_seeds, ndmin=2))
-        lines = track_from_model(experiment_path, subj_id, out_tractogram, seeding_mask_group, input_group, hdf5_file, npv, nt, seeds, save_seeds, use_latest_epoch, device, overwrite,
-                                 rng_seed, tracking_mask_group=tracking_mask_group, algo=algo, step_mm=step_size, theta_deg=theta, min_length_mm=min_length, max_length_mm=max_length,
-                                 eos_threshold=eos_stop, first_direction=first_direction, keep_last_point=keep_last_point, batch_size=batch_size, stop_rules=stop_rules)
-        print(f"{len(lines)} streamlines in {out_tractogram}; dropped: {lines.info['dropped'] or 'none'}; stopped by {lines.info['reasons']}")
+        lines = track_from_model(
+            experiment_path, subj_id, out_tractogram, seeding_mask_group, input_group, hdf5_file, npv, nt,
+            seeds, save_seeds, use_latest_epoch, device, overwrite, rng_seed,
+            tracking_mask_group=tracking_mask_group, algo=algo, step_mm=step_size, theta_deg=theta,
+            min_length_mm=min_length, max_length_mm=max_length, eos_threshold=eos_stop,
+            first_direction=first_direction, keep_last_point=keep_last_point, batch_size=batch_size,
+            stop_rules=stop_rules)
+        print(f"{len(lines)} streamlines in {out_tractogram}; dropped: {lines.info['dropped'] or 'none'}; "
+              f"stopped by {lines.info['reasons']}")
 
 # %% ../../nbs/12_cli/04_tracking.ipynb #59c06117
 @call_parse

@@ -149,7 +149,7 @@ def test_folder_alone_cannot_resume_a_class_of_a_script(dataset, tmp_path):
     make(dataset, tmp_path, max_epochs=1).train_and_validate()
     file = tmp_path / "run" / "checkpoint" / "params.json"
     file.write_text(file.read_text().replace(f"{__name__}.Bare", "somewhere.else.Gone"))
-    with pytest.raises(DataProblem, match=r"somewhere.else.Gone .*not allowed.*call DWIMLTrainer.init_from_checkpoint"): trainer_from_folder(tmp_path, "run", new_max_epochs=2)
+    with pytest.raises(DataProblem, match=r"somewhere.else.Gone .*nor allowed.*call DWIMLTrainer.init_from_checkpoint"): trainer_from_folder(tmp_path, "run", new_max_epochs=2)
 
 
 def test_disk_full_keeps_the_last_checkpoint(dataset, tmp_path, monkeypatch):

@@ -77,7 +77,7 @@ class Tracker:
         keep_last_point:bool=False, # Keep the point that left the mask
         batch_size:int=None, # Lines walking together; None: 20,000
         seed:int=1234, # For algo='prob'
-        stop_rules=(), # Further reasons to stop: names of `STOP_RULES`, classes or objects
+        stop_rules=None, # Further reasons to stop: names of `STOP_RULES`, classes or objects
     ):
         spec = spec_of(model)
         step_mm = step_mm or spec.step_size

@@ -121,17 +121,14 @@ def waiting_rows(n_threads, quick):
             loader = DWIMLBatchLoaderOneInput(dataset, model, 'input', 'bundles', split_ratio=.5, reverse_ratio=.5, inputs_in_workers=where == 'in workers')
             trainer = DWIMLTrainerOneInput(model, folder, where, DWIMLBatchIDSampler(dataset, 'bundles', k), loader, nb_cpu_processes=2, device='cpu')
             waited,sampled,whole,points = [], [], [], []
-            def timed(lines, who, sample=trainer.model_inputs, sampled=sampled):
-                start = time.perf_counter()
-                try: return sample(lines, who)
-                finally: sampled[-1] = time.perf_counter() - start
-            trainer.model_inputs = timed
             batches = trainer.batches('training', 0)
             for _ in range(steps + 2):
-                sampled.append(0.)
                 start = time.perf_counter()
                 batch = next(batches)
                 waited.append(time.perf_counter() - start)
+                loader.finish(batch)                                           # once for the clock; the step does it again
+                sampled.append(time.perf_counter() - start - waited[-1])
+                start = time.perf_counter() - waited[-1]
                 trainer.back_propagation(trainer.run_one_batch(batch)[0])
                 whole.append(time.perf_counter() - start); points.append(len(batch.lines.data))
             del batches

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import nn
 from fastcore.basics import patch
-from ..core.errors import DataProblem, did_you_mean
+from ..core.errors import DataProblem, did_you_mean, need_file, stand_in
 from ..core.files import read_json, write_json
 from ..core.folders import whole_folder, write_folder
 from ..core.registry import Registry, class_here, class_named, class_path, is_on_this_machine, trusting
@@ -199,6 +199,7 @@ def read_model_folder(
         raise DataProblem("there is no such model folder", file=name,
                           do="look for best_model/ or checkpoint/model/ in your experiment.")
     needed = [f for f in MODEL_FILES if f != 'model_class.json']
+    for f in needed: stand_in(folder/f) and need_file(folder/f, "the model cannot be read")
     missing = [f for f in needed if not (folder/f).is_file()]
     if missing:
         raise DataProblem("files are missing from the model folder", expected=", ".join(needed), file=folder,

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from ..core.errors import DataProblem
 from ..core.ragged import Ragged, as_ragged
-from ..core.space import to_vox_matrix
+from ..core.space import need_right_angles, to_vox_matrix
 from ..core.lines import compress, resample_nb_points, resample_step
 from .spec import spec_of
 from .inputs import InputsAt, groups_of_inputs, known_group, model_scale
@@ -180,6 +180,7 @@ def space_of(self:DWIMLBatchLoader,
     grid = subset.grid(subject, self.streamline_group_name)
     key = grid.affine.tobytes(), grid.dimensions
     if key not in self.spaces:
+        need_right_angles(grid, subject=subset.subjects[subject], group=self.streamline_group_name)
         to_rasmm = (np.linalg.inv(to_vox_matrix(grid, 'rasmm'))
                     @ to_vox_matrix(grid, self.spec.streamline_space))
         self.spaces[key] = torch.tensor(grid.voxel_sizes, dtype=torch.float32), to_rasmm

@@ -9,15 +9,14 @@ __all__ = ['REASONS', 'Reference', 'find_scoring', 'load_reference', 'read_mask'
 
 # %% ../../nbs/10_evaluation/00_bundles.ipynb #746c36a4
 import numpy as np
-import nibabel as nib
 import torch
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-from ..core.errors import DataProblem, did_you_mean
+from ..core.errors import DataProblem, did_you_mean, naming, need_file
 from ..core.files import read_json
 from ..core.ragged import Ragged, as_ragged
-from ..core.space import Grid, convert, grid_of, inside, same_grid, to_vox_matrix
+from ..core.space import Grid, convert, grid_of, inside, open_image, same_grid, to_vox_matrix
 from ..core.lines import lengths_of, resample_step
 from ..core.tractograms import Tractogram
 
@@ -80,11 +79,10 @@ def read_mask(
     grid:Grid=None, # The grid that it must have
 ) -> tuple: # (X*Y*Z,) bool, and its grid
     "A mask's voxels above 0."
-    if not Path(path).is_file(): raise DataProblem("no such mask", file=path)
-    try: img = nib.load(path); mask = np.asarray(img.dataobj).reshape(-1) > 0
-    except Exception as e:
-        raise DataProblem("the mask cannot be read", expected="a whole NIfTI file", found=e, file=path,
-                          do="copy it again from its source.") from e
+    with naming("the mask cannot be read", "a whole NIfTI file", "copy it again from its source.", file=path):
+        img = open_image(need_file(path, "no such mask"))
+        if np.prod(img.shape[3:]) != 1: raise DataProblem("a mask has one value a voxel", "3D", img.shape)
+        mask = np.asarray(img.dataobj).reshape(-1) > 0
     if grid is not None and not same_grid(grid, grid_of(img)):
         raise DataProblem("the masks of a reference lie on different grids",
                           expected=grid, found=grid_of(img), file=path)

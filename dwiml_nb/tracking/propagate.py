@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from fastcore.basics import patch
 from ..core.ragged import Ragged
-from ..core.space import Grid, inside
+from ..core.space import Grid, inside, need_right_angles
 from ..core.lines import unit
 from ..core.volume import sample_nearest
 from ..batch.inputs import InputsAt, model_scale
@@ -56,6 +56,7 @@ class Walk:
 
     def __post_init__(self):
         self.spec,self.device = self.inputs_at.spec, self.inputs_at.device
+        need_right_angles(self.grid)
         self.sizes = torch.tensor(self.grid.voxel_sizes, dtype=torch.float32, device=self.device)
         self.scale = model_scale(self.grid, self.spec.streamline_space)
         self.cos_max = float(np.cos(np.deg2rad(self.theta_deg)))

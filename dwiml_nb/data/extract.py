@@ -17,6 +17,7 @@ from .dataset import groups_of
 from .streamlines import SFTData
 from .volumes import MRIData
 from ..study.lists import SUBSETS
+from ..study.volumes_in import whole_labels
 from ..study.schema import StudyFile, attr_words
 
 # %% ../../nbs/02_data/05_extract.ipynb #3321b5f1
@@ -81,7 +82,7 @@ def extract_lines(
                           found=Path(path).name, file=lines.file.path, subject=subject, group=group)
     with atomic_file(path) as tmp:
         if what == "connectivity matrix": save_array(tmp, value)
-        else: nib.save(nib.Nifti1Image(value.astype(np.int32), lines.grid.affine), tmp)
+        else: nib.save(nib.Nifti1Image(whole_labels(value, lines.file.path), lines.grid.affine), tmp)
 
 # %% ../../nbs/02_data/05_extract.ipynb #dd15258a
 def extract_data(

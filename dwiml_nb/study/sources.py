@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import nibabel as nib
 import numpy as np
-from ..core.errors import DataProblem, did_you_mean, naming
-from ..core.space import Grid, grid_of, same_grid
+from ..core.errors import DataProblem, did_you_mean, naming, need_file
+from ..core.space import Grid, grid_of, need_right_angles, open_image, same_grid
 from ..core.tractograms import TRACTOGRAM_FORMATS, matching_grid, tractogram_format
 from .entities import bids_name, find_entities
 from .config import VolumeSpec, raise_problems, read_config
@@ -23,6 +23,21 @@ from .lists import SUBSETS, read_subject_lists
 from .standardize import standardization
 
 # %% ../../nbs/01_study/07_sources.ipynb #c0c416fc
+def matching(
+    folder, # A subject's folder
+    pattern:str, # A path below it, perhaps with `*`
+) -> tuple: # list of Paths, list of `DataProblem`
+    "The paths that a pattern names."
+    if '*' not in pattern: return [Path(folder)/pattern], []
+    hits = sorted(Path(p) for p in glob.glob(str(Path(glob.escape(str(folder)))/pattern)))
+    if hits: return hits, []
+    nearby = next(p for p in (Path(folder)/pattern).parents if p.is_dir())
+    there = ', '.join(sorted(p.name for p in nearby.iterdir())[:8]) or 'nothing'
+    return [], [DataProblem(f"nothing matches '{pattern}'", expected="at least one file",
+                            found=f"in {nearby.name}: {there}", do="check the pattern in the config.",
+                            file=Path(folder)/pattern)]
+
+# %% ../../nbs/01_study/07_sources.ipynb #33ce0bae
 def find_files(
     folder, # A subject's folder
     patterns, # Paths below it, perhaps with `*`; a dict is a query of entities
@@ -30,27 +45,20 @@ def find_files(
     "The files that patterns name, wildcards in sorted order."
     found,bad = [], []
     for pattern in patterns:
-        if isinstance(pattern, dict):
-            hits,problems = find_entities(folder, pattern)
-            bad += problems; found += [p for p in hits if p not in found]
-            continue
-        hits = (sorted(Path(p) for p in glob.glob(str(Path(glob.escape(str(folder)))/pattern)))
-                if '*' in pattern else [Path(folder)/pattern])
-        if not hits:
-            nearby = next(p for p in (Path(folder)/pattern).parents if p.is_dir())
-            there = ', '.join(sorted(p.name for p in nearby.iterdir())[:8]) or 'nothing'
-            bad.append(DataProblem(f"nothing matches '{pattern}'", expected="at least one file",
-                                   found=f"in {nearby.name}: {there}",
-                                   do="check the pattern in the config.", file=Path(folder)/pattern))
-        bad += [DataProblem("no such file", file=p, do="check the path in the config.")
-                for p in hits if not p.is_file()]
-        bad += [DataProblem("a file is listed twice in one group", file=p) for p in hits if p in found]
-        found += [p for p in hits if p.is_file() and p not in found]
+        hits,problems = (find_entities if isinstance(pattern, dict) else matching)(folder, pattern)
+        bad += problems
+        for p in hits:
+            try: need_file(p, "no such file", "check the path in the config.")
+            except DataProblem as e: bad.append(e); continue
+            if p not in found: found.append(p)
+            elif not isinstance(pattern, dict):
+                bad.append(DataProblem("a file is listed twice in one group", file=p))
     return found, bad
 
 # %% ../../nbs/01_study/07_sources.ipynb #0b45c2ba
 def image_header(
     path, # .nii or .nii.gz
+    said:list=None, # Gets remarks on its place
 ) -> tuple: # `Grid`, number of features
     "The grid and number of features of an image, from its header."
     if not str(path).endswith(('.nii', '.nii.gz')):
@@ -58,7 +66,7 @@ def image_header(
                           file=path)
     with naming("the image cannot be read", "a whole NIfTI file", "copy it again from its source.",
                 file=path):
-        image = nib.load(path)
+        image = open_image(path, [] if said is None else said)
         shape,dtype,size = image.shape, image.get_data_dtype(), Path(path).stat().st_size
         if dtype.kind not in 'iuf':
             raise DataProblem("the image holds no plain numbers", expected="integers or floats", found=dtype,
@@ -68,6 +76,7 @@ def image_header(
                               expected="3 (X, Y, Z) or 4 (X, Y, Z, features), none of length 0",
                               found=f"{len(shape)}: {shape}")
         grid,claimed = grid_of(image), dtype.itemsize*math.prod(shape)
+        need_right_angles(grid)
         # gzip makes zeros a thousand times smaller, not more
         if claimed > size*(1100 if str(path).endswith('.gz') else 1):
             raise DataProblem("the image claims more voxels than its file can hold",
@@ -84,12 +93,9 @@ def tractogram_header(
     except DataProblem as e:
         raise DataProblem("this is not a tractogram", expected=' or '.join(TRACTOGRAM_FORMATS),
                           found=Path(path).name, do=e.do, file=path) from e
-    try: return format.header(path)
-    except DataProblem as e: raise DataProblem(e.problem, e.expected, e.found, e.do, file=path) from e
-    except Exception as e:
-        raise DataProblem("the tractogram cannot be read", expected=f"a whole {format.suffix} file",
-                          found=f"{type(e).__name__}: {e}", file=path,
-                          do="copy it again from its source.") from e
+    with naming("the tractogram cannot be read", f"a whole {format.suffix} file",
+                "copy it again from its source.", file=path):
+        return format.header(path)
 
 # %% ../../nbs/01_study/07_sources.ipynb #2bd5f36a
 @dataclass
@@ -107,6 +113,7 @@ class SubjectSources:
     dps:dict = field(default_factory=dict) # streamlines group -> {name: columns}
     file_labels:dict = field(default_factory=dict) # streamlines group -> {Path: {entity: number of its word}}
     incomplete:set = field(default_factory=set) # Groups with a file that is missing and should not be
+    remarks:list = field(default_factory=list) # What is odd about the files, in sentences
 
 # %% ../../nbs/01_study/07_sources.ipynb #ac370306
 def placed(
@@ -176,7 +183,9 @@ def check_on_grid(
     bad:list, # Collects problems
 ) -> int: # number of features, None when unreadable
     "Whether an image lies on its subject's grid."
-    header = attempt(bad, image_header, path, subject=src.subject, group=group)
+    said = []
+    header = attempt(bad, image_header, path, said, subject=src.subject, group=group)
+    src.remarks += [f"subject {src.subject}, group {group}, {Path(path).name}: {remark}." for remark in said]
     if header is None: return None
     if src.grid is None: src.grid = header[0]
     if not same_grid(header[0], src.grid):
@@ -235,6 +244,22 @@ def check_volume(
     return bad, [said] if assumed else []
 
 # %% ../../nbs/01_study/07_sources.ipynb #2f85001c
+def own_grid(
+    path, # A tractogram
+    grid:Grid, # Of its header, or None
+) -> Grid:
+    "The grid that a tractogram brings along, if lines can be stored on it."
+    here = dict(expected="a volume group in the config", file=path)
+    if grid is None:
+        raise DataProblem(f"a {tractogram_format(path).suffix} does not say which image it belongs to",
+                          found="streamlines only", **here)
+    if grid.dimensions == (1, 1, 1) or min(grid.dimensions) < 1:
+        raise DataProblem("the header does not say how many voxels its image has", found=grid.dimensions,
+                          **here)
+    need_right_angles(grid, file=path)
+    return grid
+
+# %% ../../nbs/01_study/07_sources.ipynb #ef39ccfc
 def check_tractograms(
     src:SubjectSources, # Receives the data per streamline, and a grid if there was no image
     spec, # `StreamlinesSpec`
@@ -246,11 +271,9 @@ def check_tractograms(
         header = attempt(bad, tractogram_header, p, subject=src.subject, group=g)
         if header is None: continue
         grid,dps = header
-        if src.grid is None and grid is None:
-            bad.append(DataProblem(f"a {tractogram_format(p).suffix} does not say which image it belongs to",
-                                   expected="a volume group in the config", found="streamlines only", **here))
-        elif src.grid is None: src.grid = grid
-        else: attempt(bad, matching_grid, grid, src.grid, p, subject=src.subject, group=g)
+        if src.grid is not None: attempt(bad, matching_grid, grid, src.grid, p, subject=src.subject, group=g)
+        elif not any(src.files[v] for v in src.masks):           # else the problems of its images are told
+            src.grid = attempt(bad, own_grid, p, grid, subject=src.subject, group=g)
         for k in spec.dps_keys:
             if k not in dps:
                 if tractogram_format(p).is_empty(p): continue
@@ -288,11 +311,11 @@ def check_connectivity(
         bad.append(DataProblem("a label image has one label a voxel", expected="3D", found="4D", file=labels,
                                **here))
     if path is None: return bad
-    try: shape = np.load(path, mmap_mode='r').shape
-    except Exception as e:
-        return (bad
-                + [DataProblem("the connectivity matrix cannot be read", expected="a .npy file", found=e,
-                               file=path, **here)])
+    def matrix_shape():
+        with naming("the connectivity matrix cannot be read", "a .npy file", file=path):
+            return np.load(path, mmap_mode='r').shape
+    shape = attempt(bad, matrix_shape, **here)
+    if shape is None: return bad
     wanted = (int(np.prod(spec.connectivity_nb_blocs)) if spec.connectivity_nb_blocs else shape[0] if shape
               else 1)
     if shape != (wanted, wanted):
@@ -316,6 +339,7 @@ def check_subject(
         else:
             b,w = check_tractograms(src, spec)
             bad += b + check_connectivity(src, spec); warn += w
+    warn += src.remarks
     if specs and src.grid is None and not bad:
         bad.append(DataProblem("no image and no tractogram of the subject is there",
                                do="take it out of its list, or bring its files.", subject=src.subject,

@@ -8,6 +8,7 @@ __all__ = ['dwiml_track_from_model', 'dwiml_score']
 # %% ../../nbs/12_cli/04_tracking.ipynb #f3050286
 import numpy as np
 from .common import Param, call_parse
+from ..core.errors import DataProblem
 from ..core.files import write_json
 from ..core.tractograms import load_tractogram
 from ..evaluation.bundles import score_tractogram
@@ -68,6 +69,10 @@ def dwiml_score(
 ):
     "Tractometer-style scores of a tractogram."
     with plain_problems():
-        scores = score_tractogram(load_tractogram(tractogram), reference)
+        lines = load_tractogram(tractogram)
+        try: scores = score_tractogram(lines, reference)
+        except DataProblem as e:
+            raise DataProblem(f"{tractogram} cannot be scored: {e.problem}", e.expected, e.found, e.do,
+                              file=e.file) from e
         print(scores)
         if out: write_json(scores.as_dict(), out)

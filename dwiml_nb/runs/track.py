@@ -53,7 +53,7 @@ def check_output(
     overwrite:bool,
 ):
     "Refuse a file that cannot be written."
-    format = tractogram_format(out_tractogram)
+    format = tractogram_format(out_tractogram, write=True)
     if save_seeds and not format.keeps_dps:
         raise DataProblem(f"a {format.suffix} file cannot keep seeds", file=out_tractogram,
                           do=f"save a {suffixes(lambda o: o.keeps_dps)}, or leave out save_seeds.")

@@ -7,7 +7,7 @@ __all__ = ['LinesReport', 'check_finite', 'tidy', 'LineOptions', 'place_points',
            'lines_of_file', 'lines_of', 'connectivity_of', 'label_remarks']
 
 # %% ../../nbs/01_study/09_lines_in.ipynb #cad00d34
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Literal
 import numpy as np
@@ -16,10 +16,10 @@ from ..core.errors import DataProblem, naming
 from ..core.lines import compress, lengths_of, resample_nb_points, resample_step
 from ..core.ragged import Ragged
 from ..core.space import convert
-from ..core.tractograms import Tractogram, load_tractogram
+from ..core.tractograms import Tractogram, read_tractogram
 from .config import StreamlinesSpec
 from .sources import SubjectSources
-from .volumes_in import load_volume
+from .volumes_in import load_labels
 
 # %% ../../nbs/01_study/09_lines_in.ipynb #88b49759
 @dataclass
@@ -150,6 +150,7 @@ class StoredLines:
     lengths_mm:np.ndarray # (S,) float64
     dps:dict # name -> (S, k) float32
     report:LinesReport
+    remarks:list = field(default_factory=list) # What is odd about the files, in words
 
 def lines_of_file(
     path, # .trk, .tck or .trx
@@ -159,7 +160,7 @@ def lines_of_file(
     labels:dict=None, # name -> number: data per streamline that all lines of the file get
 ) -> StoredLines:
     "One tractogram, tidied, its points placed, in vox."
-    tractogram = load_tractogram(path, src.grid)
+    tractogram = read_tractogram(path, src.grid)
     check_finite(tractogram.lines, path)
     with naming("the data per streamline cannot be kept", file=path):
         kept = {k: as_float32(tractogram.dps.get(k, np.zeros((0, n))), k).reshape(len(tractogram), n)
@@ -180,7 +181,8 @@ def lines_of_file(
     keep = ~out if options.remove_invalid is True else torch.ones_like(out)
     report.removed_outside,report.kept = int((~keep).sum()), int(keep.sum())
     return StoredLines(vox[keep], lengths_of(lines)[keep].numpy(),
-                       {k: v[keep.numpy()] for k,v in clean.dps.items()}, report)
+                       {k: v[keep.numpy()] for k,v in clean.dps.items()}, report,
+                       [f"{path.name}: {said}" for said in tractogram.remarks])
 
 # %% ../../nbs/01_study/09_lines_in.ipynb #47af52aa
 def lines_of(
@@ -199,7 +201,7 @@ def lines_of(
                            LinesReport())
     return StoredLines(Ragged.cat([p.lines for p in parts]), np.concatenate([p.lengths_mm for p in parts]),
                        {k: np.concatenate([p.dps[k] for p in parts]) for k in dps},
-                       sum((p.report for p in parts), LinesReport()))
+                       sum((p.report for p in parts), LinesReport()), [r for p in parts for r in p.remarks])
 
 # %% ../../nbs/01_study/09_lines_in.ipynb #5c27c5ef
 def connectivity_of(
@@ -215,11 +217,7 @@ def connectivity_of(
                           found=f"{bad} that are not", file=path)
     matrix = np.triu((m > 0) | (m.T > 0))
     if labels_path is None: return matrix, None
-    labels = load_volume(labels_path)[..., 0]
-    if len(odd := labels[labels != np.round(labels)]):
-        raise DataProblem("a label image must hold whole numbers", expected="integers",
-                          found=f"values such as {odd[0]}", file=labels_path)
-    return matrix, labels.astype(np.int32)
+    return matrix, load_labels(labels_path)
 
 # %% ../../nbs/01_study/09_lines_in.ipynb #b1dcc1e2
 def label_remarks(

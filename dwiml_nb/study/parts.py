@@ -175,7 +175,8 @@ def add_group(
     else:
         stored,(matrix,labels) = lines_of(src, spec, options), connectivity_of(src, spec)
         write_streamlines(parent, spec.name, stored, src.grid, matrix, labels, spec.connectivity_nb_blocs)
-        report.lines[spec.name],warn = stored.report, stored.report.remarks() + label_remarks(matrix, labels)
+        report.lines[spec.name] = stored.report
+        warn = stored.remarks + stored.report.remarks() + label_remarks(matrix, labels)
     report.remarks += [here + w + '.' for w in warn]
 
 def add_subject(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from IPython.display import Image
 from ..core.ragged import Ragged
-from ..core.tractograms import TRACTOGRAM_FORMATS, Tractogram, load_tractogram
+from ..core.tractograms import TRACTOGRAM_FORMATS, Tractogram, is_tractogram, load_tractogram
 from ..data.dataset import MultiSubjectDataset
 from ..batch.sampler import DWIMLBatchIDSampler
 from ..batch.loader import Batch, DWIMLBatchLoader
@@ -76,7 +76,7 @@ def viz_path(x):
     path = Path(x)
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file or folder")
     if path.suffix in ('.hdf5', '.h5'): return StudyBrowser(path)
-    if path.name.lower().endswith(tuple(TRACTOGRAM_FORMATS)): return viz_tractogram(load_tractogram(path))
+    if is_tractogram(path): return viz_tractogram(load_tractogram(path))
     if path.is_dir() and (path/'logs').is_dir(): return viz_experiment(path)
     raise ValueError(f"{path}: don't know how to show this. Expected a study (.hdf5), a tractogram "
                      f"({', '.join(TRACTOGRAM_FORMATS)}) or the folder of an experiment, with logs/ in it.")

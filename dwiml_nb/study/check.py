@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import h5py
 import numpy as np
-from ..core.errors import DataProblem
-from ..core.space import Grid, almost_same_grid, corners_apart, same_grid
+from ..core.errors import DataProblem, need_file
+from ..core.space import Grid, almost_same_grid, corners_apart, need_right_angles, same_grid
 from .config import FRAMES
 from .describe import columns, html_table
 from .line_tables import LineTable, blocks, check_places, check_points, check_stored
@@ -130,6 +130,7 @@ def check_grid(
             report.problems.append(DataProblem(f"'{sizes}' does not agree with the affine",
                                                expected=grid.voxel_sizes.tolist(), found=said.tolist(),
                                                **where))
+        with noting(report, "the affine", **where): need_right_angles(grid)
         order = attr_value(group.attrs, 'voxel_order')
         if order is not None and order != grid.voxel_order:
             report.problems.append(DataProblem("'voxel_order' does not agree with the affine",
@@ -427,7 +428,7 @@ def opened(
     if path.is_dir():
         raise DataProblem("this is a folder", expected="a study file, .hdf5", file=path,
                           do="give the path of the file.")
-    if not path.is_file(): raise DataProblem("no such file", file=path, do="check the path.")
+    need_file(path, "no such file", "check the path.")
     try: return h5py.File(path, 'r')
     except OSError: open_study(path).close(); raise
 

@@ -36,6 +36,7 @@ from .parts import (StudyOptions, make_parts, parts_folder, place_parts, remove_
                                   steady_hdf5)
 from .config import VolumeSpec, raise_problems
 from .describe import columns, html_table
+from .files import open_hdf5
 from .lists import SUBSETS
 from .schema import FORMAT_VERSION, NOT_DEFINED, group_grid, group_kind, open_study
 from .sources import Sources, check_sources
@@ -155,7 +156,7 @@ def assemble(
     with steady_hdf5(path) as (f, check):
         write_root(f, lists, config, options)
         for s,part in progress(parts.items(), 'assembling', unit='subject'):
-            with h5py.File(part, 'r') as p:
+            with open_hdf5(part) as p:
                 copy_object(p[s], f, s, check)
                 if copies: save_copies(p[s], copies)
             check()
@@ -170,6 +171,7 @@ def points_ratio(
     "How many points a tractogram gets in the study for each that it has, judged by its first lines."
     if options.step_size is None and options.nb_points is None and options.compress is None: return 1.
     lines = tractogram_format(path).first_lines(path, most)
+    lines = lines[lines.lengths > 1]
     return len(place_points(lines, options).data)/len(lines.data) if len(lines.data) else 1.
 
 # %% ../../nbs/01_study/11_create.ipynb #6840a4fa

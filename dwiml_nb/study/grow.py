@@ -24,6 +24,7 @@ from .create import (StudySummary, check_room, check_target, copy_attributes, co
                                    remove_linked, told_plainly)
 from .parts import StudyOptions, parts_folder, remove_partials, steady_hdf5
 from .config import VolumeSpec, raise_problems, read_config
+from .files import open_hdf5
 from .lists import SUBSETS
 from .schema import (attr_value, attr_words, found_in, group_grid, group_kind, open_study,
                                    study_config)
@@ -188,7 +189,7 @@ def join(
     fsync_path(folder)
     with atomic_file(path) as new:
         linked_root(new, old, base, files, lists)
-        with h5py.File(new, 'r') as f: lost = [s for s in files if f.get(s) is None]
+        with open_hdf5(new) as f: lost = [s for s in files if f.get(s) is None]
         if lost:
             raise DataProblem("the new subjects cannot be reached through their links",
                               expected=[str(files[s]) for s in lost], file=path)

@@ -12,9 +12,10 @@ import os
 from pathlib import Path
 import h5py
 import numpy as np
-from ..core.errors import DataProblem, did_you_mean, naming
+from ..core.errors import DataProblem, did_you_mean, naming, need_file
 from ..core.space import Grid, to_vox_matrix
-from .files import DataFile, HeldFiles, OwnLock, changed_file, hdf5_descriptor, stamp_of
+from .files import (DataFile, HeldFiles, OwnLock, changed_file, hdf5_descriptor, open_hdf5,
+                                  stamp_of)
 from .lists import SUBSETS
 
 # %% ../../nbs/01_study/05_schema.ipynb #410da0ea
@@ -43,14 +44,11 @@ def open_study(
 ) -> h5py.File: # open for reading
     "Open a study, or say why it is none."
     path = Path(path)
-    if not path.is_file():
-        raise DataProblem("no such study", file=path, do="check the path; a study is made by create_study.")
-    try: file = h5py.File(path, 'r')
+    need_file(path, "no such study", "check the path; a study is made by create_study.")
+    try: file = open_hdf5(path)
+    except DataProblem: raise
     except Exception as e:
         with open(path, 'rb') as f: signed = f.read(8) == b'\x89HDF\r\n\x1a\n'
-        if 'unable to lock' in str(e):
-            raise DataProblem("the study is being written by another program", found=e, file=path,
-                              do="wait for it to end.") from e
         if signed:
             raise DataProblem("the study is damaged or was cut short", expected="a whole HDF5 file", found=e,
                               file=path,

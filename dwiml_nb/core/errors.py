@@ -43,7 +43,7 @@ class DataProblem(ValueError):
         return type(self), (self.problem, self.expected, self.found, self.do,
                             self.subject, self.group, self.file)
 
-# %% ../../nbs/00_core/00_errors.ipynb #f0721c2b
+# %% ../../nbs/00_core/00_errors.ipynb #15c7d266
 STAND_INS = ( # first bytes, what the file is, how to get the file that is meant
     (rb'/annex/objects/|[./\\]*\.git[/\\]annex[/\\]objects',
      "a pointer of git-annex, whose content is not here", "datalad get, or git annex get: {}"),
@@ -66,7 +66,7 @@ def stand_in(
     found = ((what, do.format(path)) for first,what,do in STAND_INS if re.match(first, start, re.I))
     return next(found, None)
 
-# %% ../../nbs/00_core/00_errors.ipynb #a8bbb9d7
+# %% ../../nbs/00_core/00_errors.ipynb #dca9b3b7
 def need_file(
     path, # The file
     problem:str, # What to say if it is not there: "no such image"
@@ -79,6 +79,20 @@ def need_file(
         folder = "a folder" if Path(path).is_dir() else None
         raise DataProblem(problem, "a file"*bool(folder) or None, folder, do, file=path, **place)
     return Path(path)
+
+# %% ../../nbs/00_core/00_errors.ipynb #7fc56210
+def misnamed(
+    path, # A file
+) -> tuple: # (what it is, what to do), or None
+    "Whether a file is compressed and its name does not say so, or the other way round."
+    try:
+        with open(path, 'rb') as f: packed = f.read(2)
+        name = os.fspath(path)
+    except (OSError, TypeError): return None
+    if packed == b'\x1f\x8b' and not name.lower().endswith('.gz'):
+        return "compressed, and its name does not end in .gz", f"rename it to {name}.gz."
+    if name.lower().endswith('.gz') and len(packed) == 2 and packed != b'\x1f\x8b':
+        return "not compressed, and its name ends in .gz", f"if its source is whole, rename it to {name[:-3]}."
 
 # %% ../../nbs/00_core/00_errors.ipynb #257f71a9
 @contextmanager
@@ -99,7 +113,7 @@ def naming(
         raise
     except MemoryError: raise
     except Exception as e:
-        told = stand_in(file)
+        told = stand_in(file) or misnamed(file)
         if told: raise DataProblem(f"{problem}: it is {told[0]}", expected, None, told[1], subject, group,
                                    file) from e
         raise DataProblem(problem, expected, f"{type(e).__name__}: {str(e)[:300]}",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRACTOGRAM_FORMATS', 'Tractogram', 'TractogramFormat', 'as_table', 'is_tractogram', 'tractogram_format', 'suffixes',
-           'save_tractogram', 'read_tractogram', 'load_tractogram', 'matching_grid']
+           'save_tractogram', 'need_tractogram', 'read_tractogram', 'load_tractogram', 'matching_grid']
 
 # %% ../../nbs/00_core/10_tractograms.ipynb #aa506217
 import gzip
@@ -124,7 +124,7 @@ def suffixes(
     *first,last = [s for s,format in TRACTOGRAM_FORMATS.items() if which(format)]
     return f"{', '.join(first)} or {last}" if first else last
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #84ef74e6
+# %% ../../nbs/00_core/10_tractograms.ipynb #333ade1c
 def file_bytes(
     path, # A file, perhaps a .gz
 ) -> np.ndarray: # (n,) uint8: a map of the file, or what was packed
@@ -139,7 +139,7 @@ def file_bytes(
     if len(data) > most: raise ValueError(f"{size} bytes that would become more than {most}")
     return np.frombuffer(data, np.uint8)
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #ad9e5c5e
+# %% ../../nbs/00_core/10_tractograms.ipynb #3b56e251
 def trk_header(
     data, # (n,) uint8 of a .trk
 ) -> dict: # nibabel's fields by name
@@ -163,7 +163,7 @@ def trk_header(
     check_trk_order(h)
     return h
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #f7159b24
+# %% ../../nbs/00_core/10_tractograms.ipynb #fcdd870b
 def check_trk_order(
     h:dict, # From `trk_header`; an empty voxel order is filled in
 ):
@@ -184,7 +184,7 @@ def check_trk_order(
                           f"{own}, as the affine says, or dimensions", f"{said} and {dimensions}",
                           "write the file again with its image.")
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #fb0f303c
+# %% ../../nbs/00_core/10_tractograms.ipynb #09e13be5
 def trk_remarks(
     data, # (n,) uint8 of a .trk
     h:dict, # From `trk_header`
@@ -223,7 +223,7 @@ def trk_places(
         raise ValueError(f"{len(starts)} streamlines, the header says {promised}: the file was cut short")
     return words, np.frombuffer(starts, np.int64), np.frombuffer(counts, np.int64)
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #a38423ba
+# %% ../../nbs/00_core/10_tractograms.ipynb #43a01a87
 def trk_columns(
     h:dict, # From `trk_header`
 ) -> dict: # name -> slice of the numbers that follow each line
@@ -237,7 +237,7 @@ def trk_columns(
         found[name],at = slice(at, at + width), at + width
     return found | ({'properties': slice(at, n)} if at < n else {})
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #c7ef3d0b
+# %% ../../nbs/00_core/10_tractograms.ipynb #7ebdcc7f
 class NibabelFormat(TractogramFormat):
     "What nibabel writes for us: `.trk` and `.tck`."
     reads_gz = True
@@ -253,6 +253,9 @@ class Trk(NibabelFormat):
     "TrackVis: the grid in the header, ten kinds of data per streamline."
     def check(self, tractogram:Tractogram):
         dps = tractogram.dps
+        if len(tractogram) and not len(tractogram.lines.data):
+            raise DataProblem("a .trk file needs a line with points", found=f"{len(tractogram)} lines of none",
+                              do="leave them out, or save a .trx.")
         if len(dps) > 10:
             raise DataProblem("a .trk file keeps ten kinds of data per streamline", expected="at most 10",
                               found=len(dps), do="save a .trx.")
@@ -287,7 +290,7 @@ class Trk(NibabelFormat):
         return len(counts), int(counts.sum())
     def is_empty(self, path) -> bool: return not len(self.opened(path, 1)[-1])
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #c07638f7
+# %% ../../nbs/00_core/10_tractograms.ipynb #eb916a3a
 def trk_content(
     h:dict, # From `trk_header`
     words, # The three things that `trk_places` gives
@@ -306,7 +309,7 @@ def trk_content(
     dps = {k: values[after[:, o]] for k,o in trk_columns(h).items()}
     return Ragged.from_lengths(torch.from_numpy(points), torch.from_numpy(counts.copy())), dps
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #7cc9c421
+# %% ../../nbs/00_core/10_tractograms.ipynb #5a2f7a4a
 def tck_header(
     data, # (n,) uint8 of a .tck
 ) -> dict: # key -> list of values; also '_dtype', '_at': where the points begin
@@ -331,7 +334,7 @@ def tck_header(
         raise ValueError(f"points from byte {h['_at']} of {len(data)}")
     return h
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #82cb1c4d
+# %% ../../nbs/00_core/10_tractograms.ipynb #51364522
 def tck_rows(
     data, # (n,) uint8 of a .tck
     h:dict, # From `tck_header`
@@ -389,7 +392,7 @@ class Tck(NibabelFormat):
         return n, len(rows) - n
     def is_empty(self, path) -> bool: return not len(self.rows(path))
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #52da5da8
+# %% ../../nbs/00_core/10_tractograms.ipynb #816c4785
 def lines_of_rows(
     rows, # (R, 3), a row of NaN after each line
 ) -> Ragged: # (P, 3) float32
@@ -410,20 +413,20 @@ class Trx(TractogramFormat):
                                   do="rename it, or save a .trk.",
                                   expected="data per streamline with no '.' and no '/' in their names")
     def save(self, tractogram:Tractogram, path):
-        from trx.trx_file_memmap import TrxFile, save
-        lines,grid = tractogram.lines.to(torch.float32), tractogram.grid
-        data,offsets = lines.numpy()
-        trx = TrxFile(nb_streamlines=len(lines), nb_vertices=len(data))
-        trx.header = {'VOXEL_TO_RASMM': grid.affine.astype(np.float32).tolist(),
-                      'DIMENSIONS': list(grid.dimensions),
-                      'NB_STREAMLINES': len(lines), 'NB_VERTICES': len(data)}
-        trx.streamlines = lines.to_array_sequence()
-        trx.streamlines._offsets = offsets[:-1].astype(np.uint32)
-        trx.streamlines._lengths = np.diff(offsets).astype(np.uint32)
-        trx.data_per_streamline = {k: as_table(v).astype(np.float32) for k,v in tractogram.dps.items()}
-        trx.groups = {k: np.asarray(v, np.uint32) for k,v in tractogram.groups.items()}
-        try: save(trx, str(path))
-        finally: trx.close()                                              # also removes its temporary folder
+        data,offsets = tractogram.lines.to(torch.float32).numpy()
+        grid,n = tractogram.grid, len(tractogram)
+        header = {'DIMENSIONS': list(grid.dimensions), 'NB_STREAMLINES': n, 'NB_VERTICES': len(data),
+                  'VOXEL_TO_RASMM': grid.affine.astype(np.float32).tolist()}
+        kind = 'uint32' if len(data) < 2**32 else 'uint64'
+        arrays = {'positions.3.float32': data, f'offsets.{kind}': offsets.astype(kind)}
+        for k,v in tractogram.dps.items():
+            width = as_table(v).shape[1]
+            arrays[f"dps/{k}.{f'{width}.'*(width != 1)}float32"] = as_table(v).astype(np.float32)
+        arrays |= {f'groups/{k}.uint32': np.asarray(v, np.uint32) for k,v in tractogram.groups.items()}
+        with zipfile.ZipFile(path, 'w') as z:
+            z.writestr('header.json', json.dumps(header))
+            for name,array in arrays.items() if n else ():
+                with z.open(name, 'w', force_zip64=True) as f: f.write(np.ascontiguousarray(array).data)
     def load(self, path) -> Tractogram:
         from trx.trx_file_memmap import load
         n = int(check_trx(path)['NB_STREAMLINES'])
@@ -504,6 +507,19 @@ def save_tractogram(
     with naming("the tractogram cannot be saved", file=path): format.check(tractogram)
     with atomic_file(path) as tmp: format.save(tractogram, tmp)
 
+# %% ../../nbs/00_core/10_tractograms.ipynb #03200173
+def need_tractogram(
+    path, # The file
+    problem:str, # What to say if it is not there
+    do:str=None, # The next step for the reader
+    **place, # subject, group
+) -> Path:
+    "The path of a tractogram that is there, in one file."
+    if Path(path).is_dir():
+        raise DataProblem("this tractogram is a folder", "one file", "its arrays side by side", file=path,
+                          do=f"pack them: cd {path} && zip -0 -r ../packed.trx .", **place)
+    return need_file(path, problem, do, **place)
+
 # %% ../../nbs/00_core/10_tractograms.ipynb #ba34d436
 def read_tractogram(
     path, # .trk, .tck, .trx, or a suffix of `TRACTOGRAM_FORMATS`; .trk.gz and .tck.gz too
@@ -511,7 +527,7 @@ def read_tractogram(
 ) -> Tractogram: # with remarks on what is odd about the file
     "Streamlines in RAS mm, float32, with data per streamline."
     format = tractogram_format(path)
-    need_file(path, "no such tractogram", "check the path and the subject's folder.")
+    need_tractogram(path, "no such tractogram", "check the path and the subject's folder.")
     with naming("the tractogram cannot be read", f"a whole {format.suffix} file",
                 "copy it again from its source; it may have been cut short.", file=path):
         tractogram = format.load(path)

@@ -8,7 +8,7 @@ __all__ = ['BidsName', 'bids_name', 'answers', 'is_readable', 'left_open', 'diff
 # %% ../../nbs/01_study/00_entities.ipynb #3f6e8300
 from dataclasses import dataclass, field
 from pathlib import Path
-from ..core.errors import DataProblem, stand_in
+from ..core.errors import DataProblem
 from ..core.tractograms import is_tractogram
 
 # %% ../../nbs/01_study/00_entities.ipynb #d7aa6b3e
@@ -78,8 +78,7 @@ def find_entities(
     query:dict,
 ) -> tuple: # list of Paths in order, list of `DataProblem`
     "The files below a folder that answer a query."
-    there = [bids_name(p) for p in sorted(Path(folder).rglob('*'))
-             if is_readable(p) and (p.is_file() or stand_in(p))]
+    there = [bids_name(p) for p in sorted(Path(folder).rglob('*')) if is_readable(p)]
     names,said = [n for n in there if answers(n, query)], ', '.join(f'{k} {v}' for k,v in query.items())
     if not names:
         best = max(there, key=lambda n: sum(answers(n, {k: v}) for k,v in query.items()), default=None)

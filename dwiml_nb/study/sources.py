@@ -16,7 +16,8 @@ import nibabel as nib
 import numpy as np
 from ..core.errors import DataProblem, did_you_mean, naming, need_file
 from ..core.space import Grid, grid_of, need_right_angles, open_image, same_grid
-from ..core.tractograms import TRACTOGRAM_FORMATS, matching_grid, tractogram_format
+from ..core.tractograms import (TRACTOGRAM_FORMATS, is_tractogram, matching_grid, need_tractogram,
+                                        tractogram_format)
 from .entities import bids_name, find_entities
 from .config import VolumeSpec, raise_problems, read_config
 from .lists import SUBSETS, read_subject_lists
@@ -37,7 +38,7 @@ def matching(
                             found=f"in {nearby.name}: {there}", do="check the pattern in the config.",
                             file=Path(folder)/pattern)]
 
-# %% ../../nbs/01_study/07_sources.ipynb #33ce0bae
+# %% ../../nbs/01_study/07_sources.ipynb #805f9c28
 def find_files(
     folder, # A subject's folder
     patterns, # Paths below it, perhaps with `*`; a dict is a query of entities
@@ -48,7 +49,8 @@ def find_files(
         hits,problems = (find_entities if isinstance(pattern, dict) else matching)(folder, pattern)
         bad += problems
         for p in hits:
-            try: need_file(p, "no such file", "check the path in the config.")
+            need = need_tractogram if is_tractogram(p) else need_file
+            try: need(p, "no such file", "check the path in the config.")
             except DataProblem as e: bad.append(e); continue
             if p not in found: found.append(p)
             elif not isinstance(pattern, dict):
@@ -259,7 +261,7 @@ def own_grid(
     need_right_angles(grid, file=path)
     return grid
 
-# %% ../../nbs/01_study/07_sources.ipynb #ef39ccfc
+# %% ../../nbs/01_study/07_sources.ipynb #7a920058
 def check_tractograms(
     src:SubjectSources, # Receives the data per streamline, and a grid if there was no image
     spec, # `StreamlinesSpec`

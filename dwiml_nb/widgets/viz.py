@@ -11,6 +11,7 @@ from functools import singledispatch
 from pathlib import Path
 import numpy as np
 from IPython.display import Image
+from ..core.errors import need_file, stand_in
 from ..core.ragged import Ragged
 from ..core.tractograms import TRACTOGRAM_FORMATS, Tractogram, is_tractogram, load_tractogram
 from ..data.dataset import MultiSubjectDataset
@@ -74,6 +75,7 @@ def viz_experiment(
 @viz.register(Path)
 def viz_path(x):
     path = Path(x)
+    if stand_in(path): need_file(path, "there is nothing to show")
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file or folder")
     if path.suffix in ('.hdf5', '.h5'): return StudyBrowser(path)
     if is_tractogram(path): return viz_tractogram(load_tractogram(path))

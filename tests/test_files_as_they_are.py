@@ -5,6 +5,7 @@ All files are made here, byte by byte where the library would not write them so.
 import errno
 import gzip
 import itertools
+import re
 import struct
 import warnings
 from pathlib import Path
@@ -17,7 +18,8 @@ import torch
 from nibabel.streamlines.trk import header_2_dtype
 
 from dwiml_nb.cli.tracking import dwiml_score
-from dwiml_nb.core.errors import DataProblem, need_file
+from dwiml_nb.core.errors import DataProblem
+from dwiml_nb.core.files import can_be_made_again
 from dwiml_nb.core.phantom import write_phantom
 from dwiml_nb.core.space import SPACES, Grid, convert, grid_of, open_image, same_grid
 from dwiml_nb.core.tractograms import Tractogram, load_tractogram, read_tractogram, save_tractogram, tractogram_format
@@ -88,7 +90,7 @@ class Folder:
         return groups | ({"lines": {"type": "streamlines", **(lines if isinstance(lines, dict) else {"files": lines})}} if lines else {})
 
     def create(self, lines=None, config=None, **options):
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), can_be_made_again():
             warnings.simplefilter("ignore")
             return create_study(self.root / "subjects", self.root / "study.hdf5", config or self.config(lines), ["s1"], overwrite=True, **options)
 
@@ -207,7 +209,7 @@ def test_trk_that_leaves_something_open(folder):
 
 def test_valid_but_not_read(folder):
     "What the format allows and the library does not read is not called damaged."
-    for fields, says in ((dict(name="Int16LE"), "numbers of this kind are not read. Expected: Float32 or Float64"), (dict(file="points.dat 0"), "points lie in another file")):
+    for fields, says in ((dict(name="Int16LE"), "numbers of this kind are not read. Expected: Float32 or Float64"), (dict(file="points.dat 0"), "the points lie in another file")):
         tck(folder.sub / "a.tck", **fields)
         for use in (lambda: folder.create("a.tck"), lambda: load_tractogram(folder.sub / "a.tck")):
             with pytest.raises(DataProblem, match=f"a.tck: {says}") as told: use()
@@ -370,7 +372,6 @@ def test_odd_places_are_told(folder, what):
     change, says = ODD_PLACES[what]
     path = image(folder.sub / "input.nii.gz", change=change)
     for dry_run in (True, False):
-        import re
         assert any(re.search(f"subject s1, group input, input.nii.gz: {says}", w) for w in folder.create(dry_run=dry_run).warnings)
     if what != "nowhere":
         with h5py.File(folder.root / "study.hdf5") as f: assert np.allclose(f["s1/input"].attrs["affine"], AFFINE)
@@ -443,7 +444,7 @@ def test_files_that_are_there_by_name_only(folder, tmp_path, what):
         with pytest.raises(DataProblem, match=f"{path.name}: .*{says}"): use()
         path.unlink()
         if kept is not None: path.write_bytes(kept)
-    with_matrix = {"files": "a.tck", "connectivity_matrix": "m.npy"}
+    with_matrix = {"files": "a.tck", "connectivity_matrix": "m.npy", "connectivity_nb_blocs": 2}
     lacking("input.nii.gz", folder.create)
     lacking("mask.nii.gz", lambda: folder.create(config=folder.config(std_mask="mask.nii.gz", standardization="all")))
     for pattern in ("a.tck", "*.tck"): lacking("a.tck", lambda: folder.create(pattern))

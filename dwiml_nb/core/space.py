@@ -64,7 +64,7 @@ class Grid:
         sizes = ' x '.join(f'{v:g}' for v in self.voxel_sizes.round(3))
         return f"Grid({' x '.join(map(str, self.dimensions))} voxels of {sizes} mm, {self.voxel_order})"
 
-# %% ../../nbs/00_core/05_space.ipynb #dd0cb4b4
+# %% ../../nbs/00_core/05_space.ipynb #8437b8d6
 def place_remarks(
     image, # A nibabel image
 ) -> list: # of str
@@ -78,14 +78,14 @@ def place_remarks(
     if not (s and q): return said
     both = [Grid(image.affine, image.shape)]
     try: both.append(Grid(h.get_qform(), image.shape))
-    except (DataProblem, nib.spatialimages.HeaderDataError):
+    except (ValueError, nib.spatialimages.HeaderDataError):
         return said + ["its qform is damaged; the sform is used"]
     if (apart := corners_apart(*both)) < .01: return said
     orders = {g.voxel_order: 0 for g in both}
     turned = f", and its axes run {' and '.join(orders)}"*(len(orders) > 1)
     return said + [f"sform and qform lie up to {apart:.3g} mm apart{turned}; the sform is used"]
 
-# %% ../../nbs/00_core/05_space.ipynb #30c8c2d6
+# %% ../../nbs/00_core/05_space.ipynb #3713a550
 def open_image(
     path, # NIfTI, or another image that nibabel reads
     said:list=None, # Gets the remarks on its place; they are warnings if there is no list
@@ -202,7 +202,7 @@ def convert(
     if src == dst: return points
     return apply_affine(points, np.linalg.inv(to_vox_matrix(grid, dst)) @ to_vox_matrix(grid, src))
 
-# %% ../../nbs/00_core/05_space.ipynb #b31840a2
+# %% ../../nbs/00_core/05_space.ipynb #0d373c23
 def from_vox_to_voxmm(
     grid:Grid,
 ) -> np.ndarray: # (4, 4), upper triangular
@@ -212,7 +212,7 @@ def from_vox_to_voxmm(
     matrix[:3, :3] = r*np.sign(np.diag(r))[:, None]
     return matrix
 
-# %% ../../nbs/00_core/05_space.ipynb #a50ade14
+# %% ../../nbs/00_core/05_space.ipynb #b699c4a3
 def need_right_angles(
     grid:Grid,
     **place, # subject, group, file: for the message

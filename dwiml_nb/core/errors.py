@@ -43,7 +43,7 @@ class DataProblem(ValueError):
         return type(self), (self.problem, self.expected, self.found, self.do,
                             self.subject, self.group, self.file)
 
-# %% ../../nbs/00_core/00_errors.ipynb #15c7d266
+# %% ../../nbs/00_core/00_errors.ipynb #edc58bb6
 STAND_INS = ( # first bytes, what the file is, how to get the file that is meant
     (rb'/annex/objects/|[./\\]*\.git[/\\]annex[/\\]objects',
      "a pointer of git-annex, whose content is not here", "datalad get, or git annex get: {}"),
@@ -66,7 +66,7 @@ def stand_in(
     found = ((what, do.format(path)) for first,what,do in STAND_INS if re.match(first, start, re.I))
     return next(found, None)
 
-# %% ../../nbs/00_core/00_errors.ipynb #dca9b3b7
+# %% ../../nbs/00_core/00_errors.ipynb #2eafcb12
 def need_file(
     path, # The file
     problem:str, # What to say if it is not there: "no such image"
@@ -80,7 +80,7 @@ def need_file(
         raise DataProblem(problem, "a file"*bool(folder) or None, folder, do, file=path, **place)
     return Path(path)
 
-# %% ../../nbs/00_core/00_errors.ipynb #7fc56210
+# %% ../../nbs/00_core/00_errors.ipynb #db312736
 def misnamed(
     path, # A file
 ) -> tuple: # (what it is, what to do), or None
@@ -92,7 +92,7 @@ def misnamed(
     if packed == b'\x1f\x8b' and not name.lower().endswith('.gz'):
         return "compressed, and its name does not end in .gz", f"rename it to {name}.gz."
     if name.lower().endswith('.gz') and len(packed) == 2 and packed != b'\x1f\x8b':
-        return "not compressed, and its name ends in .gz", f"if its source is whole, rename it to {name[:-3]}."
+        return "not compressed, and its name ends in .gz", f"if it is whole, rename it to {name[:-3]}."
 
 # %% ../../nbs/00_core/00_errors.ipynb #257f71a9
 @contextmanager

@@ -17,10 +17,8 @@ import pytest
 import torch
 from nibabel.streamlines.trk import header_2_dtype
 
-from dwiml_nb.cli.tracking import dwiml_score
 from dwiml_nb.core.errors import DataProblem
 from dwiml_nb.core.files import can_be_made_again
-from dwiml_nb.core.phantom import write_phantom
 from dwiml_nb.core.space import SPACES, Grid, convert, grid_of, open_image, same_grid
 from dwiml_nb.core.tractograms import Tractogram, load_tractogram, read_tractogram, save_tractogram, tractogram_format
 from dwiml_nb.data.dataset import MultiSubjectDataset
@@ -28,9 +26,7 @@ from dwiml_nb.data.extract import extract_data
 from dwiml_nb.batch.loader import DWIMLBatchLoader
 from dwiml_nb.batch.sampler import DWIMLBatchIDSampler
 from dwiml_nb.batch.spec import ModelSpec
-from dwiml_nb.evaluation.bundles import score_tractogram
 from dwiml_nb.models.base import load_model
-from dwiml_nb.runs.track import track_from_model
 from dwiml_nb.study.check import check_study
 from dwiml_nb.study.create import create_study
 from dwiml_nb.study.schema import open_study

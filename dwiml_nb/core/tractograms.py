@@ -124,7 +124,7 @@ def suffixes(
     *first,last = [s for s,format in TRACTOGRAM_FORMATS.items() if which(format)]
     return f"{', '.join(first)} or {last}" if first else last
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #4ddd8d43
+# %% ../../nbs/00_core/10_tractograms.ipynb #b3f388e5
 def file_bytes(
     path, # A file, perhaps a .gz
 ) -> np.ndarray: # (n,) uint8: a map of the file, or what was packed
@@ -139,7 +139,7 @@ def file_bytes(
     if len(data) > most: raise ValueError(f"{size} bytes that would become more than {most}")
     return np.frombuffer(data, np.uint8)
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #97e23106
+# %% ../../nbs/00_core/10_tractograms.ipynb #19ae2a32
 def trk_header(
     data, # (n,) uint8 of a .trk
 ) -> dict: # nibabel's fields by name
@@ -163,7 +163,7 @@ def trk_header(
     check_trk_order(h)
     return h
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #1bc5acca
+# %% ../../nbs/00_core/10_tractograms.ipynb #801822e1
 def check_trk_order(
     h:dict, # From `trk_header`; an empty voxel order is filled in
 ):
@@ -184,7 +184,7 @@ def check_trk_order(
                           f"{own}, as the affine says, or dimensions", f"{said} and {dimensions}",
                           "write the file again with its image.")
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #ea183f1a
+# %% ../../nbs/00_core/10_tractograms.ipynb #067084cd
 def trk_remarks(
     data, # (n,) uint8 of a .trk
     h:dict, # From `trk_header`
@@ -223,21 +223,21 @@ def trk_places(
         raise ValueError(f"{len(starts)} streamlines, the header says {promised}: the file was cut short")
     return words, np.frombuffer(starts, np.int64), np.frombuffer(counts, np.int64)
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #9e0f10c2
+# %% ../../nbs/00_core/10_tractograms.ipynb #621b8493
 def trk_columns(
     h:dict, # From `trk_header`
 ) -> dict: # name -> slice of the numbers that follow each line
     "The data per streamline of a `.trk`."
     n,at,found = int(h[Field.NB_PROPERTIES_PER_STREAMLINE]), 0, {}
-    for field in h['property_name'] if n else ():
-        name,width = decode_value_from_name(field)
+    for encoded in h['property_name'] if n else ():
+        name,width = decode_value_from_name(encoded)
         if not 0 <= width <= n - at: raise ValueError(f"'{name}' has {width} columns, {n - at} are left")
         if not width: continue
         while name in found: name += '_2'
         found[name],at = slice(at, at + width), at + width
     return found | ({'properties': slice(at, n)} if at < n else {})
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #ce2c94cd
+# %% ../../nbs/00_core/10_tractograms.ipynb #b3017643
 class NibabelFormat(TractogramFormat):
     "What nibabel writes for us: `.trk` and `.tck`."
     reads_gz = True
@@ -290,7 +290,7 @@ class Trk(NibabelFormat):
         return len(counts), int(counts.sum())
     def is_empty(self, path) -> bool: return not len(self.opened(path, 1)[-1])
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #dae77f69
+# %% ../../nbs/00_core/10_tractograms.ipynb #2920f3bf
 def trk_content(
     h:dict, # From `trk_header`
     words, # The three things that `trk_places` gives
@@ -309,7 +309,7 @@ def trk_content(
     dps = {k: values[after[:, o]] for k,o in trk_columns(h).items()}
     return Ragged.from_lengths(torch.from_numpy(points), torch.from_numpy(counts.copy())), dps
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #eeba9a0d
+# %% ../../nbs/00_core/10_tractograms.ipynb #3d3f3cf9
 def tck_header(
     data, # (n,) uint8 of a .tck
 ) -> dict: # key -> list of values; also '_dtype', '_at': where the points begin
@@ -334,7 +334,7 @@ def tck_header(
         raise ValueError(f"points from byte {h['_at']} of {len(data)}")
     return h
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #f339f128
+# %% ../../nbs/00_core/10_tractograms.ipynb #1b54ba2c
 def tck_rows(
     data, # (n,) uint8 of a .tck
     h:dict, # From `tck_header`
@@ -392,7 +392,7 @@ class Tck(NibabelFormat):
         return n, len(rows) - n
     def is_empty(self, path) -> bool: return not len(self.rows(path))
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #1b035d20
+# %% ../../nbs/00_core/10_tractograms.ipynb #44b85218
 def lines_of_rows(
     rows, # (R, 3), a row of NaN after each line
 ) -> Ragged: # (P, 3) float32
@@ -507,7 +507,7 @@ def save_tractogram(
     with naming("the tractogram cannot be saved", file=path): format.check(tractogram)
     with atomic_file(path) as tmp: format.save(tractogram, tmp)
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #a15fa683
+# %% ../../nbs/00_core/10_tractograms.ipynb #a6912d05
 def need_tractogram(
     path, # The file
     problem:str, # What to say if it is not there

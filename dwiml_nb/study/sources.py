@@ -12,7 +12,6 @@ import glob
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-import nibabel as nib
 import numpy as np
 from ..core.errors import DataProblem, did_you_mean, naming, need_file
 from ..core.space import Grid, grid_of, need_right_angles, open_image, same_grid
@@ -38,7 +37,7 @@ def matching(
                             found=f"in {nearby.name}: {there}", do="check the pattern in the config.",
                             file=Path(folder)/pattern)]
 
-# %% ../../nbs/01_study/07_sources.ipynb #805f9c28
+# %% ../../nbs/01_study/07_sources.ipynb #086201c9
 def find_files(
     folder, # A subject's folder
     patterns, # Paths below it, perhaps with `*`; a dict is a query of entities
@@ -261,7 +260,7 @@ def own_grid(
     need_right_angles(grid, file=path)
     return grid
 
-# %% ../../nbs/01_study/07_sources.ipynb #7a920058
+# %% ../../nbs/01_study/07_sources.ipynb #d8077566
 def check_tractograms(
     src:SubjectSources, # Receives the data per streamline, and a grid if there was no image
     spec, # `StreamlinesSpec`

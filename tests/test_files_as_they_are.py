@@ -8,6 +8,7 @@ import itertools
 import re
 import struct
 import warnings
+import zipfile
 from pathlib import Path
 
 import h5py
@@ -258,20 +259,32 @@ def test_data_stay_with_their_lines(folder):
 
 
 def test_lines_of_no_point_are_written(tmp_path):
-    for kind, lines in itertools.product(("trk", "tck", "trx"), ([LINES[0], NONE], [NONE, LINES[0]], [NONE, LINES[0], NONE])):
+    for kind, lines in itertools.product(("trk", "tck", "trx"), ([LINES[0], NONE], [NONE, LINES[0]], [NONE, LINES[0], NONE], [NONE, NONE])):
+        if kind == "trk" and not any(map(len, lines)): continue
         save_tractogram(Tractogram(lines, GRID), tmp_path / f"a.{kind}")
         assert load_tractogram(tmp_path / f"a.{kind}").lines.lengths.tolist() == [len(x) for x in lines]
     with pytest.raises(DataProblem, match="a .trk file needs a line with points"): save_tractogram(Tractogram([NONE], GRID), tmp_path / "b.trk")
 
 
 def test_trx_of_ours_is_theirs(tmp_path):
-    from trx.trx_file_memmap import load
+    from trx.trx_file_memmap import load, save
     whole = Tractogram(LINES, GRID, {"w": np.arange(3.0)[:, None], "c": np.ones((3, 3))}, {"two": [0, 2]})
     save_tractogram(whole, tmp_path / "a.trx")
     trx = load(str(tmp_path / "a.trx"))
     assert same([np.asarray(x) for x in trx.streamlines], LINES) and trx.data_per_streamline["c"].shape == (3, 3) and list(trx.groups["two"]) == [0, 2]
     assert np.allclose(trx.header["VOXEL_TO_RASMM"], AFFINE) and list(trx.header["DIMENSIONS"]) == list(SHAPE)
+    trx.data_per_streamline = {"id": np.arange(3)[:, None] + 2**40, "half": np.ones((3, 2), np.float16)}
+    save(trx, str(tmp_path / "b.trx"))
     trx.close()
+    theirs = load_tractogram(tmp_path / "b.trx")
+    assert same(theirs.lines.unbind(), LINES) and theirs.dps["id"].ravel().tolist() == [2**40, 2**40 + 1, 2**40 + 2] and theirs.dps["half"].shape == (3, 2)
+    with zipfile.ZipFile(tmp_path / "a.trx") as a, zipfile.ZipFile(tmp_path / "c.trx", "w", zipfile.ZIP_DEFLATED) as z:  # as other programs write them
+        for name in a.namelist():
+            if name.startswith("positions"): z.writestr("positions.3.float16", np.concatenate(LINES).astype("<f2").tobytes())
+            elif name.startswith("offsets"): z.writestr("offsets.uint64", np.array([0, 12, 24], "<u8").tobytes())  # without the end
+            else: z.writestr(name, a.read(name))
+        z.writestr("__MACOSX/._header.json", b"junk"); z.writestr("dpv/", b"")
+    assert np.allclose(load_tractogram(tmp_path / "c.trx").lines.data, np.concatenate(LINES), atol=.01)
 
 
 # ---- compressed, in folders

@@ -124,7 +124,7 @@ def suffixes(
     *first,last = [s for s,format in TRACTOGRAM_FORMATS.items() if which(format)]
     return f"{', '.join(first)} or {last}" if first else last
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #b3f388e5
+# %% ../../nbs/00_core/10_tractograms.ipynb #5e78e5f0
 def file_bytes(
     path, # A file, perhaps a .gz
 ) -> np.ndarray: # (n,) uint8: a map of the file, or what was packed
@@ -139,7 +139,7 @@ def file_bytes(
     if len(data) > most: raise ValueError(f"{size} bytes that would become more than {most}")
     return np.frombuffer(data, np.uint8)
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #19ae2a32
+# %% ../../nbs/00_core/10_tractograms.ipynb #2c924bef
 def trk_header(
     data, # (n,) uint8 of a .trk
 ) -> dict: # nibabel's fields by name
@@ -163,7 +163,7 @@ def trk_header(
     check_trk_order(h)
     return h
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #801822e1
+# %% ../../nbs/00_core/10_tractograms.ipynb #da929f0d
 def check_trk_order(
     h:dict, # From `trk_header`; an empty voxel order is filled in
 ):
@@ -184,7 +184,7 @@ def check_trk_order(
                           f"{own}, as the affine says, or dimensions", f"{said} and {dimensions}",
                           "write the file again with its image.")
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #067084cd
+# %% ../../nbs/00_core/10_tractograms.ipynb #e6605e6b
 def trk_remarks(
     data, # (n,) uint8 of a .trk
     h:dict, # From `trk_header`
@@ -223,7 +223,7 @@ def trk_places(
         raise ValueError(f"{len(starts)} streamlines, the header says {promised}: the file was cut short")
     return words, np.frombuffer(starts, np.int64), np.frombuffer(counts, np.int64)
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #621b8493
+# %% ../../nbs/00_core/10_tractograms.ipynb #2e79d54c
 def trk_columns(
     h:dict, # From `trk_header`
 ) -> dict: # name -> slice of the numbers that follow each line
@@ -237,7 +237,7 @@ def trk_columns(
         found[name],at = slice(at, at + width), at + width
     return found | ({'properties': slice(at, n)} if at < n else {})
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #b3017643
+# %% ../../nbs/00_core/10_tractograms.ipynb #00da51e5
 class NibabelFormat(TractogramFormat):
     "What nibabel writes for us: `.trk` and `.tck`."
     reads_gz = True
@@ -290,7 +290,7 @@ class Trk(NibabelFormat):
         return len(counts), int(counts.sum())
     def is_empty(self, path) -> bool: return not len(self.opened(path, 1)[-1])
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #2920f3bf
+# %% ../../nbs/00_core/10_tractograms.ipynb #6b39bd47
 def trk_content(
     h:dict, # From `trk_header`
     words, # The three things that `trk_places` gives
@@ -309,7 +309,7 @@ def trk_content(
     dps = {k: values[after[:, o]] for k,o in trk_columns(h).items()}
     return Ragged.from_lengths(torch.from_numpy(points), torch.from_numpy(counts.copy())), dps
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #3d3f3cf9
+# %% ../../nbs/00_core/10_tractograms.ipynb #ea5aafaf
 def tck_header(
     data, # (n,) uint8 of a .tck
 ) -> dict: # key -> list of values; also '_dtype', '_at': where the points begin
@@ -334,7 +334,7 @@ def tck_header(
         raise ValueError(f"points from byte {h['_at']} of {len(data)}")
     return h
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #1b54ba2c
+# %% ../../nbs/00_core/10_tractograms.ipynb #511fe3b7
 def tck_rows(
     data, # (n,) uint8 of a .tck
     h:dict, # From `tck_header`
@@ -392,7 +392,7 @@ class Tck(NibabelFormat):
         return n, len(rows) - n
     def is_empty(self, path) -> bool: return not len(self.rows(path))
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #44b85218
+# %% ../../nbs/00_core/10_tractograms.ipynb #a7d29b65
 def lines_of_rows(
     rows, # (R, 3), a row of NaN after each line
 ) -> Ragged: # (P, 3) float32
@@ -428,11 +428,11 @@ class Trx(TractogramFormat):
             for name,array in arrays.items() if n else ():
                 with z.open(name, 'w', force_zip64=True) as f: f.write(np.ascontiguousarray(array).data)
     def load(self, path) -> Tractogram:
-        from trx.trx_file_memmap import load
-        n = int(check_trx(path)['NB_STREAMLINES'])
-        trx = load(str(path))
-        try: return trx_content(trx, n)
-        finally: trx.close()
+        h = check_trx(path)
+        with zipfile.ZipFile(path) as z:
+            arrays = {n: trx_array(z, n) for n in z.namelist()
+                      if n.startswith(('positions.', 'offsets.', 'dps/', 'groups/')) and not n.endswith('/')}
+        return trx_content(arrays, h)
     def header(self, path) -> tuple:
         with zipfile.ZipFile(path) as z:
             h = json.loads(z.read('header.json'))
@@ -443,23 +443,40 @@ class Trx(TractogramFormat):
         with zipfile.ZipFile(path) as z: h = json.loads(z.read('header.json'))
         return int(h['NB_STREAMLINES']), int(h['NB_VERTICES'])
 
+# %% ../../nbs/00_core/10_tractograms.ipynb #69261e31
+def trx_array(
+    archive:zipfile.ZipFile,
+    name:str, # 'positions.3.float32', 'dps/weight.float64'
+) -> np.ndarray: # (n, columns)
+    "An array of a `.trx`."
+    words = name.split('/')[-1].split('.')
+    kind = np.dtype('bool' if words[-1] == 'bit' else words[-1]).newbyteorder('<')
+    if kind.kind not in 'biuf': raise ValueError(f"{name}: '{words[-1]}' is no type of plain numbers")
+    return np.frombuffer(archive.read(name), kind).reshape(-1, int(words[1]) if len(words) == 3 else 1)
+
 # %% ../../nbs/00_core/10_tractograms.ipynb #8e826f51
 def trx_content(
-    trx, # trx-python's open file
-    n:int, # Streamlines, by its header
+    arrays:dict, # name in the archive -> array
+    h:dict, # The header
 ) -> Tractogram:
     "The content of a `.trx`. Points become float32, data per streamline keep their type."
-    grid = Grid(trx.header['VOXEL_TO_RASMM'], trx.header['DIMENSIONS'])
-    starts = np.asarray(trx.streamlines._offsets).astype(np.int64)
-    points = np.asarray(trx.streamlines._data, np.float32).reshape(-1, 3)
-    offsets = np.append(starts.reshape(-1)[:n], len(points))
+    n,points = int(h['NB_STREAMLINES']), np.zeros((0, 3), np.float32)
+    offsets,dps,groups = np.zeros(1, np.int64), {}, {}
+    for name,array in arrays.items():
+        place,word = name.split('/')[0].split('.')[0], name.split('/')[-1].split('.')[0]
+        native = array.dtype.newbyteorder('=')
+        if place == 'positions': points = np.array(array, np.float32).reshape(-1, 3)
+        elif place == 'offsets': offsets = array.reshape(-1).astype(np.int64)
+        elif place == 'dps': dps[word] = array.astype(native)
+        else: groups[word] = array.reshape(-1).astype(np.int64)
+    offsets = np.append(offsets[:n], len(points))
+    if len(offsets) != n + 1: raise ValueError(f"{len(offsets) - 1} offsets for {n} streamlines")
     if (np.diff(offsets) < 0).any() or offsets[0] != 0:
         raise ValueError("the offsets do not lead from line to line")
-    dps = {k: as_table(np.array(v).reshape(n, *np.shape(v)[1:])) for k,v in trx.data_per_streamline.items()}
-    groups = {k: np.array(v, np.int64) for k,v in trx.groups.items()}
     odd = [k for k,v in groups.items() if v.size and (v.min() < 0 or v.max() >= n)]
     if odd: raise ValueError(f"group {odd[0]} has lines that are not there")
-    return Tractogram(Ragged(torch.tensor(points), offsets), grid, dps, groups)
+    return Tractogram(Ragged(torch.from_numpy(points), offsets), Grid(h['VOXEL_TO_RASMM'], h['DIMENSIONS']), dps,
+                      groups)
 
 # %% ../../nbs/00_core/10_tractograms.ipynb #02a2d039
 def check_trx(
@@ -507,7 +524,7 @@ def save_tractogram(
     with naming("the tractogram cannot be saved", file=path): format.check(tractogram)
     with atomic_file(path) as tmp: format.save(tractogram, tmp)
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #a6912d05
+# %% ../../nbs/00_core/10_tractograms.ipynb #0c90b3bd
 def need_tractogram(
     path, # The file
     problem:str, # What to say if it is not there

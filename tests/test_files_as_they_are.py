@@ -285,6 +285,8 @@ def test_trx_of_ours_is_theirs(tmp_path):
             else: z.writestr(name, a.read(name))
         z.writestr("__MACOSX/._header.json", b"junk"); z.writestr("dpv/", b"")
     assert np.allclose(load_tractogram(tmp_path / "c.trx").lines.data, np.concatenate(LINES), atol=.01)
+    with zipfile.ZipFile(tmp_path / "a.trx", "a") as z: z.writestr("dps/c.float32", np.ones(3, "<f4").tobytes())
+    with pytest.raises(DataProblem, match="dps/c is there twice"): load_tractogram(tmp_path / "a.trx")
 
 
 # ---- compressed, in folders

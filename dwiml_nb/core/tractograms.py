@@ -124,7 +124,7 @@ def suffixes(
     *first,last = [s for s,format in TRACTOGRAM_FORMATS.items() if which(format)]
     return f"{', '.join(first)} or {last}" if first else last
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #5e78e5f0
+# %% ../../nbs/00_core/10_tractograms.ipynb #672b63f8
 def file_bytes(
     path, # A file, perhaps a .gz
 ) -> np.ndarray: # (n,) uint8: a map of the file, or what was packed
@@ -139,7 +139,7 @@ def file_bytes(
     if len(data) > most: raise ValueError(f"{size} bytes that would become more than {most}")
     return np.frombuffer(data, np.uint8)
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #2c924bef
+# %% ../../nbs/00_core/10_tractograms.ipynb #8784d13f
 def trk_header(
     data, # (n,) uint8 of a .trk
 ) -> dict: # nibabel's fields by name
@@ -163,7 +163,7 @@ def trk_header(
     check_trk_order(h)
     return h
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #da929f0d
+# %% ../../nbs/00_core/10_tractograms.ipynb #c759639d
 def check_trk_order(
     h:dict, # From `trk_header`; an empty voxel order is filled in
 ):
@@ -184,7 +184,7 @@ def check_trk_order(
                           f"{own}, as the affine says, or dimensions", f"{said} and {dimensions}",
                           "write the file again with its image.")
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #e6605e6b
+# %% ../../nbs/00_core/10_tractograms.ipynb #14c5a3f8
 def trk_remarks(
     data, # (n,) uint8 of a .trk
     h:dict, # From `trk_header`
@@ -223,7 +223,7 @@ def trk_places(
         raise ValueError(f"{len(starts)} streamlines, the header says {promised}: the file was cut short")
     return words, np.frombuffer(starts, np.int64), np.frombuffer(counts, np.int64)
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #2e79d54c
+# %% ../../nbs/00_core/10_tractograms.ipynb #e4d57ad2
 def trk_columns(
     h:dict, # From `trk_header`
 ) -> dict: # name -> slice of the numbers that follow each line
@@ -237,7 +237,7 @@ def trk_columns(
         found[name],at = slice(at, at + width), at + width
     return found | ({'properties': slice(at, n)} if at < n else {})
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #00da51e5
+# %% ../../nbs/00_core/10_tractograms.ipynb #b4530ed2
 class NibabelFormat(TractogramFormat):
     "What nibabel writes for us: `.trk` and `.tck`."
     reads_gz = True
@@ -290,7 +290,7 @@ class Trk(NibabelFormat):
         return len(counts), int(counts.sum())
     def is_empty(self, path) -> bool: return not len(self.opened(path, 1)[-1])
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #6b39bd47
+# %% ../../nbs/00_core/10_tractograms.ipynb #8342d874
 def trk_content(
     h:dict, # From `trk_header`
     words, # The three things that `trk_places` gives
@@ -309,7 +309,7 @@ def trk_content(
     dps = {k: values[after[:, o]] for k,o in trk_columns(h).items()}
     return Ragged.from_lengths(torch.from_numpy(points), torch.from_numpy(counts.copy())), dps
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #ea5aafaf
+# %% ../../nbs/00_core/10_tractograms.ipynb #0dc3989f
 def tck_header(
     data, # (n,) uint8 of a .tck
 ) -> dict: # key -> list of values; also '_dtype', '_at': where the points begin
@@ -334,7 +334,7 @@ def tck_header(
         raise ValueError(f"points from byte {h['_at']} of {len(data)}")
     return h
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #511fe3b7
+# %% ../../nbs/00_core/10_tractograms.ipynb #816bed56
 def tck_rows(
     data, # (n,) uint8 of a .tck
     h:dict, # From `tck_header`
@@ -392,7 +392,7 @@ class Tck(NibabelFormat):
         return n, len(rows) - n
     def is_empty(self, path) -> bool: return not len(self.rows(path))
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #a7d29b65
+# %% ../../nbs/00_core/10_tractograms.ipynb #5227d4c5
 def lines_of_rows(
     rows, # (R, 3), a row of NaN after each line
 ) -> Ragged: # (P, 3) float32
@@ -425,8 +425,8 @@ class Trx(TractogramFormat):
         arrays |= {f'groups/{k}.uint32': np.asarray(v, np.uint32) for k,v in tractogram.groups.items()}
         with zipfile.ZipFile(path, 'w') as z:
             z.writestr('header.json', json.dumps(header))
-            for name,array in arrays.items() if n else ():
-                with z.open(name, 'w', force_zip64=True) as f: f.write(np.ascontiguousarray(array).data)
+            for name,values in arrays.items() if n else ():
+                with z.open(name, 'w', force_zip64=True) as f: f.write(np.ascontiguousarray(values).data)
     def load(self, path) -> Tractogram:
         h = check_trx(path)
         with zipfile.ZipFile(path) as z:
@@ -443,7 +443,7 @@ class Trx(TractogramFormat):
         with zipfile.ZipFile(path) as z: h = json.loads(z.read('header.json'))
         return int(h['NB_STREAMLINES']), int(h['NB_VERTICES'])
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #69261e31
+# %% ../../nbs/00_core/10_tractograms.ipynb #d4b0e1b2
 def trx_array(
     archive:zipfile.ZipFile,
     name:str, # 'positions.3.float32', 'dps/weight.float64'
@@ -462,21 +462,23 @@ def trx_content(
     "The content of a `.trx`. Points become float32, data per streamline keep their type."
     n,points = int(h['NB_STREAMLINES']), np.zeros((0, 3), np.float32)
     offsets,dps,groups = np.zeros(1, np.int64), {}, {}
-    for name,array in arrays.items():
+    stems = [name.split('.')[0] for name in arrays]
+    if twice := [name for name in stems if stems.count(name) > 1]: raise ValueError(f"{twice[0]} is there twice")
+    for name,values in arrays.items():
         place,word = name.split('/')[0].split('.')[0], name.split('/')[-1].split('.')[0]
-        native = array.dtype.newbyteorder('=')
-        if place == 'positions': points = np.array(array, np.float32).reshape(-1, 3)
-        elif place == 'offsets': offsets = array.reshape(-1).astype(np.int64)
-        elif place == 'dps': dps[word] = array.astype(native)
-        else: groups[word] = array.reshape(-1).astype(np.int64)
+        native = values.dtype.newbyteorder('=')
+        if place == 'positions': points = np.array(values, np.float32).reshape(-1, 3)
+        elif place == 'offsets': offsets = values.reshape(-1).astype(np.int64)
+        elif place == 'dps': dps[word] = values.astype(native)
+        else: groups[word] = values.reshape(-1).astype(np.int64)
     offsets = np.append(offsets[:n], len(points))
     if len(offsets) != n + 1: raise ValueError(f"{len(offsets) - 1} offsets for {n} streamlines")
     if (np.diff(offsets) < 0).any() or offsets[0] != 0:
         raise ValueError("the offsets do not lead from line to line")
     odd = [k for k,v in groups.items() if v.size and (v.min() < 0 or v.max() >= n)]
     if odd: raise ValueError(f"group {odd[0]} has lines that are not there")
-    return Tractogram(Ragged(torch.from_numpy(points), offsets), Grid(h['VOXEL_TO_RASMM'], h['DIMENSIONS']), dps,
-                      groups)
+    grid = Grid(h['VOXEL_TO_RASMM'], h['DIMENSIONS'])
+    return Tractogram(Ragged(torch.from_numpy(points), offsets), grid, dps, groups)
 
 # %% ../../nbs/00_core/10_tractograms.ipynb #02a2d039
 def check_trx(
@@ -524,7 +526,7 @@ def save_tractogram(
     with naming("the tractogram cannot be saved", file=path): format.check(tractogram)
     with atomic_file(path) as tmp: format.save(tractogram, tmp)
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #0c90b3bd
+# %% ../../nbs/00_core/10_tractograms.ipynb #ef01a98a
 def need_tractogram(
     path, # The file
     problem:str, # What to say if it is not there

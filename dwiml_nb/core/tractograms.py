@@ -15,6 +15,7 @@ import re
 import warnings
 import zipfile
 from array import array
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
@@ -124,7 +125,7 @@ def suffixes(
     *first,last = [s for s,format in TRACTOGRAM_FORMATS.items() if which(format)]
     return f"{', '.join(first)} or {last}" if first else last
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #672b63f8
+# %% ../../nbs/00_core/10_tractograms.ipynb #9fc85aac
 def file_bytes(
     path, # A file, perhaps a .gz
 ) -> np.ndarray: # (n,) uint8: a map of the file, or what was packed
@@ -139,7 +140,7 @@ def file_bytes(
     if len(data) > most: raise ValueError(f"{size} bytes that would become more than {most}")
     return np.frombuffer(data, np.uint8)
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #8784d13f
+# %% ../../nbs/00_core/10_tractograms.ipynb #a37c3c25
 def trk_header(
     data, # (n,) uint8 of a .trk
 ) -> dict: # nibabel's fields by name
@@ -163,7 +164,7 @@ def trk_header(
     check_trk_order(h)
     return h
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #c759639d
+# %% ../../nbs/00_core/10_tractograms.ipynb #f1fa1a8a
 def check_trk_order(
     h:dict, # From `trk_header`; an empty voxel order is filled in
 ):
@@ -184,7 +185,7 @@ def check_trk_order(
                           f"{own}, as the affine says, or dimensions", f"{said} and {dimensions}",
                           "write the file again with its image.")
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #14c5a3f8
+# %% ../../nbs/00_core/10_tractograms.ipynb #d25b335f
 def trk_remarks(
     data, # (n,) uint8 of a .trk
     h:dict, # From `trk_header`
@@ -223,7 +224,7 @@ def trk_places(
         raise ValueError(f"{len(starts)} streamlines, the header says {promised}: the file was cut short")
     return words, np.frombuffer(starts, np.int64), np.frombuffer(counts, np.int64)
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #e4d57ad2
+# %% ../../nbs/00_core/10_tractograms.ipynb #b0257077
 def trk_columns(
     h:dict, # From `trk_header`
 ) -> dict: # name -> slice of the numbers that follow each line
@@ -237,7 +238,7 @@ def trk_columns(
         found[name],at = slice(at, at + width), at + width
     return found | ({'properties': slice(at, n)} if at < n else {})
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #b4530ed2
+# %% ../../nbs/00_core/10_tractograms.ipynb #525600c4
 class NibabelFormat(TractogramFormat):
     "What nibabel writes for us: `.trk` and `.tck`."
     reads_gz = True
@@ -290,7 +291,7 @@ class Trk(NibabelFormat):
         return len(counts), int(counts.sum())
     def is_empty(self, path) -> bool: return not len(self.opened(path, 1)[-1])
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #8342d874
+# %% ../../nbs/00_core/10_tractograms.ipynb #01ffdae0
 def trk_content(
     h:dict, # From `trk_header`
     words, # The three things that `trk_places` gives
@@ -309,7 +310,7 @@ def trk_content(
     dps = {k: values[after[:, o]] for k,o in trk_columns(h).items()}
     return Ragged.from_lengths(torch.from_numpy(points), torch.from_numpy(counts.copy())), dps
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #0dc3989f
+# %% ../../nbs/00_core/10_tractograms.ipynb #c9259097
 def tck_header(
     data, # (n,) uint8 of a .tck
 ) -> dict: # key -> list of values; also '_dtype', '_at': where the points begin
@@ -334,7 +335,7 @@ def tck_header(
         raise ValueError(f"points from byte {h['_at']} of {len(data)}")
     return h
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #816bed56
+# %% ../../nbs/00_core/10_tractograms.ipynb #f2e0dce2
 def tck_rows(
     data, # (n,) uint8 of a .tck
     h:dict, # From `tck_header`
@@ -392,7 +393,7 @@ class Tck(NibabelFormat):
         return n, len(rows) - n
     def is_empty(self, path) -> bool: return not len(self.rows(path))
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #5227d4c5
+# %% ../../nbs/00_core/10_tractograms.ipynb #9a2d6cde
 def lines_of_rows(
     rows, # (R, 3), a row of NaN after each line
 ) -> Ragged: # (P, 3) float32
@@ -443,7 +444,7 @@ class Trx(TractogramFormat):
         with zipfile.ZipFile(path) as z: h = json.loads(z.read('header.json'))
         return int(h['NB_STREAMLINES']), int(h['NB_VERTICES'])
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #d4b0e1b2
+# %% ../../nbs/00_core/10_tractograms.ipynb #65cd2945
 def trx_array(
     archive:zipfile.ZipFile,
     name:str, # 'positions.3.float32', 'dps/weight.float64'
@@ -462,8 +463,8 @@ def trx_content(
     "The content of a `.trx`. Points become float32, data per streamline keep their type."
     n,points = int(h['NB_STREAMLINES']), np.zeros((0, 3), np.float32)
     offsets,dps,groups = np.zeros(1, np.int64), {}, {}
-    stems = [name.split('.')[0] for name in arrays]
-    if twice := [name for name in stems if stems.count(name) > 1]: raise ValueError(f"{twice[0]} is there twice")
+    stem,count = Counter(name.split('.')[0] for name in arrays).most_common(1)[0] if arrays else ('', 0)
+    if count > 1: raise ValueError(f"{stem} is there twice")
     for name,values in arrays.items():
         place,word = name.split('/')[0].split('.')[0], name.split('/')[-1].split('.')[0]
         native = values.dtype.newbyteorder('=')
@@ -526,7 +527,7 @@ def save_tractogram(
     with naming("the tractogram cannot be saved", file=path): format.check(tractogram)
     with atomic_file(path) as tmp: format.save(tractogram, tmp)
 
-# %% ../../nbs/00_core/10_tractograms.ipynb #ef01a98a
+# %% ../../nbs/00_core/10_tractograms.ipynb #d0167619
 def need_tractogram(
     path, # The file
     problem:str, # What to say if it is not there

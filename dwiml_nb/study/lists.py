@@ -7,8 +7,8 @@ __all__ = ['SUBSETS', 'read_subject_list', 'read_subject_lists']
 
 # %% ../../nbs/01_study/04_lists.ipynb #86d4249b
 import os
-from pathlib import Path
-from ..core.errors import DataProblem
+from ..core.errors import DataProblem, need_file
+from ..core.files import read_text
 
 # %% ../../nbs/01_study/04_lists.ipynb #56791529
 SUBSETS = ('training', 'validation', 'testing')
@@ -19,13 +19,8 @@ def read_subject_list(
     "The ids of a list."
     if subjects is None: return []
     if not isinstance(subjects, (str, os.PathLike)): return [str(s) for s in subjects]
-    if not Path(subjects).is_file():
-        raise DataProblem("no such subject list", file=subjects,
-                          do="give the path of a text file of ids, or a Python list of them.")
-    try: return Path(subjects).read_text(encoding='utf-8-sig').split()
-    except UnicodeDecodeError as e:
-        raise DataProblem("the subject list cannot be read", expected="a text file in UTF-8", found=e,
-                          file=subjects) from e
+    do = "give the path of a text file of ids, or a Python list of them."
+    return read_text(need_file(subjects, "no such subject list", do)).split()
 
 # %% ../../nbs/01_study/04_lists.ipynb #2e2b2e73
 def read_subject_lists(

@@ -8,6 +8,7 @@ __all__ = ['dwiml_fit_sh']
 # %% ../../nbs/12_cli/02_prepare.ipynb #72c77d28
 from .common import Param, call_parse
 from .common import plain_problems, switch
+from ..core.files import read_json
 from ..core.sh import fit_sh_files, sh_json
 
 # %% ../../nbs/12_cli/02_prepare.ipynb #d0dc508a
@@ -20,6 +21,8 @@ def dwiml_fit_sh(
     out:str, # SH volume to write, .nii.gz; a .json goes beside it
     order:int=8, # Highest degree: 6 needs 28 directions, 8 needs 45
     shell:float=None, # b-value of the shell; the highest when not given
+    shell_width:float=None, # Take the volumes this far from --shell, for schemes without shells
+    b0_max:float=50., # Volumes up to this b-value count as b0
     convention:Param("Whose axes the b-vectors use", choices=['fsl', 'image', 'world'])='fsl',
     peaks:str=None, # Also write the strongest peak of each voxel here, .nii.gz
     overwrite:Param("Replace files of those names", action=switch('-f'))=False,
@@ -27,5 +30,8 @@ def dwiml_fit_sh(
     "Fit spherical harmonics to one shell of a DWI: over b0, one scale per degree, zero outside the brain."
     with plain_problems():
         fit_sh_files(dwi, bvals, bvecs, mask, out, order=order, shell=shell, convention=convention,
-                     peaks=peaks, overwrite=overwrite)
-        print(f"Wrote {out}, described in {sh_json(out).name}")
+                     peaks=peaks, overwrite=overwrite, width=shell_width, b0_max=b0_max)
+        took = read_json(sh_json(out))
+        print(f"Wrote {out}, described in {sh_json(out).name}: {took['shell_volumes']} volumes with b from "
+              "{:g} to {:g}".format(*took['shell_range'])
+              + f", over the mean of {took['b0_volumes']} with b <= {b0_max:g}")

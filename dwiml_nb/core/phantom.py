@@ -26,8 +26,9 @@ from .ragged import Ragged
 from .space import Grid, convert, inside
 from .lines import lengths_of, resample_step
 from .tractograms import Tractogram, save_tractogram
-from .sh import (choose_shell, fit_attenuation, image_axes, sh_basis, sh_degrees, sh_size,
-                              strongest_peak, write_fit, write_gradients)
+from .gradients import image_axes, write_gradients
+from .sh import (fit_attenuation, sh_basis, sh_degrees, sh_size, shell_record, strongest_peak,
+                              write_fit)
 
 # %% ../../nbs/00_core/12_phantom.ipynb #ee3dcbec
 def centreline(
@@ -367,7 +368,7 @@ def write_subject(
             save_volume(data, s.grid, folder/f'{name}.nii.gz')
         write_gradients(s.bvals, s.bvecs, folder/'dwi/dwi.bval', folder/'dwi/dwi.bvec', s.grid.affine)
         raw = fit_attenuation(s.dwi, s.bvals, s.bvecs, s.brain, s.order)
-        write_fit(raw, s.brain, s.grid.affine, folder/'dwi/sh.nii.gz', choose_shell(s.bvals)[2])
+        write_fit(raw, s.brain, s.grid.affine, folder/'dwi/sh.nii.gz', **shell_record(s.bvals))
         save_volume(strongest_peak(raw, s.white), s.grid, folder/'dwi/peaks.nii.gz')
         write_truth(folder, s)
     return folder

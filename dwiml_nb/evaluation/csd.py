@@ -9,7 +9,6 @@ __all__ = ['RESPONSE', 'GATE', 'Acquisition', 'read_acquisition', 'csd_fodf', 'a
 # %% ../../nbs/10_evaluation/01_csd.ipynb #128fb444
 import warnings
 import numpy as np
-import nibabel as nib
 import torch
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,8 @@ from ..core.ragged import Ragged
 from ..core.space import Grid, convert, grid_of, inside
 from ..core.lines import lengths_of
 from ..core.tractograms import Tractogram
-from ..core.sh import check_dwi, choose_shell, read_gradients
+from ..core.gradients import clear_shell, read_gradients
+from ..core.sh import check_dwi, open_volume, values_of
 from ..core.phantom import FIBRE, S0, SimulatedSubject
 
 # %% ../../nbs/10_evaluation/01_csd.ipynb #6f21bcac
@@ -45,9 +45,10 @@ def read_acquisition(
             raise DataProblem("the subject folder lacks a file that CSD needs",
                               expected="dwi/dwi.nii.gz with .bval and .bvec, masks/wm.nii.gz",
                               file=folder/file)
-    img = nib.load(folder/'dwi/dwi.nii.gz')
-    mask = np.asarray(nib.load(folder/'masks/wm.nii.gz').dataobj) > 0
-    return Acquisition(np.asarray(img.dataobj),
+    dwi,white = folder/'dwi/dwi.nii.gz', folder/'masks/wm.nii.gz'
+    img = open_volume(dwi, 4, 'DWI')
+    mask = values_of(open_volume(white, 3, 'white matter mask'), white, 'white matter mask') > 0
+    return Acquisition(values_of(img, dwi, 'DWI'),
                        *read_gradients(folder/'dwi/dwi.bval', folder/'dwi/dwi.bvec', img.affine),
                        mask, grid_of(img))
 
@@ -66,7 +67,7 @@ def csd_fodf(
         from dipy.core.gradients import gradient_table
         from dipy.reconst.csdeconv import ConstrainedSphericalDeconvModel
     mask,bvals,bvecs = check_dwi(acquisition.dwi, acquisition.bvals, acquisition.bvecs, acquisition.mask)
-    b0,volumes,_ = choose_shell(bvals, shell)
+    b0,volumes,_ = clear_shell(bvals, shell)
     use = b0 | volumes
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')              # dipy: fewer directions than coefficients, legacy basis

@@ -25,7 +25,8 @@ def query_of(
     if not name or not all(k and equals and v for k,equals,v in pairs):
         raise DataProblem(f"'{text}' cannot be read",
                           expected="name:key=value,key=value, for instance input:model=csd,param=fod")
-    return name, {k: v.split('|') if '|' in v else v for k,_,v in pairs}
+    word = lambda w: None if w == 'null' else w
+    return name, {k: [*map(word, v.split('|'))] if '|' in v else word(v) for k,_,v in pairs}
 
 # %% ../../nbs/12_cli/05_study_tools.ipynb #5af05b59
 @call_parse
@@ -37,7 +38,10 @@ def dwiml_bids_sources(
                  action='append')=None,
     streamlines:Param("Entities of the tractograms, for instance bundles:desc=clean; "
                       "all of them when not given")=None,
-    tract:Param("What becomes of tract- in the names", choices=['label', 'groups', 'none'])='label',
+    tract:Param("What becomes of what tells the tractograms of a subject apart",
+                choices=['label', 'groups', 'none'])='label',
+    entities:Param("What tells them apart, for instance tract hemi; what the names say of their content when "
+                   "not given", nargs='*')=None,
     training:Param("Training subjects", nargs='*')=None,
     validation:Param("Validation subjects", nargs='*')=None,
     testing:Param("Testing subjects", nargs='*')=None,
@@ -48,7 +52,7 @@ def dwiml_bids_sources(
     with plain_problems():
         name,query = query_of(streamlines or 'bundles')
         sources = bids_sources(derivatives, dict(map(query_of, volume or [])), query, tract,
-                               training, validation, testing, split, participants, name)
+                               training, validation, testing, split, participants, name, entities)
         folder = sources.write(out_folder)
         files = [str(folder/n) for n in ('config.json', 'training.txt', 'validation.txt', 'testing.txt')]
         print(sources, shlex.join(['dwiml_create_hdf5_dataset', derivatives, 'study.hdf5', *files]), sep='\n')

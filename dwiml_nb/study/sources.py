@@ -286,7 +286,7 @@ def check_tractograms(
                                        found=dps[k], **here))
         numbers = src.file_labels.setdefault(g, {}).setdefault(p, {})
         for k,words in spec.file_labels.items():
-            word = bids_name(p).says(k)
+            word = bids_name(p).says(k) or 'none'
             if word in words: numbers[k] = words.index(word)
             else:
                 bad.append(DataProblem(f"the file's name has no '{k}' that the config "

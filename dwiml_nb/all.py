@@ -57,7 +57,7 @@ from .models.embeddings import EMBEDDINGS, CNNEmbedding, Embedding, NNEmbedding,
 from .models.parts import (ModelWithDirectionGetter, ModelWithNeighborhood, ModelWithOneInput,
                                    ModelWithPreviousDirections)
 from .models.rnn import RNNS, StackedRNN
-from .models.learn2track import Learn2TrackModel
+from .models.learn2track import Learn2TrackModel, dwi_ml_problems
 from .models.checks import check_direction_getter, check_model
 
 # %% ../nbs/all.ipynb #bec6a930
@@ -102,3 +102,6 @@ from .demo.recipe import recipe_model, recipe_tracker, recipe_trainer
 
 # %% ../nbs/all.ipynb #c2b94bcb
 __all__ = [name for name in globals() if not name.startswith('_')]
+
+# %% ../nbs/all.ipynb #a5e1c0d8
+from .core.dwi_ml import at_the_door as __getattr__

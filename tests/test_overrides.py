@@ -33,7 +33,8 @@ def run_one_batch(self, data):
     mean_loss, n = self.model.compute_loss(model_outputs, streamlines, average_results=True)
     return mean_loss, n
 """
-BODIES = {"loop": TRAIN_AND_VALIDATE, "batch": RUN_ONE_BATCH, "both": TRAIN_AND_VALIDATE + RUN_ONE_BATCH}
+APART = RUN_ONE_BATCH.replace("data):\n    streamlines, ids_per_subj = data", "streamlines, ids_per_subj):")  # as dwi_ml 1.0 has it
+BODIES = {"loop": TRAIN_AND_VALIDATE, "batch": RUN_ONE_BATCH, "both": TRAIN_AND_VALIDATE + RUN_ONE_BATCH, "apart": APART}
 
 
 class Lists(MainModelAbstract):

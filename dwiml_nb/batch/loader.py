@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from fastcore.basics import patch
+from ..core.dwi_ml import NamesOfDwiml
 from ..core.errors import DataProblem
 from ..core.ragged import Ragged, as_ragged
 from ..core.space import need_right_angles, to_vox_matrix
@@ -124,7 +125,7 @@ def tensors(self:Batch) -> list:
     return [t for r in rageds for t in (r.data, r.offsets)] + ([] if self.ends is None else [self.ends])
 
 # %% ../../nbs/03_batch/07_loader.ipynb #4bf8886b
-class DWIMLBatchLoader:
+class DWIMLBatchLoader(NamesOfDwiml):
     "Loads the streamlines of a batch as the model wants them."
     def __init__(self,
         dataset, # `MultiSubjectDataset`, loaded

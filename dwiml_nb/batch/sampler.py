@@ -11,6 +11,7 @@ from numbers import Real
 from typing import Literal
 import numpy as np
 from fastcore.basics import patch
+from ..core.dwi_ml import NamesOfDwiml
 from ..core.errors import DataProblem, did_you_mean
 from .layouts import (ChunkLayout, HandLayout, Hands, Pass, chunks_by_size, hands_by_size,
                                     subjects_that_fit)
@@ -58,7 +59,7 @@ def check_word(
     raise ValueError(f"{name} is {expected}, found {word!r}.{did_you_mean(str(word), known)}")
 
 # %% ../../nbs/03_batch/05_sampler.ipynb #203eaa84
-class DWIMLBatchIDSampler:
+class DWIMLBatchIDSampler(NamesOfDwiml):
     "Batches of streamline ids: each line once an epoch, order keyed by (seed, epoch, subject)."
     def __init__(self,
         dataset, # `MultiSubjectDataset`

@@ -31,7 +31,8 @@ def checked_points(
                          f"found {asked}. Keep one.")
     for k,v in asked.items():
         if v is True or not isinstance(v, Real) or not (v > 0 and math.isfinite(v)):
-            raise ValueError(f"{k} must be a number above 0, found {v!r}")
+            tolerance = ": it is the tolerance in mm, 0.01 in dwi_ml's commands"*(k == 'compress_lines')
+            raise ValueError(f"{k} must be a number above 0, found {v!r}{tolerance}")
         if k == 'nb_points' and (v != int(v) or v < 2):
             raise ValueError(f"nb_points must be a whole number of at least 2, found {v!r}")
     return {**dict.fromkeys(every), **{k: int(v) if k == 'nb_points' else v for k,v in asked.items()}}

@@ -13,6 +13,7 @@ import sys
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from fastcore.docments import docments
+from ..core.dwi_ml import about_options
 from ..core.errors import DataProblem
 from ..core.registry import trusting
 
@@ -26,12 +27,18 @@ class Param:
     ):
         self.help,self.type,self.options = help,type,options
 
+# %% ../../nbs/12_cli/00_common.ipynb #a5e1c0db
+class Parser(argparse.ArgumentParser):
+    "A parser whose errors know the options of dwi_ml."
+    def error(self, message):
+        super().error(' '.join([message, about_options(self.prog, message.split())]).strip())
+
 # %% ../../nbs/12_cli/00_common.ipynb #7adee9f3
 def anno_parser(
     func, # A function, or what `call_parse` made of it
 ) -> argparse.ArgumentParser:
     "The parser of a command's options."
-    parser,told = argparse.ArgumentParser(description=func.__doc__, prog=func.__name__), docments(func)
+    parser,told = Parser(description=func.__doc__, prog=func.__name__), docments(func)
     for name,argument in inspect.signature(func).parameters.items():
         param,required = argument.annotation, argument.default is argument.empty
         if not isinstance(param, Param): param = Param(told[name], None if param is argument.empty else param)

@@ -10,6 +10,7 @@ import html
 import warnings
 from pathlib import Path
 from fastcore.basics import patch
+from ..core.dwi_ml import ByName, NamesOfDwiml
 from ..core.errors import DataProblem, did_you_mean, naming
 from ..core.files import progress
 from .subjects import MultisubjectSubset, SubjectData
@@ -71,7 +72,7 @@ def check_agreement(
                              "reorient the subjects alike and create the study again.")
 
 # %% ../../nbs/02_data/04_dataset.ipynb #304dcde8
-class MultiSubjectDataset:
+class MultiSubjectDataset(NamesOfDwiml):
     "A study opened for learning: `training`, `validation` and `testing` subsets."
     def __init__(self,
         hdf5_file, # A study made by `create_study` or by dwi_ml
@@ -102,7 +103,7 @@ class MultiSubjectDataset:
     def choose_groups(self, volume_groups, streamline_groups):
         "Use these groups, in this order."
         self.volume_groups,self.streamline_groups = list(volume_groups), list(streamline_groups)
-        self.nb_features = self.features_of(volume_groups)
+        self.nb_features = ByName(self.features_of(volume_groups))
     def features_of(self, volume_groups) -> dict: # group -> int
         "Number of features of volume groups, from the first subject."
         return {g: SubjectData(self.file, self.first_subject, [g], []).volumes[g].nb_features

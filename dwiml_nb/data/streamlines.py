@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import torch
 from fastcore.basics import patch
+from ..core.dwi_ml import NamesOfDwiml
 from ..core.errors import DataProblem
 from ..core.lines import lengths_of
 from ..core.ragged import Ragged, rows_of
@@ -50,7 +51,7 @@ def line_numbers(
     return ids.astype(np.int64) % n
 
 # %% ../../nbs/02_data/02_streamlines.ipynb #31db6e2a
-class SFTData:
+class SFTData(NamesOfDwiml):
     "A streamlines group of one subject."
     def __init__(self,
         file:StudyFile, # The study
@@ -200,6 +201,19 @@ def as_tractogram(
     "Some streamlines in world millimetres with all their data: to save, or to look at."
     lines = convert(self.get_lines(ids), self.grid, 'vox', 'rasmm')
     return Tractogram(lines, self.grid, self.get_dps(ids))
+
+# %% ../../nbs/02_data/02_streamlines.ipynb #a5e1c0d5
+@patch
+def as_sft(
+    self:SFTData,
+    ids=None, # Line numbers; None for all
+): # -> dipy's `StatefulTractogram`, in voxels, corner origin
+    "Some streamlines with all their data, as dipy has them."
+    from dipy.io.stateful_tractogram import Origin, Space, StatefulTractogram
+    g,lines = self.grid, self.get_lines(ids).to_array_sequence()
+    header = g.affine, np.array(g.dimensions), g.voxel_sizes, g.voxel_order
+    dps = self.get_dps(ids)
+    return StatefulTractogram(lines, header, Space.VOX, origin=Origin.TRACKVIS, data_per_streamline=dps)
 
 # %% ../../nbs/02_data/02_streamlines.ipynb #25c164e0
 @patch

@@ -9,6 +9,7 @@ __all__ = ['SubjectData', 'named', 'MultisubjectSubset']
 import numpy as np
 import torch
 from fastcore.basics import patch
+from ..core.dwi_ml import AskedByNumber, NamesOfDwiml
 from ..core.errors import DataProblem, did_you_mean
 from ..core.ragged import Ragged
 from ..core.space import Grid
@@ -17,7 +18,7 @@ from .volumes import MRIData, VolumeCache
 from ..study.schema import StudyFile
 
 # %% ../../nbs/02_data/03_subjects.ipynb #57c6f165
-class SubjectData:
+class SubjectData(NamesOfDwiml):
     "The chosen groups of one subject."
     def __init__(self,
         file:StudyFile, # The study
@@ -55,7 +56,7 @@ def named(
                       expected=' or '.join(groups) or 'none is loaded', found=name, subject=subject)
 
 # %% ../../nbs/02_data/03_subjects.ipynb #56611d59
-class MultisubjectSubset(torch.utils.data.Dataset):
+class MultisubjectSubset(NamesOfDwiml, torch.utils.data.Dataset):
     "The subjects of a subset, by number."
     def __init__(self,
         name:str, # 'training', 'validation' or 'testing'
@@ -176,3 +177,9 @@ def total_nb_points(self:MultisubjectSubset,
 ) -> int:
     "Points of all lines of all subjects."
     return sum(int(n.sum()) for n in self.streamline_lengths(group))
+
+# %% ../../nbs/02_data/03_subjects.ipynb #a5e1c0d2
+BY_NUMBER = {'total_nb_streamlines': None, 'total_nb_points': None, 'streamline_ids_per_subj': None,
+             'streamline_lengths': np.concatenate, 'streamline_lengths_mm': np.concatenate}
+for name,together in BY_NUMBER.items():
+    setattr(MultisubjectSubset, name, AskedByNumber(vars(MultisubjectSubset)[name], together))

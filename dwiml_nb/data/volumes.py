@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
+from ..core.dwi_ml import NamesOfDwiml
 from ..core.errors import DataProblem
 from ..core.space import Grid
 from ..study.files import OwnLock
@@ -104,7 +105,7 @@ class VolumeCache:
         return f"VolumeCache({', '.join(said) or 'empty'})"
 
 # %% ../../nbs/02_data/01_volumes.ipynb #2991bbae
-class MRIData:
+class MRIData(NamesOfDwiml):
     "A volume group of one subject."
     def __init__(self,
         file:StudyFile, # The study

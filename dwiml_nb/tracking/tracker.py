@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from fastcore.basics import patch
+from ..core.dwi_ml import NamesOfDwiml
 from ..core.errors import DataProblem
 from ..core.files import progress
 from ..core.ragged import Ragged
@@ -59,7 +60,7 @@ def peaks_group(
     return group
 
 # %% ../../nbs/06_tracking/03_tracker.ipynb #dc01a726
-class Tracker:
+class Tracker(NamesOfDwiml):
     "Tracks a subject of a study with a model."
     def __init__(self,
         model, # A trained model with a direction getter

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from fastcore.basics import patch
+from ..core.dwi_ml import NamesOfDwiml
 from ..core.files import progress
 from ..core.registry import class_path
 from ..batch.spec import spec_of
@@ -51,11 +52,20 @@ def of_a_phase(name):
         return when_due
     return wrap
 
+def of_a_batch(method):
+    "Such a method takes a batch; or, as in dwi_ml, its lines and the ids of its subjects."
+    needed = [p for p in inspect.signature(method).parameters.values()
+              if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(needed) != 3: return method
+    @functools.wraps(method)
+    def apart(self, batch): return method(self, *batch)
+    return apart
+
 WHEN = {'train_and_validate': of_the_run, 'train_one_epoch': of_a_phase('training'),
-        'validate_one_epoch': of_a_phase('validation')}
+        'validate_one_epoch': of_a_phase('validation'), 'run_one_batch': of_a_batch}
 
 # %% ../../nbs/07_training/09_trainer.ipynb #fcba1a82
-class DWIMLTrainer:
+class DWIMLTrainer(NamesOfDwiml):
     "Trains a model on streamlines alone: `model(streamlines)`."
     always_inputs = False               # False: a model that takes streamlines alone gets them alone
     def __init_subclass__(cls, **kwargs):

@@ -116,6 +116,9 @@ def test_a_model_says_the_same_of_itself(tmp_path, name):
     "parameters.json, model_class.json and model_type.txt byte for byte; the weights' names, shapes and first values."
     found, expected = texts_of(built(*model_configs()[name]), tmp_path/"model"), EXPECTED["models"][name]
     if not ALIKE: found["sha1"], expected = None, {**expected, "sha1": None}
+    if name == "vox":       # a model that dwi_ml has too: its folder no longer has arguments that dwi_ml lacks
+        was = expected["parameters.json"]
+        expected = {**expected, "parameters.json": was.replace(' "streamline_space": "vox",\n "legacy_half_voxel": true,\n', "")}
     assert found == expected
     if name == "own model, not kept": return
     again = load_model(tmp_path/"model")

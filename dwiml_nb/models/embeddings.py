@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['EMBEDDINGS', 'Embedding', 'NoEmbedding', 'NNEmbedding', 'unflatten_neighborhood', 'grid_radius', 'CNNEmbedding',
-           'embedding']
+           'names_here', 'embedding']
 
 # %% ../../nbs/05_models/01_embeddings.ipynb #4978976e
+import re
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
+from fastcore.basics import patch
 from ..core.options import key_and_options, options_of, refuse_unknown
 from ..core.registry import Registry
 from ..core.volume import neighborhood_vectors
@@ -120,6 +122,20 @@ class CNNEmbedding(Embedding):
             raise ValueError("cnn_embedding needs nb_cnn_filters and kernel_size, one number per layer")
         as_list = lambda o: [o] if isinstance(o, int) else list(o)
         return cls(spec.nb_features, radius, as_list(nb_cnn_filters), as_list(kernel_size))
+
+# %% ../../nbs/05_models/01_embeddings.ipynb #26c9215e
+def names_here(
+    weights:dict, # name -> anything
+) -> dict:
+    "The same, with the layers of CNN embeddings named as on this page."
+    here = lambda m: f"{m[1]}convs.{'0' if m[2] == 'layer' else m[2]}."
+    return {re.sub(r'(^|\.)cnn_(\d+|layer)\.', here, name): o for name,o in weights.items()}
+
+@patch
+def _load_from_state_dict(self:CNNEmbedding, state_dict, prefix, *args):   # torch calls it when it loads
+    named = names_here(state_dict)
+    state_dict.clear(); state_dict.update(named)
+    nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
 
 # %% ../../nbs/05_models/01_embeddings.ipynb #60dcd15f
 def embedding(

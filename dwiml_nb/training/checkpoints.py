@@ -17,6 +17,7 @@ from ..core.files import read_json, write_json
 from ..core.folders import whole_folder
 from ..core.options import with_defaults
 from ..core.registry import class_path
+from ..models.embeddings import names_here
 
 # %% ../../nbs/07_training/02_checkpoints.ipynb #b8918449
 def find_checkpoint(
@@ -171,5 +172,5 @@ def load_weights(
     check_same('model', kept['params'], model.params_for_checkpoint, checkpoint.folder, of=model)
     weights = load_tensors(checkpoint.folder/'model'/'model_state.pkl')
     shapes = lambda state: {k: list(v.shape) if hasattr(v, 'shape') else None for k,v in state.items()}
-    check_same('model', shapes(weights), shapes(model.state_dict()), checkpoint.folder)
+    check_same('model', *(shapes(names_here(o)) for o in (weights, model.state_dict())), checkpoint.folder)
     model.load_state_dict(weights)

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['durable', 'fsync_path', 'atomic_file', 'can_be_made_again', 'write_json', 'read_json', 'read_text',
-           'exchange_folders', 'shows_bars', 'progress']
+           'exchange_folders', 'in_notebook', 'shows_bars', 'progress']
 
 # %% ../../nbs/00_core/01_files.ipynb #575875b9
 import codecs
 import ctypes
 import errno
+import io
 import json
 import os
 import re
@@ -17,8 +18,9 @@ import sys
 import threading
 from contextlib import contextmanager
 from contextvars import ContextVar
+from html import escape
 from pathlib import Path
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .errors import DataProblem
 
 # %% ../../nbs/00_core/01_files.ipynb #525e1620
@@ -120,11 +122,31 @@ def exchange_folders(
         raise OSError(code, os.strerror(code), os.fspath(a), None, os.fspath(b))
 
 # %% ../../nbs/00_core/01_files.ipynb #ebdc6e8e
+def in_notebook() -> bool:
+    "Whether there is a kernel, with a page to show things on."
+    ipython = 'IPython' in sys.modules and sys.modules['IPython'].get_ipython()
+    return getattr(ipython, 'kernel', None) is not None
+
 def shows_bars() -> bool:
     "Would a progress bar be seen? It is in a terminal, or in the thread that runs a notebook's cells."
     if threading.current_thread() is not threading.main_thread(): return False
-    ipython = 'IPython' in sys.modules and sys.modules['IPython'].get_ipython()
-    return getattr(ipython, 'kernel', None) is not None or sys.stderr.isatty()
+    return in_notebook() or sys.stderr.isatty()
+
+# %% ../../nbs/00_core/01_files.ipynb #dc013acc
+class PageBar(tqdm):
+    "A bar as a line of text on a notebook's page."
+    shown = None
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, file=io.StringIO(), ncols=80, **kwargs)
+
+    def display(self, msg=None, pos=None):
+        "Write the line anew; with an empty message, nothing is left of it."
+        from IPython.display import display
+        line = str(self) if msg is None else msg
+        data = {'text/plain': line, 'text/html': line and f'<pre>{escape(line)}</pre>'}
+        if self.shown is None: self.shown = display(data, raw=True, display_id=True)
+        else: self.shown.update(data, raw=True)
 
 # %% ../../nbs/00_core/01_files.ipynb #75d11f36
 def progress(
@@ -135,5 +157,6 @@ def progress(
     disable:bool=None, # True: no bar; None: as `shows_bars` finds
 ): # -> an iterable over `items`
     "The items, with a bar that shows how far they are."
-    return tqdm(items, desc=desc, total=total, unit=unit,
-                disable=not shows_bars() if disable is None else disable, leave=False, mininterval=.2)
+    disable = not shows_bars() if disable is None else disable
+    bar = PageBar if in_notebook() and not disable else tqdm
+    return bar(items, desc=desc, total=total, unit=unit, disable=disable, leave=False, mininterval=.2)

@@ -236,7 +236,7 @@ def trainer_of(toy, folder, **options):
 def test_an_infinite_loss_is_not_left_out_of_the_mean(toy, tmp_path, told):
     trainer = trainer_of(toy, tmp_path)
     trainer.model.told = told
-    with pytest.raises(DataProblem, match=f"the loss is {told} at training batch 0 of epoch 0"): trainer.train_and_validate()
+    with pytest.raises(DataProblem, match=f"the loss is {told} at training batch 1 of epoch 1"): trainer.train_and_validate()
 
 
 def test_all_validation_batches(toy, tmp_path):

@@ -69,7 +69,7 @@ def test_loss_nan_names_the_batch_and_keeps_the_last_checkpoint(dataset, tmp_pat
     trainer = make(dataset, tmp_path, model)
     with pytest.raises(DataProblem) as e: trainer.train_and_validate()
     text = str(e.value)
-    assert "the loss is nan at training batch 1 of epoch 1" in text and dataset.training.subjects[0] in text and "streamlines" in text and "To do:" in text
+    assert "the loss is nan at training batch 2 of epoch 2" in text and dataset.training.subjects[0] in text and "streamlines" in text and "To do:" in text
     assert trainer.control.state == "failed"
     state = read_checkpoint(tmp_path / "run").state
     assert (state["epoch"], state["batch"]) == (1, 0)
@@ -92,7 +92,7 @@ def test_nan_in_a_volume_is_found(dataset, tmp_path):
 def test_gradient_not_finite(dataset, tmp_path):
     class Steep(Bare):
         def compute_loss(self, outputs, target_streamlines): return torch.sqrt((torch.cat(list(outputs)) * 0).sum())  # 0, with an infinite slope
-    with pytest.raises(DataProblem, match="the gradient's norm is nan at training batch 0 of epoch 0"): make(dataset, tmp_path, Steep()).train_and_validate()
+    with pytest.raises(DataProblem, match="the gradient's norm is nan at training batch 1 of epoch 1"): make(dataset, tmp_path, Steep()).train_and_validate()
 
 
 def test_experiment_exists(dataset, tmp_path):
@@ -108,7 +108,7 @@ def test_resuming_an_ended_run(dataset, tmp_path):
     impatient = make(dataset, tmp_path, name="patience", patience=1, patience_delta=1e9, max_epochs=9)
     impatient.train_and_validate()
     assert impatient.epoch == 2  # the first epoch is the best, the second is not better by a billion
-    with pytest.raises(DataProblem, match=r"1 epochs in a row were not better than epoch 0.*give new_patience \(more than 1\)"): make(dataset, tmp_path, name="patience", from_checkpoint=True)
+    with pytest.raises(DataProblem, match=r"1 epochs in a row were not better than epoch 1.*give new_patience \(more than 1\)"): make(dataset, tmp_path, name="patience", from_checkpoint=True)
     more = make(dataset, tmp_path, name="patience", from_checkpoint=True, new_patience=3)
     more.train_and_validate()
     assert more.epoch == 4
@@ -158,7 +158,7 @@ def test_disk_full_keeps_the_last_checkpoint(dataset, tmp_path, monkeypatch):
 
     def save(obj, path):
         saved.append(path)
-        if Path(path).name == "state.pt" and sum(Path(p).name == "state.pt" for p in saved) == 3:  # first, after epoch 0, after epoch 1
+        if Path(path).name == "state.pt" and sum(Path(p).name == "state.pt" for p in saved) == 3:  # first, after epoch 1, after epoch 2
             Path(path).write_bytes(b"half")
             raise OSError(28, "No space left on device", str(path))
         return real(obj, path)

@@ -13,6 +13,7 @@ from numbers import Real
 import numpy as np
 import torch
 from torch import Tensor
+from fastcore.basics import patch
 from ..core.ragged import Ragged
 from ..core.lines import cut, lead_back_targets, reverse, split, unit, wandering_noise, white_noise
 
@@ -141,6 +142,21 @@ class Draws:
         same = lambda a,b: a is b or (
             torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b)
         return isinstance(other, Draws) and all(same(a, getattr(other, k)) for k,a in vars(self).items())
+
+# %% ../../nbs/03_batch/06_augment.ipynb #b5a2527e
+@patch
+def words(self:Draws) -> list: # of str
+    "What was drawn, each option in a few words; the white noise is told by who knows its size."
+    def nb(which): return int((which != 0).sum())
+    def most(mm): return f"up to {max(mm.tolist(), default=0):.2g} mm"
+    said = []
+    if self.split is not None: said.append(f"{nb(self.split)} cut in two")
+    if self.start is not None: said.append(f"cut to at most {max(self.kept.tolist(), default=0)} points")
+    if self.turned is not None: said.append(f"{nb(self.turned)} read from their other end")
+    if self.shift_mm is not None: said.append(f"moved as a whole by {most(self.shift_mm.norm(dim=1))}")
+    if self.sigma_mm is not None:
+        said.append(f"{nb(self.sigma_mm)} pushed off track (SD {most(self.sigma_mm)}), targets lead back")
+    return said
 
 # %% ../../nbs/03_batch/06_augment.ipynb #23ad586c
 def draw(

@@ -23,7 +23,7 @@ from ..core.lines import compress, resample_nb_points, resample_step
 from .spec import spec_of
 from .inputs import InputsAt, groups_of_inputs, known_group, model_scale
 from .order import keyed_rng
-from .sampler import BatchIds, check_whole
+from .sampler import BatchIds, batch_words, check_whole
 from .augment import Augmentation, Draws, augment, displaced, draw, real_ends
 
 # %% ../../nbs/03_batch/07_loader.ipynb #da02c903
@@ -95,11 +95,20 @@ class Batch:
     def off_track(self) -> bool:
         "Whether targets lead back to the clean lines; their positions are then not anatomy."
         return self.draws.sigma_mm is not None
-    def __repr__(self):
-        p,sizes = self.place, (f"{len(self.lines)} lines, {len(self.lines.data)} points, "
-                               f"{len(self.ids_per_subj)} subjects")
-        return (f"Batch({p.subset}, epoch {p.epoch}, batch {p.index}: "
-                f"{sizes}{', off track' if self.off_track else ''})")
+    def __repr__(self): return f"Batch({batch_words(*self.place)}: {self.sentence()})"
+
+# %% ../../nbs/03_batch/07_loader.ipynb #6c7d8612
+@patch
+def sentence(self:Batch) -> str:
+    "How many lines of how many, and what was done to them."
+    chosen = sum(len(ids) for _,ids in self.history.get('ids', []))
+    more = f" from {chosen}" if self.draws.split is not None else ''
+    sizes = f"{len(self)} lines{more}, {len(self.lines.data)} points, {len(self.ids_per_subj)} subjects"
+    made_by = self.history.get('made_by', {})
+    noise = [f"white noise of {made_by[k]:g} mm on {what}"
+             for k,what in (('noise_mm_forward', "what the model sees"), ('noise_mm_loss', "the targets"))
+             if made_by.get(k)]
+    return '; '.join(filter(None, [sizes, ', '.join(self.draws.words() + noise)]))
 
 # %% ../../nbs/03_batch/07_loader.ipynb #bf1f037c
 @patch

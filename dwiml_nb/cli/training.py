@@ -57,7 +57,7 @@ def dwiml_visualize_logs(
                 nargs='+', action='append')=None,
     which:Param("Rows to draw", choices=['epochs', 'batches'])='epochs',
     nb_plots_per_fig:int=3, # Graphs beside each other
-    xlim:Param("Range of epochs or batches", float, nargs=2)=None,
+    xlim:Param("Range of epochs or batches, from 1", float, nargs=2)=None,
     fig_size:Param("Width and height, inches", float, nargs=2)=None,
     remove_outliers:bool=False, # Show values beyond 3 standard deviations as stars
     save_figures:str=None, # Prefix of the PNG files; logs/figure in the first experiment when not given

@@ -132,7 +132,9 @@ class BestEpochMonitor:
         return self.patience is not None and self.n_bad >= self.patience
 
     def __repr__(self):
-        return f"BestEpochMonitor(best {self.best_value} at epoch {self.best_epoch}, {self.n_bad} bad since)"
+        known = self.best_epoch is not None
+        best = f"{self.best_value} at epoch {self.best_epoch + 1}" if known else "none yet"
+        return f"BestEpochMonitor(best {best}, {self.n_bad} bad since)"
 
 # %% ../../nbs/07_training/00_means.ipynb #35c0f1cd
 @patch

@@ -194,7 +194,7 @@ def check_not_ended(
                           expected="epochs left to train", found="none",
                           do=f"give new_max_epochs (more than {epoch}) to train on.")
     if monitor.is_patience_reached:
-        bad,best = monitor.n_bad,monitor.best_epoch
+        bad,best = monitor.n_bad,"any" if monitor.best_epoch is None else monitor.best_epoch + 1
         raise DataProblem(f"the run has ended: {bad} epochs in a row were not better than epoch {best}",
                           expected=f"fewer than patience={monitor.patience}", found=bad, file=folder,
                           do=f"give new_patience (more than {bad}) to train on.")

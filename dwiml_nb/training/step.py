@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from ..core.errors import DataProblem
-from ..batch.sampler import keyed_rng
+from ..batch.sampler import batch_words, keyed_rng
 from ..batch.spec import checked_loss
 from .means import Logged, Row
 
@@ -67,7 +67,7 @@ def describe_batch(
     found = [f"the {what} of {subjects[s]}" for what,rows in looked_at
              for s,which in batch.ids_per_subj.items() if not torch.isfinite(rows[which].data).all()]
     found = f"; not finite: {', '.join(found)}" if found else ''
-    return f"{subset} batch {index} of epoch {epoch} ({who}){found}"
+    return f"{batch_words(subset, epoch, index)} ({who}){found}"
 
 def refuse(
     what:str, # 'loss' or "gradient's norm"

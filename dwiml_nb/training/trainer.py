@@ -122,7 +122,7 @@ class DWIMLTrainer(NamesOfDwiml):
     @property
     def experiment_folder(self) -> Path: return self.experiment.folder
     def __repr__(self):
-        place = f"epoch {self.epoch} of {self.max_epochs}, {self.control.state}"
+        place = f"{self.epoch} of {self.max_epochs} epochs done, {self.control.state}"
         return f"{type(self).__name__}({self.experiment_folder}, {place})"
 
 # %% ../../nbs/07_training/09_trainer.ipynb #7eade2ed
@@ -344,7 +344,8 @@ def do_phase(self:DWIMLTrainer,
             self.control.tell(self.control.on_epoch_end, self.end_epoch())
         if self.is_over: return
         if epoch is not None and epoch > self.epoch:
-            raise ValueError(f"epoch {epoch} was asked for, but the run is at epoch {self.epoch}")
+            raise ValueError(f"epoch {epoch + 1} was asked for (epoch={epoch}), "
+                             f"but the run is at epoch {self.epoch + 1}")
         if order.index(name) >= order.index(self.phase):
             if name != self.phase: self.phase,self.batch = name,0
             self.doing = name

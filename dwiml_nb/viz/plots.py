@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log_values', 'default_graphs', 'split_outliers', 'draw_graph', 'plot_columns', 'plot_logs', 'loss_figure',
-           'histogram', 'histogram_figure', 'histogram_picture', 'figure_png']
+           'histogram', 'spread_of', 'histogram_figure', 'histogram_picture', 'figure_png']
 
 # %% ../../nbs/09_viz/05_plots.ipynb #c39a3f01
 import re
@@ -62,8 +62,8 @@ def draw_graph(
 ):
     "Draw some logs of some experiments."
     for k,(experiment,columns) in enumerate(experiments.items()):
-        x = np.arange(len(next(iter(columns.values()), [])))
-        if 'epoch' in columns and 'batch' not in columns: x = np.array(columns['epoch'])
+        x = np.arange(len(next(iter(columns.values()), []))) + 1
+        if 'epoch' in columns and 'batch' not in columns: x = np.array(columns['epoch']) + 1
         for j,log in enumerate(logs):
             values,far = log_values(columns, log), []
             if remove_outliers: values,far = split_outliers(values)
@@ -81,7 +81,7 @@ def plot_columns(
     graphs:dict=None, # title -> names of logs; None: `default_graphs`
     xlabel:str='epoch',
     nb_plots_per_fig:int=3, # Graphs beside each other in a figure
-    xlim:tuple=None, # Range of epochs
+    xlim:tuple=None, # Range of epochs, from 1
     ylims:dict=None, # title -> range of values
     fig_size:tuple=None, # Inches
     remove_outliers:bool=False, # Show spikes as stars at the edge
@@ -109,7 +109,7 @@ def plot_logs(
     graphs:dict=None, # title -> names of logs; None: `default_graphs`
     which:str='epochs', # 'epochs' or 'batches'
     nb_plots_per_fig:int=3, # Graphs beside each other in a figure
-    xlim:tuple=None, # Range of epochs
+    xlim:tuple=None, # Range of epochs, from 1
     ylims:dict=None, # title -> range of values
     fig_size:tuple=None, # Inches
     remove_outliers:bool=False, # Show spikes as stars at the edge
@@ -130,9 +130,10 @@ def loss_figure(
     import plotly.graph_objects as go
     columns,figure = (columns or {'epoch': []},
                       go.Figure(layout=plotly_style() | dict(width=width, height=height)))
+    epochs = [epoch + 1 for epoch in columns['epoch']]
     for name,log,colour in (('training', 'train_loss', PALETTE[0]), ('validation', 'valid_loss', PALETTE[1])):
         y = log_values(columns, log) if log in columns else []
-        figure.add_scatter(x=columns['epoch'], y=y, name=name, mode='lines+markers',
+        figure.add_scatter(x=epochs, y=y, name=name, mode='lines+markers',
                            line=dict(color=colour, width=2), marker=dict(size=5))
     return figure.update_layout(xaxis_title='epoch', yaxis_title='loss',
                                 legend=dict(x=.99, xanchor='right', y=.98))
@@ -149,6 +150,19 @@ def histogram(
     edges = np.histogram_bin_edges(every if len(every) else [0., 1.], nb_bins)
     return edges,{name: np.histogram(v, edges)[0] for name,v in values.items()}
 
+# %% ../../nbs/09_viz/05_plots.ipynb #6e2f1fea
+def spread_of(
+    groups:dict, # name -> (n,) values
+    counts:dict, # name -> (bins,) counts, as of `histogram`
+) -> tuple: # (5, bins) lowest, 5 %, median, 95 % and highest count; and a sentence
+    "Many histograms as one."
+    table = np.percentile(np.stack(list(counts.values())), [0, 5, 50, 95, 100], axis=0)
+    middles = {name: np.nanmedian(v) for name,v in groups.items() if np.isfinite(np.asarray(v)).any()}
+    if not middles: return table,f"{len(counts)} groups without values"
+    low,high = min(middles, key=middles.get),max(middles, key=middles.get)
+    return table,(f"{len(counts)} groups; lowest median {low} ({middles[low]:.3g}), "
+                  f"highest {high} ({middles[high]:.3g})")
+
 # %% ../../nbs/09_viz/05_plots.ipynb #18e3c87d
 def histogram_figure(
     groups:dict, # name -> (n,) values
@@ -159,27 +173,44 @@ def histogram_figure(
     "A histogram to look at in a notebook."
     import plotly.graph_objects as go
     edges,counts = histogram(groups, nb_bins)
-    figure = go.Figure(layout=plotly_style() | dict(height=height, barmode='overlay', bargap=0))
-    for name,n in counts.items():
-        figure.add_bar(x=(edges[1:] + edges[:-1])/2, y=n, name=name, opacity=.65 if len(counts) > 1 else 1)
-    return figure.update_layout(xaxis_title=xlabel, yaxis_title='count')
+    figure,x = (go.Figure(layout=plotly_style() | dict(height=height, barmode='overlay', bargap=0)),
+                (edges[1:] + edges[:-1])/2)
+    if len(counts) <= len(PALETTE):
+        for name,n in counts.items():
+            figure.add_bar(x=x, y=n, name=name, opacity=.65 if len(counts) > 1 else 1)
+        return figure.update_layout(xaxis_title=xlabel, yaxis_title='count')
+    table,sentence = spread_of(groups, counts)
+    for name,n,fill in zip(('lowest', '5 %', 'median', '95 %', 'highest'), table, [None] + ['tonexty']*4):
+        line = dict(shape='hvh', color=PALETTE[0], width=2 if name == 'median' else .5)
+        figure.add_scatter(x=x, y=n, name=name, mode='lines', line=line, fill=fill)
+    title = dict(text=sentence, font_size=12)
+    return figure.update_layout(xaxis_title=xlabel, yaxis_title='count', title=title)
 
 # %% ../../nbs/09_viz/05_plots.ipynb #71f4ef02
 def histogram_picture(
     groups:dict, # name -> (n,) values
     xlabel:str='', # What the values are, with their unit
     nb_bins:int=40,
-    fig_size:tuple=(4, 2.4), # Inches
+    fig_size:tuple=None, # Inches
 ): # -> a matplotlib `Figure`
     "A histogram for a file or a page."
     import matplotlib
     from matplotlib.figure import Figure
     edges,counts = histogram(groups, nb_bins)
     with matplotlib.rc_context(matplotlib_style()):
-        figure = Figure(figsize=fig_size, layout='constrained')
+        few = len(counts) <= len(PALETTE)
+        figure = Figure(figsize=fig_size or ((4, 2.4) if few else (6.4, 3)), layout='constrained')
         ax = figure.subplots()
-        for name,n in counts.items(): ax.stairs(n, edges, fill=True, alpha=.6, label=name)
         ax.set(xlabel=xlabel, ylabel='count')
+        if few:
+            for name,n in counts.items(): ax.stairs(n, edges, fill=True, alpha=.6, label=name)
+        else:
+            table,sentence = spread_of(groups, counts)
+            for a,b,alpha,name in ((0, 4, .2, 'all'), (1, 3, .4, '5 to 95 %')):
+                ax.stairs(table[b], edges, baseline=table[a], fill=True, alpha=alpha, color=PALETTE[0],
+                          label=name)
+            ax.stairs(table[2], edges, color=PALETTE[0], lw=1.8, label='median')
+            ax.set_title(sentence, fontsize='small')
         if len(counts) > 1: ax.legend(fontsize='small')
     return figure
 

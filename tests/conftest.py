@@ -105,10 +105,11 @@ class Lab:
     "A running JupyterLab."
     def __init__(self, url, folder): self.url, self.folder, self.kernel = url, folder, None
 
-    def ask(self, path, /, **content):
-        "The server's answer to a POST request."
-        request = urllib.request.Request(f"{self.url}/api/{path}", json.dumps(content).encode(), {"Content-Type": "application/json"})
-        return json.load(urllib.request.urlopen(request))
+    def ask(self, path, /, method="POST", **content):
+        "The server's answer to a request."
+        data = json.dumps(content).encode() if method == "POST" else None
+        request = urllib.request.Request(f"{self.url}/api/{path}", data, {"Content-Type": "application/json"}, method=method)
+        return json.loads(urllib.request.urlopen(request).read() or "null")
 
     def open(self, browser, notebook, width=1400, height=1000, own_kernel=True):
         "A browser page with `notebook` (relative to nbs/) open and its kernel idle: its own, or the one that such notebooks share."

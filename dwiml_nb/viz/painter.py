@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'View', 'view_from', 'Frame', 'frame_of', 'paint_slices', 'dots_of', 'paint_dots', 'chosen_rows', 'paint',
-           'label', 'to_png', 'paint_views', 'paint_side_by_side']
+           'label', 'to_png', 'titled', 'paint_views', 'paint_side_by_side']
 
 # %% ../../nbs/09_viz/02_painter.ipynb #ca908453
 import io
 from dataclasses import dataclass
 import numpy as np
 from .scene import LineSet, Scene, Slices
-from .theme import INK, QUIET, rgba
+from .theme import INK, PAPER, QUIET, rgba
 
 # %% ../../nbs/09_viz/02_painter.ipynb #9a37162d
 @dataclass
@@ -178,7 +178,22 @@ def paint(
         paint_dots(pixels, nearest, fine.project(p.positions), fine.depth(p.positions),
                    colours, fine, int(round(p.size*smooth)))
     pixels = pixels.reshape(h//smooth, smooth, w//smooth, smooth, 3).mean((1, 3))
-    return label((pixels*255).round().astype(np.uint8), frame, scene.title if title is None else title)
+    some = [f"{max_lines:,} of {len(s):,} {s.name} drawn" for s in scene.lines if len(s) > max_lines]
+    title = ', '.join(filter(None, [scene.title if title is None else title, *some]))
+    return label((pixels*255).round().astype(np.uint8), frame, title)
+
+# %% ../../nbs/09_viz/02_painter.ipynb #bf5cd43a
+def wrapped(
+    text:str,
+    font, # Of PIL
+    width:int, # Pixels
+) -> list: # of rows
+    "Text as rows that fit."
+    rows = []
+    for word in text.split():
+        if rows and font.getlength(f'{rows[-1]} {word}') <= width: rows[-1] += f' {word}'
+        else: rows.append(word)
+    return rows
 
 # %% ../../nbs/09_viz/02_painter.ipynb #893e2595
 def label(
@@ -192,14 +207,16 @@ def label(
     pen,font,(w,h) = ImageDraw.Draw(picture), ImageFont.load_default(14), frame.size
     def write(at, text, anchor, fill=INK):
         pen.text(at, text, fill=fill, anchor=anchor, font=font, stroke_width=2, stroke_fill='white')
+    rows = wrapped(title, font, w - 12)
+    free = font.getlength(title) < w/2 - 20
     for side,at,anchor in (('left', (6, h/2), 'lm'), ('right', (w - 6, h/2), 'rm'),
-                           ('top', (w/2, 4 if font.getlength(title) < w/2 - 20 else 22), 'ma'),
+                           ('top', (w/2, 4 if free else 4 + 18*len(rows)), 'ma'),
                            ('bottom', (w/2, h - 4), 'md')):
         write(at, frame.view.letters[side], anchor)
     bar = next((mm for mm in (50, 20, 10, 5, 2, 1) if mm*frame.scale < .3*w), 1)
     pen.line([(8, h - 8), (8 + bar*frame.scale, h - 8)], fill=QUIET, width=2)
     write((8, h - 13), f'{bar} mm', 'lb', QUIET)
-    if title: write((6, 4), title, 'la')
+    for i,row in enumerate(rows): write((6, 4 + 18*i), row, 'la')
     return np.asarray(picture)
 
 # %% ../../nbs/09_viz/02_painter.ipynb #b64a2e90
@@ -211,6 +228,22 @@ def to_png(
     file = io.BytesIO()
     Picture.fromarray(pixels).save(file, 'png', optimize=False, compress_level=3)
     return file.getvalue()
+
+# %% ../../nbs/09_viz/02_painter.ipynb #a2e9836e
+def titled(
+    pixels:np.ndarray, # (H, W, 3) uint8
+    title:str,
+) -> np.ndarray: # (H', W, 3) uint8
+    "The picture under a strip with its title."
+    from PIL import Image as Picture, ImageDraw, ImageFont
+    w = pixels.shape[1]
+    size = max(12, round(w/45))
+    font = ImageFont.load_default(size)
+    rows = wrapped(title, font, w - size)
+    strip = Picture.new('RGB', (w, round(size*1.4*len(rows) + size*.6)*bool(rows)), PAPER)
+    pen = ImageDraw.Draw(strip)
+    for i,row in enumerate(rows): pen.text((size/2, size*(.4 + 1.4*i)), row, fill=INK, font=font)
+    return np.concatenate([np.asarray(strip), pixels])
 
 # %% ../../nbs/09_viz/02_painter.ipynb #d92c0247
 def paint_views(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pen_rows', 'pen_positions', 'LineSet', 'colours_by', 'Slices', 'PointSet', 'Scene', 'Pick', 'pick', 'batch_in_world',
-           'scene_of_batch', 'scene_of_subject']
+           'said_of', 'first_group', 'scene_of_batch', 'scene_of_subject']
 
 # %% ../../nbs/09_viz/01_scene.ipynb #000d48f0
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from ..core.errors import did_you_mean
 from ..core.ragged import Ragged, as_ragged
 from ..core.space import apply_affine, convert
 from ..core.tractograms import Tractogram
+from ..batch.sampler import batch_words
 from .theme import PALETTE, category_colours, direction_colours, rgba, value_colours
 
 # %% ../../nbs/09_viz/01_scene.ipynb #2db98bab
@@ -249,6 +250,26 @@ def batch_in_world(
     return Ragged.cat([apply_affine(lines[which], batch.history['to_rasmm'][s])
                        for s,which in batch.ids_per_subj.items()])
 
+# %% ../../nbs/09_viz/01_scene.ipynb #72e6a456
+def said_of(
+    shown:int, # Lines
+    total:int, # Lines there are
+    group:str, # Of streamlines; '': not known
+    owners:list, # Names of the lines' subjects
+    volume:str='', # What lies under them
+) -> str:
+    "What is seen, in words: how many of how many lines, whose, over whose volume."
+    whose = ', '.join(owners) if len(owners) <= 3 else f"{len(owners)} subjects"
+    lines = f"{shown:,} of {total:,} lines{group and f' of {group}'} of {whose}"
+    return f"{lines}, over {volume}" if volume else lines
+
+def first_group(
+    name, # Of a volume group; or a list or dict of such
+) -> str:
+    "One group to show of those that a model gets."
+    while not isinstance(name, str): name = next(iter(name.values() if isinstance(name, dict) else name))
+    return name
+
 # %% ../../nbs/09_viz/01_scene.ipynb #b7482b8b
 def scene_of_batch(
     batch, # `Batch`
@@ -260,15 +281,20 @@ def scene_of_batch(
     who = batch.ids_per_subj
     subject = next(iter(who)) if subject is None else subject
     owner = np.concatenate([np.full(which.stop - which.start, s) for s,which in who.items()])
-    scene,legends = Scene(f"{who.subset} batch {who.index} of epoch {who.epoch}"), {}
+    shown = np.flatnonzero(owner == subject) if only else np.arange(len(owner))
+    scene,legends,volume,group = Scene(), {}, '', getattr(batch_loader, 'streamline_group_name', '')
+    names = {s: f'subject {s}' for s in who}
     if batch_loader is not None:
         subset = batch_loader.dataset.subset(who.subset)
-        legends = {'subject': subset.subjects}
-        if group := getattr(batch_loader, 'input_group_name', None):
-            if not isinstance(group, str): group = group[0]           # of several groups, the first one
-            scene.add_slices(subset.get_volume(subject, group), subset.grid(subject, group).affine,
-                             name=f"{group} of {subset.subjects[subject]}", planes='z')
-    shown = np.flatnonzero(owner == subject) if only else np.arange(len(owner))
+        legends,names = {'subject': subset.subjects}, {s: subset.subjects[s] for s in who}
+        if group_in := getattr(batch_loader, 'input_group_name', None):
+            group_in = first_group(group_in)
+            volume = f"{group_in} of {subset.subjects[subject]}"
+            scene.add_slices(subset.get_volume(subject, group_in), subset.grid(subject, group_in).affine,
+                             name=volume, planes='z')
+    owners = [names[s] for s in ([subject] if only else who)]
+    scene.title = f"{batch_words(who.subset, who.epoch, who.index)}: "
+    scene.title += said_of(len(shown), len(owner), group, owners, volume)
     scene.add_lines(batch_in_world(batch)[shown.tolist()], 'lines',
                     labels={'subject': owner[shown]}, legends=legends)
     if batch.targets is not batch.lines:
@@ -284,15 +310,17 @@ def scene_of_subject(
     max_lines:int=2000, # The most lines to read
 ) -> Scene:
     "Lines of a subject over its volume, in RAS mm."
-    scene = Scene(subset.subjects[subject])
+    name = subset.subjects[subject]
+    scene,volume = Scene(name), input_group_name and f"{input_group_name} of {name}"
     if input_group_name:
+        scene.title = volume
         scene.add_slices(subset.get_volume(subject, input_group_name),
-                         subset.grid(subject, input_group_name).affine, name=input_group_name, planes='z')
+                         subset.grid(subject, input_group_name).affine, name=volume, planes='z')
     if streamline_group_name:
         n = int(subset.nb_streamlines(streamline_group_name)[subject])
         ids = np.sort(np.random.default_rng(0).permutation(n)[:max_lines])
         lines = convert(subset.get_lines(subject, streamline_group_name, ids),
                         subset.grid(subject, streamline_group_name), 'vox', 'rasmm')
-        scene.add_lines(lines, streamline_group_name if n == len(ids) else
-                        f"{streamline_group_name} ({len(ids):,} of {n:,})")
+        scene.title = said_of(len(ids), n, streamline_group_name, [name], volume)
+        scene.add_lines(lines, streamline_group_name)
     return scene

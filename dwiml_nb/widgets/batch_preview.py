@@ -6,20 +6,21 @@
 __all__ = ['BatchPreview']
 
 # %% ../../nbs/11_widgets/02_batch_preview.ipynb #ae47ab45
+from html import escape
 import ipywidgets as W
 import traitlets as T
 from fastcore.basics import patch
 from ..batch.augment import Draws
 from ..viz.scene import Scene, scene_of_batch
-from ..viz.viewers import Panel, show
-from .state import Choice, chooser
+from ..viz.viewers import Panel, Settled, show
+from .state import Choice, chooser, offer
 
 # %% ../../nbs/11_widgets/02_batch_preview.ipynb #918d2381
 class BatchPreview(Panel):
     "The batches a loader makes, in 3-D."
     context = Choice('training', help="Which subset batches come from: training or validation.")
-    epoch = T.Int(0, help="Epoch, from 0.")
-    index = T.Int(0, help="Batch of the epoch, from 0.")
+    epoch = T.Int(0, help="Epoch, from 0 as in the sampler; people read it from 1.")
+    index = T.Int(0, help="Batch of the epoch, from 0 as in the sampler; people read it from 1.")
     subject = Choice('all', help="Whose lines are shown: 'all', or a subject of the batch. "
                                  "Its volume lies under them.")
     augmented = T.Bool(True, help="Show the batch as the model gets it; "
@@ -32,19 +33,21 @@ class BatchPreview(Panel):
     ):
         self.batch_loader,self.batch_sampler = batch_loader,batch_sampler
         self.context_options,self.subject_options = ('training', 'validation'), ('all',)
-        self.batch,self.viewer = None,None
+        self.batch,self.viewer,self.loaded,self.seen = None,None,None,None
+        self.settled = Settled(self.guard(self.update))
         super().__init__()
+        controls = self.make_controls()
         self.load()
-        self.viewer = show(self.scene())
-        self.children = [self.make_controls(), self.viewer, self.message]
-        self.observe(self.guard(lambda change: self.update(change['name'])),
-                     ['context', 'epoch', 'index', 'subject', 'augmented'])
+        self.viewer,self.seen = show(self.scene()), self.subject
+        self.viewer.owner = self
+        self.children = [controls, self.viewer, self.message]
+        self.observe(self.guard(self.choose), ['context', 'epoch', 'index', 'subject', 'augmented'])
 
     def close(self):
         "Close the viewer too."
         if self.viewer is not None: self.viewer.close()
         super().close()
-    def still(self) -> dict: return self.viewer.still()
+    def still(self) -> str: return f'<div>{escape(self.info)}</div>{self.viewer.still()}'
     def __repr__(self): return f"BatchPreview({self.info})"
 
 # %% ../../nbs/11_widgets/02_batch_preview.ipynb #40f2d512
@@ -53,14 +56,16 @@ def load(self:BatchPreview):
     "Make the batch with the loader."
     nb = self.batch_sampler.nb_batches(self.context, self.epoch)
     if not 0 <= self.index < nb:
-        raise ValueError(f"epoch {self.epoch} of the {self.context} subset has {nb} batches, "
-                         f"numbered from 0; there is no batch {self.index}")
+        raise ValueError(f"epoch {self.epoch + 1} of the {self.context} subset has {nb} batches, so there is "
+                         f"no batch {self.index + 1} (index={self.index}; indices go from 0 to {nb - 1})")
     ids = next(iter(self.batch_sampler.batches(self.context, epoch=self.epoch, start=self.index)))
     self.batch = self.batch_loader.load_batch_streamlines(ids, None if self.augmented else Draws())
     subjects = self.batch_loader.dataset.subset(self.context).subjects
-    self.subject_options = ('all', *(subjects[s] for s in self.batch.ids_per_subj))
-    if self.subject not in self.subject_options: self.subject = 'all'
-    self.info = f"{self.batch!r}, batch {self.index + 1} of {nb}"
+    self.loaded = self.context, self.epoch, self.index, self.augmented
+    self.info = (f"{self.context} batch {self.index + 1} of {nb} in epoch {self.epoch + 1}: "
+                 f"{self.batch.sentence()}{'' if self.augmented else ', before augmentation'}")
+    self.told.value = escape(self.info)
+    offer(self, 'subject', self.subjects, ('all', *(subjects[s] for s in self.batch.ids_per_subj)))
 
 @patch
 def scene(self:BatchPreview) -> Scene:
@@ -73,17 +78,25 @@ def scene(self:BatchPreview) -> Scene:
 
 # %% ../../nbs/11_widgets/02_batch_preview.ipynb #254e5fc3
 @patch
-def update(self:BatchPreview,
-    name:str, # The trait that has changed
+def choose(self:BatchPreview,
+    change, # Of a trait
 ):
+    "Note another choice. An epoch or subset that has fewer batches begins with its first one."
+    short = (change['name'] in ('context', 'epoch')
+             and self.index >= self.batch_sampler.nb_batches(self.context, self.epoch))
+    if short: self.index = 0
+    else: self.settled()
+
+@patch
+def update(self:BatchPreview):
     "Load another batch if need be, and show it."
-    if (name in ('context', 'epoch')
-        and self.index >= self.batch_sampler.nb_batches(self.context, self.epoch)): self.index = 0; return
-    if name != 'subject':
+    if self.loaded != (self.context, self.epoch, self.index, self.augmented):
+        self.seen = None
         self.load()
-        self.subjects.options = self.subject_options
+    if self.seen == self.subject: return
+    self.seen = self.subject
     self.viewer.replace(self.scene())
-    self.told.value = self.info
+    self.renewal()
 
 @patch
 def next_batch(self:BatchPreview):
@@ -101,6 +114,6 @@ def make_controls(self:BatchPreview): # -> a widget
     self.subjects = chooser(self, 'subject', 'subject')
     augmented = W.Checkbox(value=True, description='augmented', indent=False, layout=W.Layout(width='8em'))
     W.link((augmented, 'value'), (self, 'augmented'))
-    self.told = W.Label(self.info)
+    self.told = W.HTML()
     return W.VBox([W.HBox([self.next_button, chooser(self, 'context', 'subset'), self.subjects, augmented],
                           layout=W.Layout(flex_flow='row wrap')), self.told])

@@ -6,7 +6,7 @@
 __all__ = ['subject_rows', 'StudyBrowser']
 
 # %% ../../nbs/11_widgets/01_study_browser.ipynb #cfe1c2de
-import html
+from html import escape
 import ipywidgets as W
 import traitlets as T
 from IPython.display import Image
@@ -16,8 +16,8 @@ from ..study.describe import html_table
 from ..study.lists import SUBSETS
 from ..viz.plots import figure_png, histogram_picture
 from ..viz.scene import scene_of_subject
-from ..viz.viewers import Panel, show
-from .state import Choice, chooser
+from ..viz.viewers import Panel, Settled, picture_html, show
+from .state import Choice, chooser, offer
 
 # %% ../../nbs/11_widgets/01_study_browser.ipynb #a7e39478
 def subject_rows(
@@ -56,19 +56,28 @@ class StudyBrowser(Panel):
                                                                             study.streamline_groups)
         self.subject_options = study.subset(self.subset).subjects
         self.subject = next(iter(self.subject_options), '')
-        self.heading,self.table,self.below = W.HTML(), W.HTML(), W.Output()
+        self.heading,self.table,self.below = W.HTML(), W.HTML(), W.VBox()
+        self.viewer,self.lengths,self.shown = None,None,(None, None)     # what is below, and of which choice
+        self.settled = Settled(self.guard(self.follow))
         self.observe(self.make_choice, ['input_group_name', 'streamline_group_name'])
         self.input_group_name = max(study.volume_groups, key=study.nb_features.get, default='')
         self.streamline_group_name = next(iter(study.streamline_groups), '')
         super().__init__()
-        self.children = [self.heading, self.table, self.make_controls(), self.below, self.message]
+        self.children = [self.heading, self.make_controls(), self.table, self.below, self.message]
         self.observe(self.guard(lambda change: self.fill()), 'subset')
+        self.observe(lambda change: self.settled(),
+                     ['subset', 'subject', 'input_group_name', 'streamline_group_name'])
         self.fill()
 
     def make_choice(self, change=None):
         names = ('input_group_name', 'streamline_group_name')
         self.set_trait('choice', {name: getattr(self, name) for name in names if getattr(self, name)})
-    def still(self) -> dict: return {'text/html': self.heading.value + self.table.value}
+    def still(self) -> str:
+        rows,most = subject_rows(self.dataset.subset(self.subset)), 50
+        more = f"<p>… and {len(rows) - most - 1:,} more</p>" if len(rows) > most + 1 else ''
+        picture = {None: '', 'look': self.viewer and self.viewer.still(),
+                   'plot_lengths': self.lengths and picture_html(self.lengths)}[self.shown[0]]
+        return f'{self.heading.value}{html_table(rows[:most + 1])}{more}{picture}'
     def __repr__(self): return f"StudyBrowser({self.dataset.path.name}, {self.subset}, {self.choice})"
 
 # %% ../../nbs/11_widgets/01_study_browser.ipynb #a158c59d
@@ -93,10 +102,10 @@ def fill(self:StudyBrowser):
     "Show the subjects of the subset."
     subset = self.dataset.subset(self.subset)
     counts = ', '.join(f"{len(self.dataset.subset(s))} {s}" for s in SUBSETS)
-    self.heading.value = f"<b>{html.escape(self.dataset.headline())}</b> — {counts} subjects"
-    self.table.value = f'<div class="jp-RenderedHTMLCommon">{html_table(subject_rows(subset))}</div>'
-    self.subject_options = subset.subjects
-    self.subjects.options = subset.subjects
+    self.heading.value = f"<b>{escape(self.dataset.headline())}</b> — {counts} subjects"
+    self.table.value = ('<div class="jp-RenderedHTMLCommon" style="max-height:450px;overflow:auto">'
+                        f'{html_table(subject_rows(subset))}</div>')
+    offer(self, 'subject', self.subjects, subset.subjects)
     self.look_button.disabled = self.lengths_button.disabled = not len(subset)
 
 # %% ../../nbs/11_widgets/01_study_browser.ipynb #c7f6fdf1
@@ -107,21 +116,50 @@ def look(self:StudyBrowser): # -> the viewer
     subset = self.dataset.subset(self.subset)
     scene = scene_of_subject(subset, subset.subjects.index(self.subject),
                              self.streamline_group_name or None, self.input_group_name or None)
-    if getattr(self, 'viewer', None) is not None: self.viewer.close()
-    self.viewer = show(scene)
-    self.children = [*self.children[:3], self.viewer, self.message]
-    self.say('')
+    if self.viewer is not None and bool(self.viewer.scene.slices) == bool(scene.slices):
+        self.viewer.replace(scene, fit=True)
+    else:
+        if self.viewer is not None: self.viewer.close()
+        self.viewer = show(scene)
+        self.viewer.owner = self
+    self.put_below('look', self.viewer)
     return self.viewer
 
 @patch
 def plot_lengths(self:StudyBrowser) -> Image:
     "A histogram of the lengths of each subject's lines."
     subset = self.dataset.subset(self.subset)
-    figure = histogram_picture(dict(zip(subset.subjects,
-                                        subset.streamline_lengths_mm(self.streamline_group_name))),
-                               'length (mm)')
-    self.below = W.Output()
-    picture = Image(figure_png(figure))
-    self.below.append_display_data(picture)
-    self.children = [*self.children[:3], self.below, self.message]
-    return picture
+    self.say('reading lengths …')
+    lengths = dict(zip(subset.subjects, subset.streamline_lengths_mm(self.streamline_group_name)))
+    xlabel = f"length of {self.streamline_group_name} (mm), {self.subset}"
+    self.lengths = figure_png(histogram_picture(lengths, xlabel))
+    self.put_below('plot_lengths', W.Image(value=self.lengths, layout=W.Layout(width='max-content')))
+    return Image(self.lengths)
+
+# %% ../../nbs/11_widgets/01_study_browser.ipynb #0566d374
+@patch
+def chosen(self:StudyBrowser,
+    what:str, # 'look' or 'plot_lengths'
+) -> tuple:
+    "The part of the choice that the picture shows."
+    whose = (self.subject, self.input_group_name) if what == 'look' else ()
+    return self.subset, self.streamline_group_name, *whose
+
+@patch
+def put_below(self:StudyBrowser,
+    what:str, # 'look', 'plot_lengths'; None: nothing
+    *widgets, # To show under the table
+):
+    "Show something under the table, and remember of which choice it is."
+    self.shown = what,self.chosen(what)
+    self.below.children = widgets
+    self.say('')
+    self.renewal()
+
+@patch
+def follow(self:StudyBrowser):
+    "Let the picture show what is chosen now."
+    what,of = self.shown
+    if what is None or self.chosen(what) == of: self.renewal()
+    elif not self.subject: self.put_below(None)
+    else: getattr(self, what)()

@@ -49,13 +49,14 @@ def viz_loader(x:DWIMLBatchLoader) -> BatchPreview:
 
 # %% ../../nbs/11_widgets/04_viz.ipynb #4fbba5c9
 @viz.register
-def viz_lines(x:Ragged, name='lines', most=10_000):
+def viz_lines(x:Ragged, name='', most=10_000):
     chosen = np.sort(np.random.default_rng(0).permutation(len(x))[:most])
     title = f"{len(x):,} lines" if len(chosen) == len(x) else f"{len(chosen):,} of {len(x):,} lines"
-    return show(Scene(title).add_lines(x[chosen.tolist()] if len(chosen) < len(x) else x, name))
+    shown = x[chosen.tolist()] if len(chosen) < len(x) else x
+    return show(Scene(f'{title} of {name}' if name else title).add_lines(shown, name or 'lines'))
 
 @viz.register
-def viz_tractogram(x:Tractogram): return viz_lines(x.lines, 'tractogram')
+def viz_tractogram(x:Tractogram, name=''): return viz_lines(x.lines, name)
 
 @viz.register
 def viz_scene(x:Scene): return show(x)
@@ -78,7 +79,7 @@ def viz_path(x):
     if stand_in(path): need_file(path, "there is nothing to show")
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file or folder")
     if path.suffix in ('.hdf5', '.h5'): return StudyBrowser(path)
-    if is_tractogram(path): return viz_tractogram(load_tractogram(path))
+    if is_tractogram(path): return viz_tractogram(load_tractogram(path), path.name)
     if path.is_dir() and (path/'logs').is_dir(): return viz_experiment(path)
     raise ValueError(f"{path}: don't know how to show this. Expected a study (.hdf5), a tractogram "
                      f"({', '.join(TRACTOGRAM_FORMATS)}) or the folder of an experiment, with logs/ in it.")

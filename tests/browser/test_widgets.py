@@ -3,6 +3,8 @@
 All that needs JupyterLab is in this file, so that there is one of it where files run two at a time.
 """
 import json
+import os
+import signal
 import time
 from pathlib import Path
 from urllib.parse import urlparse
@@ -81,7 +83,7 @@ def test_a_page_runs_in_jupyterlab(browser, lab):
     page.close()
 
 
-def test_study_browser(notebook):
+def test_study_browser(notebook, lab):
     page = notebook("browser.ipynb", SETUP, "browser = StudyBrowser(dataset); browser", "browser.choice, browser.subset")
     widget = output(page, 1)
     assert "sub-01" in widget.inner_text() and "120 lines" in widget.inner_text()
@@ -95,6 +97,14 @@ def test_study_browser(notebook):
     view = widget.locator(".renderview-wrapper img, .jupyter-widgets img").first
     wait_until(lambda: len(np.unique(pixels(view).reshape(-1, 3), axis=0)) > 50)
     shot(widget, "study_browser_look")
+    widget.get_by_role("button", name="training").click()
+    page.wait_for_function("() => document.body.innerText.includes('lines of bundles of sub-01, over input of sub-01')")
+    for subject in ("sub-02", "sub-01", "sub-02"): widget.locator("select").first.select_option(subject)
+    page.wait_for_function("() => document.body.innerText.includes('lines of bundles of sub-02, over input of sub-02')")
+    widget.get_by_role("button", name="Save picture").click()
+    page.wait_for_function("() => document.body.innerText.includes('saved as ')")
+    assert [path.stat().st_size > 10_000 for path in lab.folder.glob("120_of_120_lines_of_bundles_of_sub*.png")] == [True]
+    shot(widget, "study_browser_chosen")
     assert not errors(page)
     nothing_from_elsewhere(page)
 
@@ -127,8 +137,6 @@ def test_batch_preview_turns_with_the_mouse(notebook):
     widget.get_by_role("button", name="axial").click()
     page.wait_for_timeout(1500)
     shot(widget, "batch_preview_axial")
-    widget.get_by_role("button", name="Save picture").click()
-    widget.locator("img").first.wait_for(timeout=30_000)
     assert not errors(page)
     nothing_from_elsewhere(page)
 
@@ -171,6 +179,55 @@ dashboard = TrainingDashboard(trainer); dashboard""", "import time; print('at', 
     shot(widget, "dashboard_stopped")
     assert not errors(page)
     nothing_from_elsewhere(page)
+
+
+def test_a_saved_notebook_keeps_its_pictures_without_a_kernel(notebook, browser, lab):
+    page = notebook("kept.ipynb", SETUP + """
+import time
+from dwiml_nb.core.files import progress
+trainer = DWIMLTrainerOneInput(model=model, experiments_path=folder, experiment_name='run', batch_sampler=sampler, batch_loader=loader, max_epochs=2)""",
+                    "browser = StudyBrowser(dataset); browser.look(); browser", "preview = BatchPreview(loader, sampler); preview", "dashboard = TrainingDashboard(trainer); dashboard",
+                    "for _ in progress(range(4), 'counting'): time.sleep(.3)", "dashboard.start(); dashboard.wait()", "loss_figure(read_logs(trainer.experiment_folder))",
+                    "import os; print('kernel', os.getpid())", own_kernel=True)
+    file, stills = lab.folder / "kept.ipynb", page.locator("[class^=dwiml-still]")
+    output(page, 2).get_by_role("button", name="Next batch").click()
+    page.wait_for_function("() => document.body.innerText.includes('training batch 2 of')")
+    page.wait_for_timeout(1500)
+    assert not errors(page) and stills.count() == 3 and not any(still.is_visible() for still in stills.all()), "hidden as long as the widgets live"
+    shot(page, "kept_alive")
+    page.click('text="File"')
+    page.click('.lm-Menu-itemLabel:text-is("Save Notebook")')
+    wait_until(lambda: "kernel" in str(json.loads(file.read_text())["cells"][7]["outputs"]))
+    assert "training batch 2 of" in file.read_text() and "ended: epoch 2 of 2" in file.read_text() and "counting" not in str(json.loads(file.read_text())["cells"][4]["outputs"])
+
+    os.kill(int(output(page, 7).inner_text().split()[-1]), signal.SIGKILL)
+    page.wait_for_function("() => [...document.querySelectorAll('.dwiml-gone')].filter(o => o.offsetParent).length == 3", timeout=20_000)
+    page.keyboard.press("Enter")  # JupyterLab says it too
+    assert "trainer_from_folder(" in output(page, 3).inner_text() or "init_from_checkpoint" in output(page, 3).inner_text()
+    output(page, 3).scroll_into_view_if_needed()
+    shot(page, "kept_kernel_gone")
+    page.close()
+
+    page = browser.new_page()
+    page.set_viewport_size({"width": 1400, "height": 3000})
+    page.route("**/api/sessions*", lambda route: route.abort() if route.request.method == "POST" else route.continue_())
+    page.route("**/api/kernels*", lambda route: route.abort() if route.request.method == "POST" else route.continue_())
+    for session in lab.ask("sessions", method="GET"):
+        if session["path"] == "kept.ipynb": lab.ask(f"sessions/{session['id']}", method="DELETE")
+    page.goto(f"{lab.url}/lab/workspaces/kept/tree/kept.ipynb", wait_until="domcontentloaded")
+    page.locator(".jp-Notebook [class^=dwiml-still]").nth(2).wait_for(timeout=60_000)
+    for _ in range(10):  # longer than JupyterLab looks for a widget; meanwhile it may ask for a kernel, or say that there is none
+        if (buttons := page.locator(".jp-Dialog button")).count(): (no if (no := buttons.filter(has_text="No Kernel")).count() else buttons).last.click()
+        page.wait_for_timeout(500)
+    shot(page, "kept_reopened")
+    words = page.locator(".jp-Notebook").inner_text()
+    assert "model not found" not in words and "Loading widget" not in words, words
+    assert "training batch 2 of" in words and "ended: epoch 2 of 2" in words
+    pictures = page.locator("[class^=dwiml-still] img")
+    assert pictures.count() == 3 and all(picture.is_visible() and picture.evaluate("o => o.naturalWidth") > 300 for picture in pictures.all())
+    assert output(page, 4).inner_text().strip() == "", "nothing is left of the progress bar"
+    assert output(page, 6).locator("svg.main-svg").count() > 0, "a figure of plotly's"
+    page.close()
 
 
 def test_the_first_hour(browser, lab):

@@ -11,6 +11,7 @@ from html import escape
 import ipywidgets as W
 import traitlets as T
 from fastcore.basics import patch
+from ..core.registry import class_path
 from ..training.sinks import read_logs
 from ..viz.plots import figure_png, loss_figure
 from ..viz.theme import PALETTE
@@ -149,7 +150,7 @@ def advice(self:TrainingDashboard) -> str: # HTML
     where = f"{str(trainer.experiments_path.absolute())!r}, {trainer.experiment_name!r}"
     own = f"run its cells again, then <code>trainer = {trainer.resume_call}(…)</code>"
     from_folder = f"<code>trainer = trainer_from_folder({escape(where)})</code>"
-    how = own if type(trainer.model).__module__ == '__main__' else from_folder
+    how = own if class_path(trainer.model).startswith('__main__.') else from_folder
     return ("What was trained is kept up to the last checkpoint. "
             f"To go on: {how} and <code>TrainingDashboard(trainer)</code>.")
 

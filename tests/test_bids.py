@@ -149,6 +149,16 @@ def test_other_programs_name_them_otherwise(tmp_path):
     plain = Tree(tmp_path/'p', people=['01'], names=())
     plain.refused('no tractogram at all', split=None, training='01')
 
+def test_a_choice_that_nobody_can_answer_is_told_at_once(tree):
+    ask = dict(split=None, training='01')
+    tree.refused('subject sub-01, group input', 'no file with suffix dwimap, param fa', 'not param fa', volumes={'input': {'param': 'fa'}}, **ask)
+    shutil.copy(tree/'sub-01/dwi/sub-01_param-fod_dwimap.nii.gz', tree/'sub-01/dwi/sub-01_space-MNI_param-fod_dwimap.nii.gz')
+    tree.refused('differ in space', **ask)
+    (tree/'sub-01'/'dwi'/'sub-01_param-odf_dwimap.mif').touch()
+    tree.refused('sub-01_param-odf_dwimap.mif', 'mrconvert', volumes={'input': {'param': 'odf'}}, **ask)
+    tree.refused("cannot be the name of a group", group='a/b', **ask)
+    tree.refused('standardization', volumes={'input': {'param': 'fod', 'standardization': 'some', 'space': None}}, **ask)
+
 def test_links_whose_content_is_elsewhere_are_told(tmp_path):
     tree = Tree(tmp_path/'t', people=['01', '02'], names=('tract-AF_tractogram.trk', 'tract-CST_tractogram.trk'))
     lost = tree/'sub-02'/'dwi'/'sub-02_tract-CST_tractogram.trk'

@@ -117,6 +117,7 @@ def test_b0_that_is_not_zero(tmp_path):
     record = subject.record()
     assert (record['b0_max'], record['b0_volumes'], record['shell'], record['shell_volumes']) == (100, 2, 1000, 30)
     assert record['shells_of_the_scheme'] == {'1000': 30}
+    with pytest.raises(DataProblem, match='in ms/um2'): choose_shell([0, 1, 2.])
     for shell in (float('nan'), -1000., 5000., float('inf')):
         with pytest.raises(DataProblem, match='no shell at'): choose_shell(BVALS, shell)
 

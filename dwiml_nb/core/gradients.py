@@ -198,8 +198,9 @@ def choose_shell(
                           found=f"the lowest is {bvals.min():g}; shells {there}",
                           do="if the lowest ones are not weighted, say up to where: b0_max (--b0_max).")
     if not there:
-        raise DataProblem("the DWI has no diffusion-weighted volume",
-                          expected=f"b-values above {b0_max:g}", found="b0 only")
+        raise DataProblem("the DWI has no diffusion-weighted volume", found=f"b-values up to {bvals.max():g}",
+                          expected=f"b-values above {b0_max:g} s/mm2",
+                          do="write them in s/mm2 if they are in ms/um2: a thousand times as high.")
     if width is not None: return b0, *volumes_around(bvals, b0, shell, width)
     b = there[-1] if shell is None else min(there, key=lambda s: abs(s - shell))
     if shell is not None and not abs(b - shell) <= 100:

@@ -97,6 +97,9 @@ def fit_attenuation(
                           found=f"{int((~np.isfinite(signal)).any(1).sum())} such voxels",
                           do="repair them or leave them out of the mask.")
     s0 = signal[:, b0].mean(1, keepdims=True)
+    if not (s0 > 0).any():
+        raise DataProblem("no brain voxel has signal in the b0 volumes", expected="values above 0",
+                          found=f"at most {s0.max():g}", do="check the mask, and which volumes are b0.")
     ratio = np.divide(signal[:, volumes], s0, out=np.zeros_like(signal[:, volumes]), where=s0 > 0)
     degrees = sh_degrees(sh_size(order))
     inverse = smooth_pinv(sh_basis(bvecs[volumes], order), np.sqrt(smooth)*degrees*(degrees + 1))
@@ -303,6 +306,7 @@ def fit_sh_files(
     b0_max:float=B0_MAX, # b-values up to this count as not weighted
 ) -> Path: # The SH file
     "Prepare a subject's model input from its files."
+    sh_size(order)                                                                  # refused before any work
     for file in (out, sh_json(out), peaks):
         if file is not None and Path(file).exists() and not overwrite:
             raise DataProblem("the file exists already", file=file,

@@ -7,7 +7,8 @@ __all__ = ['PHANTOM_NAMES', 'WORDS', 'CONTENT', 'bids_phantom', 'plain_cell', 'r
            'read_participants', 'bare_id', 'meant', 'session_column', 'row_of', 'session_rows', 'inner_folders',
            'people_folders', 'rows_by_person', 'bids_subjects', 'refuse_leaks', 'split_of_column', 'ids_meant',
            'split_of_lists', 'tractograms', 'no_tractogram', 'words_of', 'distinguishing', 'label_entities',
-           'volume_group', 'words_taken', 'streamlines_groups', 'bids_config', 'BidsSources', 'bids_sources']
+           'volume_group', 'words_taken', 'streamlines_groups', 'bids_config', 'BidsSources', 'unanswered',
+           'bids_sources']
 
 # %% ../../nbs/01_study/13_bids.ipynb #37e8b6a7
 import html
@@ -19,10 +20,12 @@ from ..core.errors import DataProblem, did_you_mean, need_file
 from ..core.files import atomic_file, read_text, write_json
 from ..core.phantom import write_phantom
 from ..core.tractograms import is_tractogram
-from .entities import answers, bids_name, differing, files_below, is_readable, left_open, wanted
-from .config import as_list, raise_problems
+from .entities import (answers, bids_name, differing, files_below, find_entities, is_readable,
+                                     left_open, wanted)
+from .config import VolumeSpec, as_list, raise_problems, read_config
 from .describe import columns, html_table
 from .lists import SUBSETS
+from .sources import placed, subject_folder
 
 # %% ../../nbs/01_study/13_bids.ipynb #9acf67dd
 PHANTOM_NAMES = {'dwi/sh.nii.gz': 'dwi/{}_model-csd_param-fod_dwimap.nii.gz',
@@ -329,7 +332,7 @@ def no_tractogram(
           "correct the query." if wrong != 'suffix' else
           f"say their suffix: {' or '.join(suffixes[:4])} (--streamlines bundles:suffix={suffixes[0]}).")
     return DataProblem("no tractogram answers the query",
-                       expected=', '.join(f"{k} {v}" for k,v in query.items()),
+                       expected=', '.join(f"{k} {'none' if v is None else v}" for k,v in query.items()),
                        found=f"{len(others)} tractograms such as {others[0].path.name}"
                              + f"; {wrong}: {words}"*bool(wrong) if others else "no tractogram at all",
                        do=do if others else f"give the folder that holds them{inner_folders(derivatives)}.",
@@ -452,7 +455,9 @@ def bids_config(
         raise DataProblem(f"'{clash[0]}' would be a volume and streamlines",
                           expected="another name for each group", found=', '.join(clash),
                           do="rename the volume.")
-    return {**{name: volume_group(q) for name,q in volumes.items()}, **groups}
+    config = {**{name: volume_group(q) for name,q in volumes.items()}, **groups}
+    read_config(config)                                                # what is wrong with it is told now
+    return config
 
 # %% ../../nbs/01_study/13_bids.ipynb #fc827115
 @dataclass
@@ -490,6 +495,24 @@ class BidsSources:
         return f"<p>{html.escape(str(self.root))}</p>{html_table(self.table())}<p>{remarks}</p>"
 
 # %% ../../nbs/01_study/13_bids.ipynb #762eb6a0
+def unanswered(
+    derivatives, # Derivatives folder
+    config:dict, # From `bids_config`
+    lists:dict, # subset -> ids
+) -> list: # of `DataProblem`, those of the first subject
+    "What is wrong with the volumes that no subject has."
+    bad,ids = [], [i for subset in lists.values() for i in subset]
+    for group,spec in read_config(config).items():
+        if not isinstance(spec, VolumeSpec): continue
+        found = (find_entities(subject_folder(derivatives, i), q) for i in ids for q in spec.files)
+        first = None
+        for hits,problems in found:
+            if hits: break
+            first = first or problems
+        else: bad += [placed(p, ids[0], group) for p in first or []]
+    return bad
+
+# %% ../../nbs/01_study/13_bids.ipynb #47b04f67
 def bids_sources(
     derivatives, # Derivatives folder: holds sub-… folders
     volumes:dict, # group -> query; see `bids_config`
@@ -512,6 +535,7 @@ def bids_sources(
                           found="both" if split else "neither")
     lists = split_of_lists(subjects, given) if split is None else split_of_column(subjects, split)
     config = bids_config(derivatives, volumes, streamlines, tract, group, entities)
+    raise_problems(unanswered(derivatives, config, lists), "the volumes")
     if split is not None:
         out = [i for i in subjects if not any(i in ids for ids in lists.values())]
         remarks += [f"column '{split}' puts these in no subset: {', '.join(out)}."]*bool(out)

@@ -273,7 +273,7 @@ def check_tractograms(
         if header is None: continue
         grid,dps = header
         if src.grid is not None: attempt(bad, matching_grid, grid, src.grid, p, subject=src.subject, group=g)
-        elif not any(src.files[v] for v in src.masks):           # else the problems of its images are told
+        elif not any(src.files[v] or v in src.incomplete for v in src.masks):    # else its images' are told
             src.grid = attempt(bad, own_grid, p, grid, subject=src.subject, group=g)
         for k in spec.dps_keys:
             if k not in dps:

@@ -389,6 +389,18 @@ def test_odd_places_are_told(folder, what):
     assert re.search(says, warned(lambda: grid_of(path))[1])
 
 
+def test_headers_that_nibabel_mends_or_trusts(folder):
+    "A size of 0 that becomes 1 mm is told; values that begin at byte 0 were read out of the header."
+    plain = nib.Nifti1Image(np.ones((*SHAPE, 2), np.float32), AFFINE).to_bytes()
+    def patched(at, value, name="input.nii"): (folder.sub / name).write_bytes(plain[:at] + value + plain[at + len(value):])
+    patched(80, bytes(4))
+    assert any("input.nii: nibabel mended its header: pixdim" in w for w in folder.create(config=folder.config(files="input.nii")).warnings)
+    patched(108, bytes(4))
+    with pytest.raises(DataProblem, match="the values begin at byte 0, within the header"): folder.create(config=folder.config(files="input.nii"))
+    nib.save(nib.Nifti1Image(np.ones((*SHAPE, 1, 3), np.float32), AFFINE), folder.sub / "five.nii")
+    with pytest.raises(DataProblem, match="wrong axes.*take out axes of length 1"): folder.create(config=folder.config(files="five.nii"))
+
+
 def test_usual_places_say_nothing(folder):
     def both(nifti): nifti.set_sform(AFFINE, 1); nifti.set_qform(AFFINE, 1)
     def qform(nifti): nifti.set_sform(None, 0); nifti.set_qform(AFFINE, 1)

@@ -8,8 +8,11 @@ __all__ = ['SHEAR_TOLERANCE_DEG', 'GRID_TOLERANCE_MM', 'SPACES', 'Space', 'Grid'
            'convert', 'need_right_angles', 'inside']
 
 # %% ../../nbs/00_core/05_space.ipynb #14b3a040
+import logging
 import math
+import threading
 import warnings
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Literal
 import nibabel as nib
@@ -129,6 +132,16 @@ def place_remarks(
     turned = f", and its axes run {' and '.join(orders)}"*(len(orders) > 1)
     return said + [f"sform and qform lie up to {apart:.3g} mm apart{turned}; the sform is used"]
 
+# %% ../../nbs/00_core/05_space.ipynb #3ebca987
+@contextmanager
+def heard_of_nibabel(): # -> list of str, filled within
+    "What nibabel's log says in this thread."
+    said,here,handler = [], threading.get_ident(), logging.Handler()
+    handler.emit = lambda record: record.thread == here and said.append(record.getMessage())
+    nib.imageglobals.logger.addHandler(handler)
+    try: yield said
+    finally: nib.imageglobals.logger.removeHandler(handler)
+
 # %% ../../nbs/00_core/05_space.ipynb #3713a550
 def open_image(
     path, # NIfTI, or another image that nibabel reads
@@ -138,11 +151,14 @@ def open_image(
     need_file(path, "no such image")
     with naming("the image cannot be read", "a whole NIfTI file", "copy it again from its source.",
                 file=path):
-        image = nib.load(path)
+        with heard_of_nibabel() as mended: image = nib.load(path)
         if not hasattr(image, 'affine') or len(image.shape) < 3:
             raise DataProblem("this is no volume", "values on a grid of three axes",
                               f"{type(image).__name__} of shape {getattr(image, 'shape', None)}")
-        remarks = place_remarks(image)
+        offset = image.dataobj.offset if isinstance(image, nib.Nifti1Image) else None
+        if offset is not None and offset < image.header['sizeof_hdr']:
+            raise ValueError(f"the values begin at byte {offset}, within the header")
+        remarks = [f"nibabel mended its header: {m}" for m in dict.fromkeys(mended)] + place_remarks(image)
     if said is not None: said += remarks
     else:
         for remark in remarks: warnings.warn(f"{path}: {remark}.", stacklevel=2)

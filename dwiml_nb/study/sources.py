@@ -72,10 +72,11 @@ def image_header(
         if dtype.kind not in 'iuf':
             raise DataProblem("the image holds no plain numbers", expected="integers or floats", found=dtype,
                               do="convert it on purpose, for instance to magnitudes.")
-        if len(shape) not in (3, 4) or not all(shape):
+        if len(shape) not in (3, 4) or min(shape) < 1:
             raise DataProblem("the image has the wrong axes",
                               expected="3 (X, Y, Z) or 4 (X, Y, Z, features), none of length 0",
-                              found=f"{len(shape)}: {shape}")
+                              found=f"{len(shape)}: {shape}",
+                              do="take out axes of length 1 (numpy.squeeze, mrconvert -axes).")
         grid,claimed = grid_of(image), dtype.itemsize*math.prod(shape)
         need_right_angles(grid)
         # gzip makes zeros a thousand times smaller, not more

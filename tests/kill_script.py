@@ -50,8 +50,8 @@ def die_at(wanted, diary):
     name_wanted, step_wanted, times = wanted
     count, real = itertools.count(), folders.write_folder_steps
 
-    def steps(folder, parts):
-        for step in real(folder, parts):
+    def steps(folder, parts, *more):
+        for step in real(folder, parts, *more):
             if (Path(folder).name, step) == (name_wanted, step_wanted) and next(count) == times:
                 with open(diary, "a") as f: f.write(f"{name_wanted}: {step}\n")
                 os.kill(os.getpid(), signal.SIGKILL)

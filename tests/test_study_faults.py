@@ -87,7 +87,7 @@ class Recorder:
         for place in (builtins, io): monkeypatch.setattr(place, "open", self.opening(io.open))
 
     def inside(self, path): return os.path.abspath(path).startswith(f"{self.folder}/")
-    def relative(self, path): return os.path.relpath(os.path.abspath(path), self.folder).replace(f".{os.getpid()}.partial", f".{DEAD}.partial")
+    def relative(self, path): return os.path.relpath(os.path.abspath(path), self.folder).replace(f".{os.getpid()}-", f".{DEAD}-")
 
     def noting(self, name, function):
         def noted(*args, dir_fd=None, **options):

@@ -47,13 +47,14 @@ def dwiml_bids_sources(
     testing:Param("Testing subjects", nargs='*')=None,
     split:str=None, # Or the column of participants.tsv that says training, validation or testing
     participants:str=None, # participants.tsv, when it lies elsewhere
+    overwrite:Param("Replace a config and lists that are there", action=switch('-f'))=False,
 ):
     "Find the sources of a study in BIDS derivatives, for dwiml_create_hdf5_dataset."
     with plain_problems():
         name,query = query_of(streamlines or 'bundles')
         sources = bids_sources(derivatives, dict(map(query_of, volume or [])), query, tract,
                                training, validation, testing, split, participants, name, entities)
-        folder = sources.write(out_folder)
+        folder = sources.write(out_folder, overwrite)
         files = [str(folder/n) for n in ('config.json', 'training.txt', 'validation.txt', 'testing.txt')]
         print(sources, shlex.join(['dwiml_create_hdf5_dataset', derivatives, 'study.hdf5', *files]), sep='\n')
 

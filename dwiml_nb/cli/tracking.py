@@ -9,7 +9,7 @@ __all__ = ['dwiml_track_from_model', 'dwiml_score']
 import numpy as np
 from .common import Param, call_parse
 from ..core.errors import DataProblem
-from ..core.files import write_json
+from ..core.files import check_outputs, write_json
 from ..core.tractograms import load_tractogram
 from ..evaluation.bundles import score_tractogram
 from ..runs.track import track_from_model
@@ -66,13 +66,15 @@ def dwiml_score(
     tractogram:str, # .trx, .trk or .tck
     reference:str, # Folder or JSON of a scoring configuration
     out:str=None, # Also write the scores to this JSON file
+    overwrite:Param("Replace an existing file", action=switch('-f'))=False,
 ):
     "Tractometer-style scores of a tractogram."
     with plain_problems():
+        check_outputs({'the scores': out}, [tractogram, reference], overwrite)
         lines = load_tractogram(tractogram)
         try: scores = score_tractogram(lines, reference)
         except DataProblem as e:
             raise DataProblem(f"{tractogram} cannot be scored: {e.problem}", e.expected, e.found, e.do,
                               file=e.file) from e
         print(scores)
-        if out: write_json(scores.as_dict(), out)
+        if out: write_json(scores.as_dict(), out, overwrite)

@@ -8,8 +8,8 @@ __all__ = ['dwiml_resume_training_from_checkpoint', 'parse_graph', 'dwiml_visual
 # %% ../../nbs/12_cli/03_training.ipynb #2ec0fd8a
 import logging
 import sys
-from pathlib import Path
-from .common import Param, call_parse, plain_problems
+from .common import Param, call_parse, plain_problems, switch
+from ..core.files import atomic_file, check_outputs
 from ..training.sinks import export_csv
 from ..runs.resume import trainer_from_folder
 from ..viz.plots import figure_png, plot_logs
@@ -62,6 +62,7 @@ def dwiml_visualize_logs(
     remove_outliers:bool=False, # Show values beyond 3 standard deviations as stars
     save_figures:str=None, # Prefix of the PNG files; logs/figure in the first experiment when not given
     save_to_csv:bool=False, # Also write each experiment's log as CSV into its logs folder
+    overwrite:Param("Replace files of the names that --save_figures makes", action=switch('-f'))=False,
 ):
     "Draw the logs of experiments into PNG files."
     with plain_problems():
@@ -71,7 +72,9 @@ def dwiml_visualize_logs(
                             nb_plots_per_fig, xlim,
                             {title: limits for title,_,limits in graphs if limits}, fig_size, remove_outliers)
         prefix = save_figures or f'{experiments[0]}/logs/figure'
-        for i,figure in enumerate(figures):
-            Path(f'{prefix}_{i+1}.png').write_bytes(figure_png(figure))
-            print(f'{prefix}_{i+1}.png')
+        files,overwrite = [f'{prefix}_{i+1}.png' for i in range(len(figures))], overwrite or not save_figures
+        check_outputs(dict(zip(files, files)), overwrite=overwrite)
+        for file,figure in zip(files, figures):
+            with atomic_file(file, overwrite) as tmp: tmp.write_bytes(figure_png(figure))
+            print(file)
         if save_to_csv: print(*(export_csv(e, which) for e in experiments), sep='\n')

@@ -18,10 +18,10 @@ from scipy.special import eval_legendre
 from dipy.core.geometry import cart2sphere
 from dipy.reconst.shm import real_sh_descoteaux, smooth_pinv, sph_harm_ind_list
 from .errors import DataProblem, naming
-from .files import atomic_file, write_json
+from .files import check_outputs, write_json
 from .gradients import (B0_MAX, Convention, check_bvecs, choose_shell, clear_shell,
                                      read_gradients, shell_range, shells_of)
-from .space import fits_grid, grid_of, open_image
+from .space import Grid, fits_grid, grid_of, open_image, save_volume
 from .sphere import sphere_vertices
 
 # %% ../../nbs/00_core/11_sh.ipynb #eed48122
@@ -217,16 +217,17 @@ def write_sh(
     affine, # (4, 4)
     path, # .nii.gz
     shell:float=None, # b-value of the shell, for the record
+    overwrite:bool=True, # False: existing files are an error
     **more, # Anything else worth recording
 ):
     "Write SH coefficients with a JSON beside them that names basis, order, shell and frame."
     if not str(path).endswith(('.nii', '.nii.gz')):
         raise DataProblem("an SH volume is written as NIfTI", expected=".nii or .nii.gz",
                           found=Path(path).name)
-    with atomic_file(path) as tmp: nib.save(nib.Nifti1Image(np.asarray(sh, np.float32), affine), tmp)
+    save_volume(np.asarray(sh, np.float32), Grid(affine, np.shape(sh)), path, overwrite)
     write_json({'basis': BASIS, 'legacy': False, 'order': int(sh_degrees(np.shape(sh)[-1])[-1]),
                 'shell': shell, 'frame': 'image', 'signal': 'shell / mean b0',
-                'standardization': 'per_degree', 'outside': 'zero', **more}, sh_json(path))
+                'standardization': 'per_degree', 'outside': 'zero', **more}, sh_json(path), overwrite)
 
 # %% ../../nbs/00_core/11_sh.ipynb #4e5b3ea3
 def sh_json(
@@ -307,10 +308,8 @@ def fit_sh_files(
 ) -> Path: # The SH file
     "Prepare a subject's model input from its files."
     sh_size(order)                                                                  # refused before any work
-    for file in (out, sh_json(out), peaks):
-        if file is not None and Path(file).exists() and not overwrite:
-            raise DataProblem("the file exists already", file=file,
-                              do="choose another name, or ask to overwrite it.")
+    check_outputs({'the SH volume': out, 'its description': sh_json(out), 'the peaks': peaks},
+                  [dwi, bvals, bvecs, mask], overwrite)
     img,mask_img = open_volume(dwi, 4, 'DWI'), open_volume(mask, 3, 'brain mask')
     if not fits_grid(grid_of(mask_img), grid_of(img), "the grids of brain mask and DWI", file=mask):
         raise DataProblem("the brain mask is on another grid than the DWI", expected=grid_of(img),
@@ -322,8 +321,6 @@ def fit_sh_files(
         raw = fit_attenuation(values_of(img, dwi, 'DWI'), *gradients, brain, order, shell, width=width,
                               b0_max=b0_max)
     write_fit(raw, brain, img.affine, out, **shell_record(gradients[0], *taken),
-              convention_of_bvecs=convention)
-    if peaks is not None:
-        with atomic_file(peaks) as tmp:
-            nib.save(nib.Nifti1Image(strongest_peak(raw, brain), img.affine), tmp)
+              overwrite=overwrite, convention_of_bvecs=convention)
+    if peaks is not None: save_volume(strongest_peak(raw, brain), grid_of(img), peaks, overwrite)
     return Path(out)

@@ -28,7 +28,7 @@ from .errors import DataProblem, naming, need_file
 from .files import atomic_file
 from .ragged import Ragged, as_ragged
 from .registry import Registry
-from .space import Grid, fits_grid, grid_of
+from .space import Grid, fits_grid, grid_of, short_dimensions
 
 # %% ../../nbs/00_core/10_tractograms.ipynb #36d1389c
 @dataclass
@@ -257,6 +257,7 @@ class Trk(NibabelFormat):
         if len(tractogram) and not len(tractogram.lines.data):
             raise DataProblem("a .trk file needs a line with points",
                               found=f"{len(tractogram)} lines of none", do="leave them out, or save a .trx.")
+        short_dimensions(tractogram.grid.dimensions)
         if len(dps) > 10:
             raise DataProblem("a .trk file keeps ten kinds of data per streamline", expected="at most 10",
                               found=len(dps), do="save a .trx.")
@@ -268,7 +269,7 @@ class Trk(NibabelFormat):
     def save(self, tractogram:Tractogram, path):
         grid = tractogram.grid
         header = {Field.VOXEL_TO_RASMM: grid.affine.astype(np.float32),
-                  Field.DIMENSIONS: np.array(grid.dimensions, np.int16),
+                  Field.DIMENSIONS: short_dimensions(grid.dimensions),
                   Field.VOXEL_SIZES: grid.voxel_sizes.astype(np.float32), Field.VOXEL_ORDER: grid.voxel_order}
         dps = {k: as_table(v).astype(np.float32) for k,v in tractogram.dps.items()}
         self.write(tractogram, path, header, dps)
@@ -510,6 +511,7 @@ def save_tractogram(
     tractogram:Tractogram, # Lines, their grid and data
     path, # .trk, .tck, .trx, or a suffix of `TRACTOGRAM_FORMATS`
     drop_dps:bool=False, # Drop data per streamline if the format has none, such as `.tck`
+    overwrite:bool=True, # False: an existing file is an error, also one that appears meanwhile
 ):
     "Write streamlines to a file, whole or not at all."
     format = tractogram_format(path, write=True)
@@ -525,7 +527,7 @@ def save_tractogram(
         raise DataProblem(f"the data per streamline '{name}' does not fit", found=f"{len(values)} rows",
                           expected=f"{len(tractogram)} rows, one a line", file=path)
     with naming("the tractogram cannot be saved", file=path): format.check(tractogram)
-    with atomic_file(path) as tmp: format.save(tractogram, tmp)
+    with atomic_file(path, overwrite) as tmp: format.save(tractogram, tmp)
 
 # %% ../../nbs/00_core/10_tractograms.ipynb #d0167619
 def need_tractogram(

@@ -8,10 +8,10 @@ __all__ = ['IMAGES', 'open_group', 'save_array', 'extract_volume', 'extract_line
 # %% ../../nbs/02_data/05_extract.ipynb #106b939f
 import warnings
 from pathlib import Path
-import nibabel as nib
 import numpy as np
 from ..core.errors import DataProblem, did_you_mean
-from ..core.files import atomic_file
+from ..core.files import atomic_file, check_outputs
+from ..core.space import save_volume
 from ..core.tractograms import TRACTOGRAM_FORMATS, save_tractogram, suffixes, tractogram_format
 from .dataset import groups_of
 from .streamlines import SFTData
@@ -44,26 +44,28 @@ IMAGES = ('.nii.gz', '.nii')
 def save_array(
     path, # Taken as it is: to a name without .npy, even to a.NPY, `np.save` would add it
     array:np.ndarray, # Any shape
+    overwrite:bool=True, # False: an existing file is an error
 ):
-    "Write an array in NumPy's format."
-    with open(path, 'wb') as f: np.save(f, array)
+    "Write an array in NumPy's format, whole or not at all."
+    with atomic_file(path, overwrite) as tmp, open(tmp, 'wb') as f: np.save(f, array)
 
 # %% ../../nbs/02_data/05_extract.ipynb #9da096aa
 def extract_volume(
     volume:MRIData, # Read whole
     path, # .nii.gz, .nii or .npy
+    overwrite:bool=True, # False: an existing file is an error
 ):
     "Write a volume. One feature makes a 3D image."
     data = volume.read().numpy()
     data = data[..., 0] if volume.nb_features == 1 else data
-    with atomic_file(path) as tmp:
-        if str(path).lower().endswith('.npy'): save_array(tmp, data)
-        else: nib.save(nib.Nifti1Image(data, volume.affine), tmp)
+    if str(path).lower().endswith('.npy'): save_array(path, data, overwrite)
+    else: save_volume(data, volume.grid, path, overwrite)
 
 # %% ../../nbs/02_data/05_extract.ipynb #3644e21a
 def extract_lines(
     lines:SFTData, # All of them are written
     path, # A tractogram; .npy for the connectivity matrix, .nii.gz for its labels
+    overwrite:bool=True, # False: an existing file is an error
 ):
     "Write streamlines with their data, or what is kept beside them."
     name = str(path).lower()
@@ -73,16 +75,15 @@ def extract_lines(
             lost = ', '.join(tractogram.dps)
             warnings.warn(f"a {format.suffix} has no room for data per streamline: {lost} left out.",
                           stacklevel=3)
-        return save_tractogram(tractogram, path, drop_dps=True)
+        return save_tractogram(tractogram, path, drop_dps=True, overwrite=overwrite)
     matrix,_,_,labels = lines.get_connectivity_matrix_and_info()
     value,what = (matrix, "connectivity matrix") if name.endswith('.npy') else (labels, "label volume")
     if value is None:
         subject,group = lines.name.split('/')
         raise DataProblem(f"the group has no {what}", expected=f"a {suffixes()} for the streamlines",
                           found=Path(path).name, file=lines.file.path, subject=subject, group=group)
-    with atomic_file(path) as tmp:
-        if what == "connectivity matrix": save_array(tmp, value)
-        else: nib.save(nib.Nifti1Image(whole_labels(value, lines.file.path), lines.grid.affine), tmp)
+    if what == "connectivity matrix": save_array(path, value, overwrite)
+    else: save_volume(whole_labels(value, lines.file.path), lines.grid, path, overwrite)
 
 # %% ../../nbs/02_data/05_extract.ipynb #dd15258a
 def extract_data(
@@ -94,16 +95,12 @@ def extract_data(
 ) -> Path:
     "Write a group of a study to a file."
     path = Path(out)
-    if path.exists() and not overwrite:
-        raise DataProblem("there is a file of that name already", file=path,
-                          do="choose another name, or pass overwrite=True (-f on the command line).")
-    if not path.parent.is_dir():
-        raise DataProblem("no such folder to write to", file=path.parent, do="create it first.")
+    check_outputs({'what is extracted': path}, [hdf5_file], overwrite)
     data = open_group(hdf5_file, subject, group)
     known = (*IMAGES, '.npy') if isinstance(data, MRIData) else (*TRACTOGRAM_FORMATS, '.npy', *IMAGES)
     if not path.name.lower().endswith(known):
         raise DataProblem(f"a {'volume' if isinstance(data, MRIData) else 'streamlines group'} cannot become "
                           "such a file", expected=' '.join(known), found=path.name, file=path)
-    try: (extract_volume if isinstance(data, MRIData) else extract_lines)(data, path)
+    try: (extract_volume if isinstance(data, MRIData) else extract_lines)(data, path, overwrite)
     finally: data.file.close()
     return path

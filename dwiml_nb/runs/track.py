@@ -9,7 +9,7 @@ __all__ = ['read_experiment', 'experiment_model', 'track_from_model', 'seeds_of_
 from pathlib import Path
 import torch
 from ..core.errors import DataProblem
-from ..core.files import read_json
+from ..core.files import check_outputs, read_json
 from ..core.folders import whole_folder
 from ..core.registry import trusting
 from ..core.space import convert
@@ -51,16 +51,14 @@ def check_output(
     out_tractogram, # .trx, .trk or .tck
     save_seeds:bool, # Whether it must keep data per streamline
     overwrite:bool,
+    inputs=(), # Files that are read
 ):
     "Refuse a file that cannot be written."
     format = tractogram_format(out_tractogram, write=True)
     if save_seeds and not format.keeps_dps:
         raise DataProblem(f"a {format.suffix} file cannot keep seeds", file=out_tractogram,
                           do=f"save a {suffixes(lambda o: o.keeps_dps)}, or leave out save_seeds.")
-    if not Path(out_tractogram).absolute().parent.is_dir():
-        raise DataProblem("no such folder to write to", file=out_tractogram, do="create it first.")
-    if Path(out_tractogram).exists() and not overwrite:
-        raise FileExistsError(f"{out_tractogram} exists already. Choose another name, or ask to overwrite.")
+    check_outputs({'the tractogram': out_tractogram}, inputs, overwrite)
 
 # %% ../../nbs/08_runs/00_track.ipynb #1dde8162
 def track_from_model(
@@ -83,7 +81,7 @@ def track_from_model(
 ) -> Tractogram:
     "The lines of a subject, tracked with a trained experiment and saved."
     with trusting(trust):
-        check_output(out_tractogram, save_seeds, overwrite)
+        check_output(out_tractogram, save_seeds, overwrite, [hdf5_file])
         record = read_experiment(experiment_path)
         model = experiment_model(experiment_path, use_latest_epoch, device)
     dataset = MultiSubjectDataset(hdf5_file or record['dataset']['hdf5_file'], lazy=True)
@@ -95,7 +93,7 @@ def track_from_model(
     if save_seeds:
         seeds_vox = convert(tractogram.info['seeds'], tracker.grid, 'rasmm', 'vox_center')
         tractogram.dps['seeds'] = seeds_vox.numpy()
-    save_tractogram(tractogram, out_tractogram)
+    save_tractogram(tractogram, out_tractogram, overwrite=overwrite)
     return tractogram
 
 # %% ../../nbs/08_runs/00_track.ipynb #803015ac

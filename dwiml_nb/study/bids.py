@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 from ..core.errors import DataProblem, did_you_mean, need_file
-from ..core.files import atomic_file, read_text, write_json
+from ..core.files import atomic_file, check_outputs, read_text, write_json
+from ..core.folders import claim_folder
 from ..core.phantom import write_phantom
 from ..core.tractograms import is_tractogram
 from .entities import (answers, bids_name, differing, files_below, find_entities, is_readable,
@@ -40,7 +41,7 @@ def bids_phantom(
     seed:int=1234,
 ) -> Path: # The derivatives folder
     "Write a phantom study laid out as BIDS derivatives."
-    out = Path(folder)/'derivatives'/'tracking'
+    out = claim_folder(Path(folder)/'derivatives'/'tracking', 'bids_phantom')
     splits = ['training']*max(1, n_subjects - 2) + ['validation', 'testing']
     for session in sessions or [None]:
         plain = write_phantom(Path(folder)/f'plain{session}', n_subjects,
@@ -474,13 +475,15 @@ class BidsSources:
         return dict(root=self.root, config=self.config, **self.lists)
     def write(self,
         folder, # Made when missing
+        overwrite:bool=False, # Replace files of those names
     ) -> Path:
         "Keep them as the files that `dwiml_create_hdf5_dataset` takes: config.json and three lists."
-        folder = Path(folder)
+        folder,names = Path(folder), ['config.json', *(f'{s}.txt' for s in SUBSETS)]
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.config, folder/'config.json')
+        check_outputs({name: folder/name for name in names}, overwrite=overwrite)
+        write_json(self.config, folder/'config.json', overwrite)
         for s in SUBSETS:
-            with atomic_file(folder/f'{s}.txt') as tmp:
+            with atomic_file(folder/f'{s}.txt', overwrite) as tmp:
                 tmp.write_text(''.join(f'{i}\n' for i in self.lists[s]))
         return folder
     def table(self) -> list: # of tuples of str, the first one the header

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PIECE', 'DISK_FULL', 'write_root', 'copy_attributes', 'copy_dataset', 'copy_object', 'followed', 'save_copies',
            'assemble', 'points_ratio', 'planned_group', 'StudyPlan', 'plan_study', 'StudySummary', 'check_target',
-           'check_room', 'links_of', 'kept_parts', 'told_plainly', 'finished_parts', 'linked_files', 'remove_linked',
-           'copies_folder', 'write_study', 'create_study']
+           'is_its_copy', 'check_room', 'links_of', 'kept_parts', 'told_plainly', 'finished_parts', 'linked_files',
+           'remove_linked', 'check_copies', 'copies_folder', 'write_study', 'create_study']
 
 # %% ../../nbs/01_study/11_create.ipynb #bfecf07e
 import errno
@@ -22,18 +22,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 import h5py
-import nibabel as nib
 import numpy as np
 import torch
 import dwiml_nb
 from ..core.errors import DataProblem
-from ..core.files import atomic_file, progress
+from ..core.files import (atomic_file, check_outputs, place_of, progress, remove_partials,
+                                 same_place)
 from ..core.ragged import Ragged
-from ..core.space import convert
+from ..core.registry import trusting
+from ..core.space import convert, save_volume
 from ..core.tractograms import Tractogram, save_tractogram, tractogram_format
 from .lines_in import place_points
-from .parts import (StudyOptions, make_parts, parts_folder, place_parts, remove_partials,
-                                  steady_hdf5)
+from .parts import StudyOptions, make_parts, parts_folder, place_parts, steady_hdf5
 from .config import VolumeSpec, raise_problems
 from .describe import columns, html_table
 from .files import open_hdf5
@@ -133,7 +133,7 @@ def save_copies(
     for g in subject:
         group,path,grid = subject[g], f"{folder}/{subject.name.strip('/')}_{g}", group_grid(subject[g])
         if group_kind(group) == 'volume':
-            nib.save(nib.Nifti1Image(group['data'][()].astype(np.float32), grid.affine), f'{path}.nii.gz')
+            save_volume(group['data'][()].astype(np.float32), grid, f'{path}.nii.gz')
         else:
             lines = Ragged.from_lengths(torch.from_numpy(group['data'][()]),
                                         torch.from_numpy(group['lengths'][()]))
@@ -282,25 +282,25 @@ def check_target(
     hdf5_file, # Name of the study
     config, # Path of the config, or its dict
     overwrite:bool,
-) -> Path: # with its extension
+    inputs=(), # Other files that are read
+) -> Path: # with its extension; where a link leads
     "The path to write, if it can be written."
     path = Path(hdf5_file)
-    if path.suffix == '': path = path.with_suffix('.hdf5')
+    path = place_of(path if path.suffix else path.with_suffix('.hdf5'))
     if path.suffix != '.hdf5':
         raise DataProblem("a study has the extension .hdf5", expected=path.with_suffix('.hdf5').name,
                           found=path.name, file=path)
-    if not path.parent.is_dir():
-        raise DataProblem("no such folder to write to", file=path.parent, do="create it first.")
-    if path.is_dir():
-        raise DataProblem("a folder has that name", expected="the name of a file", file=path,
-                          do="choose another name.")
-    copy = path.with_suffix('.json')
-    mine = not isinstance(config, dict) and copy.exists() and copy.samefile(config)
-    for there in (path, copy):
-        if there.exists() and not overwrite and not (there == copy and mine):
-            raise DataProblem("there is a file of that name already", file=there,
-                              do="choose another name, or pass overwrite=True (-f on the command line).")
+    mine = is_its_copy(config, path)
+    outputs = {'the study': path, 'the copy of its config': None if mine else path.with_suffix('.json')}
+    check_outputs(outputs, inputs if mine or isinstance(config, dict) else [config, *inputs], overwrite)
     return path
+
+def is_its_copy(
+    config, # Path of a config, or its dict
+    path:Path, # The study
+) -> bool:
+    "Whether a study is made again from the copy of the config beside it."
+    return not isinstance(config, dict) and same_place(config, path.with_suffix('.json'))
 
 def check_room(
     folder, # Where the study goes
@@ -396,6 +396,18 @@ def remove_linked(
             if users else [])
 
 # %% ../../nbs/01_study/11_create.ipynb #555e6fa3
+def check_copies(
+    sources:Sources,
+):
+    "Refuse two groups whose copies would have one name, such as `b_c` of `a` and `c` of `a_b`."
+    names = {}
+    for s,g in itertools.product(sources.subjects, sources.specs):
+        other = names.setdefault(f'{s}_{g}', f'group {g} of {s}')
+        if other != f'group {g} of {s}':
+            raise DataProblem("two groups would be copied into one file", expected="a name for each",
+                              found=f"{other} and group {g} of {s}: {s}_{g}",
+                              do="rename a group in the config, or leave out save_intermediate.")
+
 @contextmanager
 def copies_folder(
     parent:Path, # Where
@@ -404,8 +416,10 @@ def copies_folder(
     "A new folder `intermediate_{date}`, which goes when its study fails."
     if not wanted: yield None; return
     name = time.strftime('intermediate_%Y-%m-%d_%H-%M-%S')
-    folder = next(p for p in (parent/f"{name}{f'-{i}'*(i > 0)}" for i in itertools.count()) if not p.exists())
-    folder.mkdir()
+    for i in itertools.count():
+        folder = parent/f"{name}{f'-{i}'*(i > 0)}"
+        try: folder.mkdir(); break
+        except FileExistsError: pass
     try: yield folder
     except BaseException: shutil.rmtree(folder, ignore_errors=True); raise
 
@@ -414,17 +428,26 @@ def write_study(
     path:Path, # Final name
     sources:Sources, # A warning is added when files of the old study stay
     options:StudyOptions,
-    config:dict, # As the user wrote it
+    config, # Path of the config, or its dict
     n_procs:int=1,
     with_copies:bool=False, # Also as .nii.gz and .trk
+    overwrite:bool=False, # Replace a study of that name, also one that appears meanwhile
 ) -> list: # of `SubjectReport`
     "Make the parts, write the study under a temporary name, then give it its own."
+    text = (json.dumps(config, indent=1) if isinstance(config, dict)
+            else Path(config).read_text(encoding='utf-8-sig'))
     with (told_plainly(path, 2*(sources.volume_bytes + 2*sources.file_bytes)), parts_folder(path) as hidden,
           copies_folder(path.parent, with_copies) as copies):
-        for leftover in (path, path.with_suffix('.json')): remove_partials(leftover)
+        check_target(path, config, overwrite)                                  # a last look
+        beside = path.with_suffix('.json')
+        for leftover in (path, beside): remove_partials(leftover)
         paths,reports = finished_parts(path, hidden, sources, options, n_procs)
         old = linked_files(path)
-        with atomic_file(path) as tmp: assemble(tmp, paths, sources.lists, config, options, copies)
+        # the copy takes its name after the study has
+        with (nullcontext() if is_its_copy(config, path) else atomic_file(beside, overwrite) as copy,
+              atomic_file(path, overwrite) as tmp):
+            if copy: copy.write_text(text)
+            assemble(tmp, paths, sources.lists, json.loads(text), options, copies)
         sources.warnings += remove_linked(path, old)
     return reports
 
@@ -448,21 +471,18 @@ def create_study(
     # float16: half the bytes; what it costs is in the summary
     volume_dtype:Literal['float32', 'float16']='float32',
     dry_run:bool=False, # Write nothing, say what would be written
+    trust=(), # Packages and .py files that register formats and standardisations
 ): # -> `StudySummary`, or `StudyPlan` of a dry run
     "Make a study from subject folders; nothing appears under its name until it is complete."
     start,options = time.time(), StudyOptions(step_size, nb_points, compress, remove_invalid, volume_dtype)
-    path = check_target(hdf5_file, config, overwrite)
-    sources = check_sources(root, config, training, validation, testing, skip_missing)
-    if dry_run: return plan_study(path, sources, options)
-    check_room(path.parent, sources.volume_bytes//(2 if volume_dtype == 'float16' else 1)*2)
-    text = (json.dumps(config, indent=1) if isinstance(config, dict)
-            else Path(config).read_text(encoding='utf-8-sig'))
-    is_copy = (not isinstance(config, dict) and path.with_suffix('.json').exists()
-               and path.with_suffix('.json').samefile(config))
-    # takes its name after the study has
-    with nullcontext() if is_copy else atomic_file(path.with_suffix('.json')) as copy:
-        if copy: copy.write_text(text)
-        reports = write_study(path, sources, options, json.loads(text), n_procs or 1, save_intermediate)
+    lists = [training, validation, testing]
+    path = check_target(hdf5_file, config, overwrite, [p for p in lists if isinstance(p, (str, os.PathLike))])
+    with trusting(trust):
+        sources = check_sources(root, config, *lists, skip_missing)
+        if save_intermediate: check_copies(sources)
+        if dry_run: return plan_study(path, sources, options)
+        check_room(path.parent, sources.volume_bytes//(2 if volume_dtype == 'float16' else 1)*2)
+        reports = write_study(path, sources, options, config, n_procs or 1, save_intermediate, overwrite)
     remarks = sources.warnings + [w for r in reports for w in r.remarks]
     for w in remarks: python_warnings.warn(w, stacklevel=2)
     return StudySummary(path, time.time() - start, reports, remarks, path.stat().st_size)

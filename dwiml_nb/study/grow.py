@@ -18,11 +18,14 @@ from typing import Literal
 import h5py
 import numpy as np
 from ..core.errors import DataProblem
-from ..core.files import atomic_file, fsync_path, progress, read_json
+from ..core.files import (atomic_file, fsync_path, progress, read_json, remove_partials, rename_new,
+                                 same_place)
+from ..core.registry import trusting
 from .create import (StudySummary, check_room, check_target, copy_attributes, copy_object,
                                    finished_parts, linked_files, links_of, plan_study,
                                    remove_linked, told_plainly)
-from .parts import StudyOptions, parts_folder, remove_partials, steady_hdf5
+from .files import hdf5_descriptor, stamp_of
+from .parts import StudyOptions, parts_folder, steady_hdf5
 from .config import VolumeSpec, raise_problems, read_config
 from .files import open_hdf5
 from .lists import SUBSETS
@@ -185,7 +188,7 @@ def join(
     files = {}
     for s,p in paths.items():
         files[s] = p if p.parent == folder else free_name(folder, s)
-        if p != files[s]: os.rename(p, files[s])
+        if p != files[s]: rename_new(p, files[s])
     fsync_path(folder)
     with atomic_file(path) as new:
         linked_root(new, old, base, files, lists)
@@ -193,6 +196,8 @@ def join(
         if lost:
             raise DataProblem("the new subjects cannot be reached through their links",
                               expected=[str(files[s]) for s in lost], file=path)
+        if stamp_of(path) != stamp_of(hdf5_descriptor(old)):                   # no locks on this file system
+            raise DataProblem("another process has changed the study meanwhile", file=path, do="add again.")
     return files
 
 # %% ../../nbs/01_study/12_grow.ipynb #59dccae0
@@ -208,11 +213,13 @@ def add_subjects(
     skip_missing:bool=False, # Files that are not there only warn
     n_procs:int=None, # Processes, one subject each; one when not given
     dry_run:bool=False, # Write nothing, say what would be written
+    trust=(), # Packages and .py files that register formats and standardisations
 ): # -> `StudySummary`, or `StudyPlan` of a dry run
     "Add subjects to a study, which others may be reading."
     start,path = time.time(), Path(hdf5_file).resolve()
     open_study(path).close()
-    with nullcontext() if dry_run else parts_folder(path) as hidden, open_study(path) as old:
+    with (trusting(trust), nullcontext() if dry_run else parts_folder(path) as hidden,
+          open_study(path) as old):
         sources,options = checked_growth(path, old, root, [training, validation, testing], config,
                                          remove_invalid, skip_missing)
         if dry_run: return plan_study(path, sources, options, times=1)
@@ -274,13 +281,15 @@ def repack_study(
     "A study in one file, contiguous and not compressed, with all that was in it."
     path = Path(hdf5_file).resolve()
     open_study(path).close()
-    target = path if out is None else check_target(out, {}, overwrite)
+    look = lambda: path if out is None else check_target(out, {}, overwrite, linked_files(path))
+    target = path if same_place(look(), path) else look()
     with parts_folder(target), open_study(path) as old:
+        look()                                                                 # once more, under the lock
         needed = sum((o.size or 0)*o.dtype.itemsize for s in old for o in datasets_of(found_in(old, s)))
         check_room(target.parent, needed, 'in one file')
         remove_partials(target)
         linked = linked_files(target)
-        with told_plainly(target, needed), atomic_file(target) as new:
+        with told_plainly(target, needed), atomic_file(target, overwrite or target == path) as new:
             with steady_hdf5(new) as (f, check):
                 copy_attributes(old, f)
                 for s in progress(list(old), 'repacking', unit='subject'):
@@ -288,7 +297,7 @@ def repack_study(
             open_study(new).close()
         # only now: until here they were the study
         for stays in remove_linked(target, linked): python_warnings.warn(stays, stacklevel=2)
-    if target != path and path.with_suffix('.json').exists():
-        with atomic_file(target.with_suffix('.json')) as copy:
-            shutil.copyfile(path.with_suffix('.json'), copy)
+        if target != path and path.with_suffix('.json').exists():
+            with atomic_file(target.with_suffix('.json'), overwrite) as copy:
+                shutil.copyfile(path.with_suffix('.json'), copy)
     return target

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['write_volume', 'write_streamlines', 'SteadyFile', 'steady_hdf5', 'StudyOptions', 'SubjectReport', 'add_group',
-           'add_subject', 'part_mark', 'make_part', 'finished_part', 'locked', 'parts_folder', 'is_alive',
-           'remove_partials', 'reports_in_turn', 'Part', 'place_parts', 'make_parts']
+           'add_subject', 'part_mark', 'make_part', 'finished_part', 'locked', 'parts_folder', 'reports_in_turn',
+           'Part', 'place_parts', 'make_parts']
 
 # %% ../../nbs/01_study/10_parts.ipynb #9a4bb7c0
 import hashlib
@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import re
 import shutil
 import signal
 import sys
@@ -31,6 +30,7 @@ import dwiml_nb
 from ..core.errors import DataProblem
 from ..core.files import atomic_file, progress
 from ..core.registry import SameTrust
+from ..core.space import short_dimensions
 from ..core.tractograms import TRACTOGRAM_FORMATS, tractogram_format
 from .lines_in import (LineOptions, LinesReport, StoredLines, connectivity_of, label_remarks,
                                      lines_of)
@@ -75,7 +75,7 @@ def write_streamlines(
     for key,value in stored.dps.items(): dps.create_dataset(key, data=value)
     group.attrs.update({'type': 'streamlines', 'space': 'Space.VOX', 'origin': 'Origin.TRACKVIS',
                         'affine': np.array(grid.affine),
-                        'dimensions': np.array(grid.dimensions, np.int16),
+                        'dimensions': short_dimensions(grid.dimensions),
                         'voxel_sizes': grid.voxel_sizes.astype(np.float32),
                         'voxel_order': grid.voxel_order, 'report': json.dumps(vars(stored.report))})
     if matrix is None: return
@@ -272,26 +272,6 @@ def parts_folder(
         raise
     else: shutil.rmtree(folder, ignore_errors=True)
     finally: lock.close()
-
-# %% ../../nbs/01_study/10_parts.ipynb #0ec6eb1d
-def is_alive(
-    pid:int, # Number of a process
-) -> bool:
-    "Whether there is such a process here."
-    if os.name != 'posix': return True                                         # elsewhere, asking may end it
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return False
-    except (PermissionError, OverflowError): pass
-    return True
-
-def remove_partials(
-    path, # Final name of a file that is written by `atomic_file`
-):
-    "Remove what dead processes left of a file."
-    stem,_,suffix = Path(path).name.partition('.')
-    for p in Path(path).parent.iterdir():
-        told = re.fullmatch(rf'\.{re.escape(stem)}\.(\d+)\.partial\.{re.escape(suffix)}', p.name)
-        if told and not is_alive(int(told[1])): p.unlink(missing_ok=True)
 
 # %% ../../nbs/01_study/10_parts.ipynb #a3712643
 REGISTRIES = TRACTOGRAM_FORMATS, STANDARDIZATIONS    # what may be needed to make a subject

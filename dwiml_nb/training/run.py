@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from ..core.errors import DataProblem
-from ..core.files import fsync_path, write_json
+from ..core.files import fsync_path, remove_partials, write_json
 from ..core.folders import clear_folder, flush_folder, write_folder
 from ..core.registry import all_trusted, class_path
 from .checkpoints import Checkpoint, check_same, checkpoint_parts, write_model
@@ -118,7 +118,7 @@ def create(self:Experiment,
 def in_use(self:Experiment):
     "Hold the folder's lock, and remove what a process left that was killed while it wrote."
     with only_one(self.folder):
-        for left in self.folder.rglob('.*.partial*'): left.unlink()
+        remove_partials(self.folder, below=True)
         yield
 
 # %% ../../nbs/07_training/08_run.ipynb #5684a2dc

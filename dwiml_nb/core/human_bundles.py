@@ -16,6 +16,7 @@ from pathlib import Path
 import dipy
 from .errors import DataProblem, did_you_mean
 from .files import progress
+from .folders import claim_folder
 from .ragged import Ragged
 from .lines import resample_nb_points, resample_step, reverse
 from .phantom import (SimulatedSubject, grid_around, simulate_subject, write_study_files,
@@ -97,15 +98,15 @@ def human_folds(
 
 # %% ../../nbs/00_core/13_human_bundles.ipynb #d5c11a4e
 def write_human_study(
-    root, # Folder to make the subject folders in
+    root, # Folder to make the subject folders in: a new one, an empty one, or one that this made before
     held_out:str='sub_5', # The person to test on
     seed:int=1234, # Of the noise
     peaks:bool=True, # Also list the strongest peaks as a group
     subjects=SUBJECTS, # Leave some out for a smaller study
 ) -> Path: # The root
     "Write the five people's folders with the configuration and the lists of one fold."
-    root,folds = Path(root), human_folds(held_out)
-    root.mkdir(parents=True, exist_ok=True)
+    folds = human_folds(held_out)
+    root = claim_folder(root, 'write_human_study')
     for s in progress(subjects, 'simulating', unit='person'): write_human_subject(root, s, seed)
     write_study_files(root, *[[s for s in folds[k] if s in subjects]
                               for k in ('training', 'validation', 'testing')], peaks=peaks)

@@ -6,12 +6,11 @@
 __all__ = ['Kind', 'FIBRE', 'GREY', 'FLUID', 'S0', 'centreline', 'rotation_minimising_frame', 'tube', 'phantom_bundles',
            'tangents', 'fixels', 'voxels_near', 'repelled_directions', 'gradients', 'simulate_signal', 'rician',
            'true_fodf', 'grid_around', 'turned_axes', 'SimulatedSubject', 'visited', 'simulate_subject',
-           'peak_agreement', 'truth_masks', 'save_volume', 'write_subject', 'write_truth', 'write_study_files',
-           'phantom_subject', 'write_phantom']
+           'peak_agreement', 'truth_masks', 'write_subject', 'write_truth', 'write_study_files', 'phantom_subject',
+           'write_phantom']
 
 # %% ../../nbs/00_core/12_phantom.ipynb #89548456
 import numpy as np
-import nibabel as nib
 import torch
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,8 +21,9 @@ from scipy.ndimage import binary_dilation, binary_erosion
 from scipy.spatial import cKDTree
 from .errors import DataProblem
 from .files import atomic_file, can_be_made_again, progress, write_json
+from .folders import claim_folder
 from .ragged import Ragged
-from .space import Grid, convert, inside
+from .space import Grid, convert, inside, save_volume
 from .lines import lengths_of, resample_step
 from .tractograms import Tractogram, save_tractogram
 from .gradients import image_axes, write_gradients
@@ -343,24 +343,13 @@ def truth_masks(
     return masks
 
 # %% ../../nbs/00_core/12_phantom.ipynb #7c70c9c2
-def save_volume(
-    data, # (X, Y, Z) or (X, Y, Z, F)
-    grid:Grid,
-    path, # .nii.gz; its folder is made
-):
-    "Write an array as NIfTI on a grid, whole or not at all; bool becomes uint8."
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    data = np.asarray(data)
-    with atomic_file(path) as tmp:
-        nib.save(nib.Nifti1Image(data.astype(np.uint8) if data.dtype == bool else data, grid.affine), tmp)
-
-# %% ../../nbs/00_core/12_phantom.ipynb #3efae76a
 def write_subject(
     folder, # Subject folder; made if it is missing
     subject:SimulatedSubject,
 ) -> Path: # The folder
     "Write a simulated subject as a laboratory would keep it, with the truth beside it."
     folder,s = Path(folder), subject
+    for part in ('dwi', 'masks', 'anat'): (folder/part).mkdir(parents=True, exist_ok=True)
     with can_be_made_again():
         for name,data in {
                 'dwi/dwi': s.dwi, 'masks/brain': s.brain, 'masks/wm': s.white, 'masks/seeds': s.seeds,
@@ -373,14 +362,14 @@ def write_subject(
         write_truth(folder, s)
     return folder
 
-# %% ../../nbs/00_core/12_phantom.ipynb #facf5683
+# %% ../../nbs/00_core/12_phantom.ipynb #b931cbad
 def write_truth(
     folder, # Subject folder
     subject:SimulatedSubject,
 ):
     "Write the bundles, their masks, and the scoring configuration that names them."
     s,config = subject, {}
-    (Path(folder)/'bundles').mkdir(parents=True, exist_ok=True)
+    for part in ('bundles', 'truth'): (Path(folder)/part).mkdir(parents=True, exist_ok=True)
     for fraction,(name,lines) in zip(s.fractions, s.bundles.items()):
         save_tractogram(Tractogram(lines, s.grid), Path(folder)/f'bundles/{name}.trk')
         for part,mask in truth_masks(lines, fraction, s.grid).items():
@@ -429,7 +418,7 @@ def phantom_subject(
 
 # %% ../../nbs/00_core/12_phantom.ipynb #68bbb52b
 def write_phantom(
-    root, # Folder to make the subject folders in
+    root, # Folder to make the subject folders in: a new one, an empty one, or one that this made before
     n_subjects:int=4, # sub-01, sub-02, …: the last is for testing, the one before for validation
     kind:Kind='toy', # Which phantom
     seed:int=1234, # Of the study
@@ -438,8 +427,7 @@ def write_phantom(
     "Write the subject folders of a phantom study with its configuration and lists."
     if n_subjects < 1:
         raise DataProblem("a phantom study has at least one subject", expected="1 or more", found=n_subjects)
-    root,ids = Path(root), [f'sub-{i+1:02d}' for i in range(n_subjects)]
-    root.mkdir(parents=True, exist_ok=True)
+    root,ids = claim_folder(root, 'write_phantom'), [f'sub-{i+1:02d}' for i in range(n_subjects)]
     for i,name in enumerate(progress(ids, 'phantom', unit='subject')):
         write_subject(root/name, phantom_subject(kind, i, seed))
     nb_train = max(1, n_subjects - 2)

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CAVEATS', 'SCORE_NAMES', 'stage', 'demo_study', 'demo_seeds', 'demo_scores', 'true_lines', 'side_by_side',
-           'loss_curve', 'as_image', 'score_rows', 'write_report', 'run_demo', 'report_demo', 'dwiml_demo']
+           'loss_curve', 'as_image', 'score_rows', 'write_report', 'check_demo', 'run_demo', 'report_demo',
+           'dwiml_demo']
 
 # %% ../../nbs/13_demo/01_demo.ipynb #6e78666d
 import base64
 import html
-import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -17,8 +17,10 @@ import numpy as np
 import torch
 import matplotlib.pyplot as plt
 from ..cli.common import call_parse
+from ..core.errors import DataProblem
 from ..core.files import atomic_file, write_json
-from ..core.human_bundles import write_human_study
+from ..core.folders import check_ours, claim_folder, clear_folder
+from ..core.human_bundles import human_folds, write_human_study
 from ..core.ragged import Ragged
 from ..core.tractograms import Tractogram, load_tractogram, save_tractogram
 from ..study.create import create_study
@@ -47,11 +49,12 @@ def stage(
 
 # %% ../../nbs/13_demo/01_demo.ipynb #8e6e9633
 def demo_study(
-    out, # Folder of the demo
+    out, # Folder of the demo: a new one, an empty one, or one of an earlier demo
     held_out:str='sub_5', # The person to test on
 ) -> MultiSubjectDataset:
     "The study of simulated subjects, created and opened."
-    root = write_human_study(Path(out)/'subjects', held_out)
+    human_folds(held_out)                                            # known, before there is a folder
+    root = write_human_study(claim_folder(out, 'dwiml_demo')/'subjects', held_out)
     create_study(root, Path(out)/'study.hdf5', root/'config.json',
                  root/'training.txt', root/'validation.txt', root/'testing.txt', overwrite=True)
     dataset = MultiSubjectDataset(Path(out)/'study.hdf5')
@@ -175,8 +178,26 @@ fifty lines are thin in their tubes.</p><h2>What this does not show</h2><p>{CAVE
     with atomic_file(file) as tmp: tmp.write_text(page)
 
 # %% ../../nbs/13_demo/01_demo.ipynb #cf78a6eb
+def check_demo(
+    out, # Folder for everything
+    held_out:str, # The person to test on
+    nb_batches:int, # Training batches
+    seed:int, # Of everything
+    device:str=None, # A torch device, or None
+):
+    "Refuse what would end the demo half way, before anything is written."
+    human_folds(held_out)
+    for name,value,least in (('nb_batches', nb_batches, 1), ('seed', seed, 0)):
+        if not isinstance(value, int) or not least <= value < 2**32:
+            raise DataProblem(f"the demo's {name} is a whole number", expected=f"{least} or more", found=value)
+    try: torch.empty(0, device=device or 'cpu')
+    except (RuntimeError, AssertionError) as e:
+        raise DataProblem("there is no such device", expected="cpu or cuda", found=device) from e
+    check_ours(out, 'dwiml_demo')
+
+# %% ../../nbs/13_demo/01_demo.ipynb #bf94e0ef
 def run_demo(
-    out='demo', # Folder for everything; what an earlier demo left there is replaced
+    out='demo', # Folder for everything: a new one, or one of an earlier demo, which is replaced
     held_out:str='sub_5', # The person to test on
     nb_batches:int=1000, # Training batches
     quick:bool=False, # A minute: 60 batches, 1,500 seeds
@@ -184,9 +205,9 @@ def run_demo(
     device:str=None, # None: the first GPU if there is one, else the CPU
 ) -> dict: # As in scores.json
     "Simulate, train, track, score, compare, report."
-    out,seconds = Path(out),{}
-    out.mkdir(parents=True, exist_ok=True)
-    for old in ('subjects', 'experiments'): shutil.rmtree(out/old, ignore_errors=True)
+    check_demo(out, held_out, nb_batches, seed, device)
+    out,seconds = claim_folder(out, 'dwiml_demo'),{}
+    clear_folder(out/'experiments'/'learn2track')
     with stage('subjects and study', seconds): dataset = demo_study(out, held_out)
     with stage('training', seconds):
         trainer = recipe_trainer(dataset, out/'experiments', 'learn2track', 60 if quick else nb_batches,

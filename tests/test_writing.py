@@ -22,7 +22,8 @@ from dwiml_nb.core.folders import MARK, claim_folder, write_folder
 from dwiml_nb.core.human_bundles import write_human_study
 from dwiml_nb.core.phantom import write_phantom
 from dwiml_nb.core.ragged import Ragged
-from dwiml_nb.core.sh import fit_sh_files, write_gradients, write_sh
+from dwiml_nb.core.gradients import write_gradients
+from dwiml_nb.core.sh import fit_sh_files, write_sh
 from dwiml_nb.core.space import Grid, save_volume
 from dwiml_nb.core.tractograms import Tractogram, load_tractogram, save_tractogram
 from dwiml_nb.data.extract import extract_data

@@ -11,7 +11,6 @@ __all__ = ['BASIS', 'sh_size', 'sh_degrees', 'sh_basis', 'nb_axes', 'largest_ord
 import math
 import warnings
 import numpy as np
-import nibabel as nib
 from functools import lru_cache
 from pathlib import Path
 from scipy.special import eval_legendre

@@ -189,7 +189,7 @@ def check_demo(
     human_folds(held_out)
     for name,value,least in (('nb_batches', nb_batches, 1), ('seed', seed, 0)):
         if not isinstance(value, int) or not least <= value < 2**32:
-            raise DataProblem(f"the demo's {name} is a whole number", expected=f"{least} or more", found=value)
+            raise DataProblem(f"the demo's {name} is a whole number", f"{least} or more", value)
     try: torch.empty(0, device=device or 'cpu')
     except (RuntimeError, AssertionError) as e:
         raise DataProblem("there is no such device", expected="cpu or cuda", found=device) from e

@@ -20,6 +20,7 @@ from nibabel.streamlines.trk import header_2_dtype
 
 from dwiml_nb.core.errors import DataProblem
 from dwiml_nb.core.files import can_be_made_again
+from dwiml_nb.core.sh import fit_sh_files
 from dwiml_nb.core.space import SPACES, Grid, convert, grid_of, open_image, same_grid
 from dwiml_nb.core.tractograms import Tractogram, load_tractogram, read_tractogram, save_tractogram, tractogram_format
 from dwiml_nb.data.dataset import MultiSubjectDataset
@@ -354,6 +355,12 @@ def test_sheared_grids_are_refused_where_axes_are_walked(folder, tmp_path):
     dataset = MultiSubjectDataset(path).load_data()
     sampler, loader = DWIMLBatchIDSampler(dataset, "lines"), DWIMLBatchLoader(dataset, ModelSpec(), "lines")
     with pytest.raises(DataProblem, match=f"subject s1, group lines: {says}"): loader.load_batch_streamlines(next(iter(sampler)))
+
+
+def test_harmonics_on_a_sheared_grid_are_refused(tmp_path):
+    "Their directions would be neither those of the image's axes nor those of the world."
+    image(tmp_path / "dwi.nii.gz", affine=LEANING); image(tmp_path / "mask.nii.gz", np.ones(SHAPE, np.uint8), LEANING)
+    with pytest.raises(DataProblem, match="dwi.nii.gz: the grid is sheared"): fit_sh_files(*(tmp_path / n for n in ("dwi.nii.gz", "bvals", "bvecs", "mask.nii.gz", "sh.nii.gz")))
 
 
 def test_walking_on_a_sheared_grid_is_refused():

@@ -20,7 +20,7 @@ from .errors import DataProblem, naming
 from .files import check_outputs, write_json
 from .gradients import (B0_MAX, Convention, check_bvecs, choose_shell, clear_shell,
                                      read_gradients, shell_range, shells_of)
-from .space import Grid, fits_grid, grid_of, open_image, save_volume
+from .space import Grid, fits_grid, grid_of, need_right_angles, open_image, save_volume
 from .sphere import sphere_vertices
 
 # %% ../../nbs/00_core/11_sh.ipynb #eed48122
@@ -310,6 +310,7 @@ def fit_sh_files(
     check_outputs({'the SH volume': out, 'its description': sh_json(out), 'the peaks': peaks},
                   [dwi, bvals, bvecs, mask], overwrite)
     img,mask_img = open_volume(dwi, 4, 'DWI'), open_volume(mask, 3, 'brain mask')
+    need_right_angles(grid_of(img), file=dwi)
     if not fits_grid(grid_of(mask_img), grid_of(img), "the grids of brain mask and DWI", file=mask):
         raise DataProblem("the brain mask is on another grid than the DWI", expected=grid_of(img),
                           found=grid_of(mask_img), file=mask)

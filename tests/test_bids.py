@@ -72,6 +72,11 @@ def test_what_was_taken_otherwise_is_told(tree):
     for words in ('more cells than columns', '1 for sub-01', 'without a folder are left out: sub-33', 'without a row in participants.tsv: sub-03',
                   "column 'split' puts these in no subset: sub-02, sub-03"): assert words in told, words
 
+def test_tables_whose_content_is_elsewhere_are_told(tree):
+    (tree/'participants.tsv').symlink_to('.git/annex/objects/participants.tsv')
+    tree.refused('no table of participants', 'git annex get')
+    assert tree.lists(split=None, training='1')['training'] == ['sub-01']
+
 def test_tables_that_cannot_be_read(tree):
     for separator in ',; ': tree.refused("no column 'participant_id'", 'put tabs between', table=TABLE.replace('\t', separator))
     tree.refused('lists nobody', table='participant_id\tsplit\n')

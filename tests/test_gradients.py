@@ -10,6 +10,7 @@ from dwiml_nb.cli.prepare import dwiml_fit_sh
 from dwiml_nb.core.errors import DataProblem
 from dwiml_nb.core.gradients import choose_shell, clear_shell, flip_bvecs, read_gradients, shells_of
 from dwiml_nb.core.sh import fit_attenuation, fit_sh_files
+from dwiml_nb.evaluation.csd import Acquisition, csd_fodf
 
 AFFINE = np.diag([-2., 2, 2, 1])
 BVALS = np.r_[0, 0, np.full(30, 1000.)]
@@ -108,6 +109,11 @@ def test_schemes_without_shells_are_refused_until_a_b_value_is_named(tmp_path):
     grid = 200.*(q**2).sum(0)[(q**2).sum(0) <= 16]
     with pytest.raises(DataProblem, match='b-values'): clear_shell(grid)
     assert clear_shell(grid, 2800)[1].sum() == 48
+
+def test_csd_refuses_them_too():
+    ramp = np.r_[0, 0, np.linspace(200, 3000, 30)]
+    with pytest.raises(DataProblem, match='form no clear shells'):
+        csd_fodf(Acquisition(np.ones((1, 1, 1, 32)), ramp, BVECS, np.ones((1, 1, 1), bool), None))
 
 def test_b0_that_is_not_zero(tmp_path):
     "The threshold is an option, and it is written down with what it took."

@@ -99,7 +99,7 @@ def is_tractogram(
     path, # A file name
 ) -> bool:
     "Does a name end as those of tractograms do, compressed ones included?"
-    return Path(path).name.lower().removesuffix('.gz').endswith(tuple(TRACTOGRAM_FORMATS))
+    return os.path.basename(path).lower().removesuffix('.gz').endswith(tuple(TRACTOGRAM_FORMATS))
 
 def tractogram_format(
     path, # A file name

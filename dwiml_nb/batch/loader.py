@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from ..core.dwi_ml import NamesOfDwiml
 from ..core.errors import DataProblem
 from ..core.ragged import Ragged, as_ragged
+from ..core.sizes import is_near, refuse_far
 from ..core.space import need_right_angles, to_vox_matrix
 from ..core.lines import compress, resample_nb_points, resample_step
 from .spec import spec_of
@@ -227,6 +228,10 @@ def load_lines_voxmm(self:DWIMLBatchLoader,
         self.refuse_lines(wrong_lines, ids, subset.subjects[subject], "have NaN or infinite coordinates",
                           expected="finite coordinates", found=f"{len(wrong)} points that are not",
                           do="remove these lines from the source and build the study again.")
+    grid = subset.grid(subject, self.streamline_group_name)
+    if not is_near(lines.data, grid.dimensions):
+        refuse_far(lines, grid, 'vox', ids, subject=subset.subjects[subject],
+                   group=self.streamline_group_name)
     return lines.with_data(lines.data*self.space_of(subset, subject)[0])
 
 # %% ../../nbs/03_batch/07_loader.ipynb #eca1fca1

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from .kernels import fits, kernel
+from .sizes import need_memory
 from .ragged import Ragged, rows_of
 
 # %% ../../nbs/00_core/07_lines.ipynb #e928197d
@@ -203,6 +204,9 @@ def points_along(
         raise ValueError("points between points are no whole numbers: "
                          f"expected floating point, found {lines.dtype}")
     if len(lines.data) == 0: return lines
+    needed = float(nb_points.sum(dtype=torch.float64))
+    need_memory(needed*lines.data.element_size()*lines.data.shape[1],
+                f"{needed:.3g} points on {len(lines)} lines", "take a longer step or fewer points.")
     if suits_kernel(lines):
         new = Ragged.from_lengths(torch.empty(int(nb_points.sum()), 3, dtype=lines.dtype), nb_points)
         lengths = lengths_of(lines) if lengths is None else lengths
@@ -229,6 +233,8 @@ def resample_nb_points(
     nb_points:int, # Points a line, >= 2
 ) -> Ragged:
     "The same number of equidistant points on every line."
+    if not 0 < nb_points < 1 << 31:
+        raise ValueError(f"nb_points is a whole number above 0, found {nb_points}")
     return points_along(lines, torch.where(lines.lengths > 0, nb_points, 0))
 
 # %% ../../nbs/00_core/07_lines.ipynb #e13b7b3a

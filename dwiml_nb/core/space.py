@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SHEAR_TOLERANCE_DEG', 'GRID_TOLERANCE_MM', 'MOST_VOXELS', 'SPACES', 'Space', 'Grid', 'corners_apart', 'same_grid',
-           'almost_same_grid', 'fits_grid', 'place_remarks', 'open_image', 'grid_of', 'short_dimensions', 'save_volume',
-           'to_vox_matrix', 'apply_affine', 'convert', 'need_right_angles', 'inside']
+           'almost_same_grid', 'fits_grid', 'place_remarks', 'check_image_size', 'open_image', 'grid_of',
+           'short_dimensions', 'save_volume', 'to_vox_matrix', 'apply_affine', 'convert', 'need_right_angles', 'inside']
 
 # %% ../../nbs/00_core/05_space.ipynb #14b3a040
 import logging
 import math
+import os
 import threading
 import warnings
 from contextlib import contextmanager
@@ -144,6 +145,19 @@ def heard_of_nibabel(): # -> list of str, filled within
     finally: nib.imageglobals.logger.removeHandler(handler)
 
 # %% ../../nbs/00_core/05_space.ipynb #3713a550
+def check_image_size(
+    image, # nibabel image
+    path, # Of its file
+):
+    "Refuse an image that claims more voxels than its file can hold."
+    name,claimed = str(path).lower(), image.get_data_dtype().itemsize*math.prod(image.shape)
+    most = 1100 if name.endswith(('.nii.gz', '.mgz')) else 1        # gzip makes zeros that much smaller
+    size,known = os.stat(path).st_size, ('.nii', '.nii.gz', '.mgh', '.mgz')        # each is one file
+    if claimed <= size*most or not name.endswith(known): return
+    raise DataProblem("the image claims more voxels than its file can hold", file=path,
+                      expected=f"at most {size} bytes", found=f"{image.shape}: {claimed} bytes",
+                      do="copy it again from its source.")
+
 def open_image(
     path, # NIfTI, or another image that nibabel reads
     said:list=None, # Gets the remarks on its place; they are warnings if there is no list
@@ -159,6 +173,7 @@ def open_image(
         offset = image.dataobj.offset if isinstance(image, nib.Nifti1Image) else None
         if offset is not None and offset < image.header['sizeof_hdr']:
             raise ValueError(f"the values begin at byte {offset}, within the header")
+        check_image_size(image, path)
         remarks = [f"nibabel mended its header: {m}" for m in dict.fromkeys(mended)] + place_remarks(image)
     if said is not None: said += remarks
     else:

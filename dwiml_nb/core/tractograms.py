@@ -25,7 +25,7 @@ from nibabel.streamlines import Field
 from nibabel.streamlines.trk import (decode_value_from_name, encode_value_in_name,
                                      get_affine_trackvis_to_rasmm, header_2_dtype)
 from .errors import DataProblem, naming, need_file
-from .files import atomic_file
+from .files import MOST_JSON, atomic_file, parse_json
 from .ragged import Ragged, as_ragged
 from .registry import Registry
 from .space import Grid, fits_grid, grid_of, short_dimensions
@@ -253,7 +253,10 @@ class NibabelFormat(TractogramFormat):
 class Trk(NibabelFormat):
     "TrackVis: the grid in the header, ten kinds of data per streamline."
     def check(self, tractogram:Tractogram):
-        dps = tractogram.dps
+        dps,grid = tractogram.dps, tractogram.grid
+        if grid is not None and max(grid.dimensions) > 32767:
+            raise DataProblem("a .trk file has no room for such a grid", "at most 32767 voxels along an axis",
+                              found=grid, do="save a .trx.")
         if len(tractogram) and not len(tractogram.lines.data):
             raise DataProblem("a .trk file needs a line with points",
                               found=f"{len(tractogram)} lines of none", do="leave them out, or save a .trx.")
@@ -437,12 +440,12 @@ class Trx(TractogramFormat):
         return trx_content(arrays, h)
     def header(self, path) -> tuple:
         with zipfile.ZipFile(path) as z:
-            h = json.loads(z.read('header.json'))
+            h = trx_header(z)
             names = [n.split('/')[1].split('.') for n in z.namelist() if n.startswith('dps/') and '.' in n]
         columns = {n[0]: int(n[1]) if len(n) == 3 else 1 for n in names}
         return Grid(h['VOXEL_TO_RASMM'], h['DIMENSIONS']), columns
     def size(self, path) -> tuple:
-        with zipfile.ZipFile(path) as z: h = json.loads(z.read('header.json'))
+        with zipfile.ZipFile(path) as z: h = trx_header(z)
         return int(h['NB_STREAMLINES']), int(h['NB_VERTICES'])
 
 # %% ../../nbs/00_core/10_tractograms.ipynb #65cd2945
@@ -483,6 +486,23 @@ def trx_content(
     return Tractogram(Ragged(torch.from_numpy(points), offsets), grid, dps, groups)
 
 # %% ../../nbs/00_core/10_tractograms.ipynb #02a2d039
+TRX_TYPES = ('bit', 'int8', 'int16', 'int32', 'int64', 'uint8', 'uint16', 'uint32', 'uint64',
+             'float16', 'float32', 'float64')
+
+def is_type(
+    word:str, # The end of a name in a `.trx`
+) -> bool:
+    "Would numpy take a word for a type of values?"
+    try: return np.dtype(word) is not None
+    except Exception: return False
+
+def trx_header(
+    archive:zipfile.ZipFile,
+) -> dict:
+    "The header of an open `.trx`."
+    if (n := archive.getinfo('header.json').file_size) > MOST_JSON: raise ValueError(f"a header of {n} bytes")
+    return parse_json(archive.read('header.json').decode())
+
 def check_trx(
     path, # .trx
 ) -> dict: # its header
@@ -493,16 +513,23 @@ def check_trx(
         if len(sizes) < sum(not i.is_dir() for i in z.infolist()): raise ValueError("an array is there twice")
         if sum(sizes.values()) > max(64 << 20, 50*size):
             raise ValueError(f"{size} bytes that would become {sum(sizes.values())}")
+        for i in z.infolist():
+            if i.compress_type == zipfile.ZIP_STORED and i.file_size != i.compress_size:
+                raise ValueError(f"{i.filename} has two sizes, {i.file_size} and {i.compress_size} bytes")
         if (damaged := z.testzip()) is not None: raise ValueError(f"{damaged} does not have its checksum")
-        h = json.loads(z.read('header.json'))
+        h = trx_header(z)
     lines,points = int(h['NB_STREAMLINES']), int(h['NB_VERTICES'])
     rows = {'positions': (points,), 'offsets': (lines, lines + 1), 'dps': (lines,), 'dpv': (points,)}
     for name,n in sizes.items():
-        words = name.split('/')[-1].split('.')
-        if (place := name.split('/')[0].split('.')[0]) not in rows or len(words) < 2: continue
+        place,words = name.split('/')[0].split('.')[0], name.split('/')[-1].split('.')
+        if words[-1] not in TRX_TYPES:
+            if words[-1] != 'json' and (place in (*rows, 'dpg', 'groups') or is_type(words[-1])):
+                raise ValueError(f"{name}: '{words[-1]}' is no type of plain numbers")
+            continue
         width = int(words[1]) if len(words) == 3 else 1
+        if width < 1 or place == 'positions' and width != 3: raise ValueError(f"{name} has {width} columns")
         each = width*np.dtype('bool' if words[-1] == 'bit' else words[-1]).itemsize
-        if n not in [each*r for r in rows[place]]:
+        if place in rows and n not in [each*r for r in rows[place]]:
             raise ValueError(f"{name} has {n} bytes, the header says {lines} streamlines of {points} points")
     return h
 

@@ -210,9 +210,9 @@ def read_model_folder(
     if missing:
         raise DataProblem("files are missing from the model folder", expected=", ".join(needed), file=folder,
                           found=f"no {', '.join(missing)}", do="copy the whole folder again.")
-    extra = read_json(folder/'model_class.json') if (folder/'model_class.json').is_file() else {}
+    extra = read_json(folder/'model_class.json', dict) if (folder/'model_class.json').is_file() else {}
     return {'folder': folder, 'type': (folder/'model_type.txt').read_text().strip(),
-            'params': read_json(folder/'parameters.json'), 'class': extra.get('class'),
+            'params': read_json(folder/'parameters.json', dict), 'class': extra.get('class'),
             'namespaces': extra.get('namespaces', []), 'not_kept': extra.get('not_kept', {})}
 
 # %% ../../nbs/05_models/00_base.ipynb #d9e706c1

@@ -40,8 +40,9 @@ def read_subject_lists(
                                        expected="each subject in one list, once",
                                        found=f"in {seen[s]} and in {subset}",
                                        do="take it out of one of them.", subject=s))
-            if '/' in s or s in ('.', '..'):
-                bad.append(DataProblem("a subject id must be the name of a folder", found=s, subject=s))
+            if '/' in s or s in ('.', '..') or len(s.encode(errors='replace')) > 200:
+                bad.append(DataProblem("a subject id must be the name of a folder", found=s[:80],
+                                       subject=s[:80], expected="up to 200 bytes without '/'"))
             seen.setdefault(s, subset)
     if not seen and not bad:
         bad.append(DataProblem("the three lists hold no subject at all", expected="at least one id"))

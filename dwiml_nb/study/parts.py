@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import dwiml_nb
 from ..core.errors import DataProblem
-from ..core.files import atomic_file, progress
+from ..core.files import atomic_file, parse_json, progress
 from ..core.registry import SameTrust
 from ..core.space import short_dimensions
 from ..core.tractograms import TRACTOGRAM_FORMATS, tractogram_format
@@ -151,7 +151,7 @@ class SubjectReport:
     @classmethod
     def from_json(cls, text:str):
         "The report that `to_json` told."
-        told = json.loads(text)
+        told = parse_json(text)
         for key in ('volumes', 'rounding'): told[key] = {g: tuple(v) for g,v in told[key].items()}
         return cls(**{**told, 'lines': {g: LinesReport(**n) for g,n in told['lines'].items()}})
 
@@ -236,7 +236,7 @@ def finished_part(
     try:
         with h5py.File(path, 'r') as f:
             return SubjectReport.from_json(f.attrs['part_report']) if f.attrs['part_mark'] == mark else None
-    except (OSError, KeyError): return None
+    except (OSError, KeyError, ValueError, TypeError, AttributeError): return None
 
 # %% ../../nbs/01_study/10_parts.ipynb #c6eea3da
 def locked(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from fastcore.basics import patch
 from ..core.ragged import Ragged
+from ..core.sizes import need_memory
 from ..core.space import Grid, inside, need_right_angles
 from ..core.lines import unit
 from ..core.volume import sample_nearest
@@ -114,6 +115,8 @@ def propagate(
     "Walk until every line has stopped."
     n,device = len(start), start.device
     longest = int(max_points.max()) if n else 1
+    need_memory(12.*longest*n, f"{n} lines of up to {longest} points at a time",
+                "take a smaller batch_size, a shorter max_length or a longer step.")
     points = torch.full((longest, n, 3), torch.nan, device=device); points[0] = start
     count,first = torch.ones(n, dtype=torch.long, device=device), torch.zeros(n, 3, device=device)
     numbers = torch.arange(n, device=device) if numbers is None else numbers

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..core.errors import DataProblem
+from ..core.sizes import is_plain, need_memory
 from ..core.space import Grid, convert, inside
 
 # %% ../../nbs/06_tracking/00_seeds.ipynb #ac86847e
@@ -25,7 +26,7 @@ def seeds_from_mask(
         raise ValueError("ask for seeds per voxel (npv) or in total (nt), not both")
     wanted = npv if nt is None else nt
     wanted = 1 if wanted is None else wanted
-    if wanted < 1 or int(wanted) != wanted:
+    if not 1 <= wanted < 1 << 62 or int(wanted) != wanted:
         raise ValueError(f"the number of seeds is a whole number >= 1, found {wanted}")
     mask = np.asarray(mask)
     mask = mask[..., 0] if mask.ndim == 4 and mask.shape[3] == 1 else mask
@@ -38,6 +39,7 @@ def seeds_from_mask(
     rng = np.random.default_rng(seed)
     if nt is not None: voxels = rng.permutation(voxels)
     total = nt if nt is not None else wanted*len(voxels)
+    need_memory(100.*total, f"{total} seeds", "ask for fewer (npv, nt).")
     which = np.arange(total) % len(voxels) if nt is not None else np.repeat(np.arange(len(voxels)), wanted)
     points = voxels[which] + rng.random((total, 3))
     return torch.tensor(convert(points, Grid(affine, mask.shape), 'vox', 'rasmm'), dtype=torch.float32)
@@ -49,8 +51,10 @@ def checked_seeds(
     subject:str=None, # For the message
 ) -> Tensor: # (n, 3) float32, rasmm
     "The seeds, if every one of them lies in the volume."
-    seeds = torch.as_tensor(seeds if isinstance(seeds, Tensor) else np.asarray(seeds),
-                            dtype=torch.float32).cpu()
+    if not isinstance(seeds, Tensor) and not is_plain((seeds := np.asarray(seeds)).dtype):
+        raise DataProblem("seeds are numbers", expected="(n, 3) RAS mm",
+                          found=f"values of type {seeds.dtype}", subject=subject)
+    seeds = torch.as_tensor(seeds, dtype=torch.float32).cpu()
     if seeds.ndim != 2 or seeds.shape[1] != 3:
         raise DataProblem("seeds are points", expected="(n, 3) RAS mm",
                           found=tuple(seeds.shape), subject=subject)

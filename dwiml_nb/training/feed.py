@@ -12,18 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader, Dataset
 from ..core.registry import SameTrust
+from ..core.sizes import device_named
 
 # %% ../../nbs/07_training/06_feed.ipynb #3e114b1d
 def choose_device(
     device=None, # None, 'cpu', 'cuda', 'cuda:1', … or a torch device
 ) -> torch.device:
     "The device asked for, or the first GPU if there is one."
-    if device is None: return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    device = torch.device(device)
-    if device.type == 'cuda' and not torch.cuda.is_available():
-        raise RuntimeError(f"device='{device}' was asked for, but torch {torch.__version__} sees no GPU. "
-                           "Use device='cpu' or leave it out.")
-    return device
+    return device_named(('cuda' if torch.cuda.is_available() else 'cpu') if device is None else device)
 
 # %% ../../nbs/07_training/06_feed.ipynb #78459e75
 def one_ahead(

@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 from fastcore.basics import patch
 from ..core.errors import DataProblem
-from ..core.files import atomic_file
+from ..core.files import atomic_file, parse_json
 from ..core.registry import Registry
 
 # %% ../../nbs/07_training/01_sinks.ipynb #fdeac84b
@@ -34,7 +34,7 @@ def line_to_row(
     line:str, # As `row_to_line` wrote it
 ) -> dict:
     "The row a line holds."
-    return {k: NOT_JSON.get(v, v) if isinstance(v, str) else v for k,v in json.loads(line).items()}
+    return {k: NOT_JSON.get(v, v) if isinstance(v, str) else v for k,v in parse_json(line).items()}
 
 # %% ../../nbs/07_training/01_sinks.ipynb #fd4e51af
 def read_rows(
@@ -45,7 +45,7 @@ def read_rows(
     lines = path.read_bytes().split(b'\n') if path.exists() else [b'']
     rows = []
     for i,line in enumerate(lines[:-1]):                  # what follows the last line end is torn, or nothing
-        try: rows.append(line_to_row(line))
+        try: rows.append(line_to_row(line.decode()))
         except (ValueError, AttributeError):
             raise DataProblem(f"line {i+1} of the log is not a row", expected="a JSON object",
                               found=repr(line[:60]), file=path,

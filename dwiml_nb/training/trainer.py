@@ -153,8 +153,9 @@ def check_arguments(self:DWIMLTrainer):
     check_numbers('max_epochs', max_epochs=self.max_epochs, patience=self.patience, **most)
     if self.clip_grad is not None and not self.clip_grad > 0:
         raise ValueError(f"clip_grad is a norm > 0 or None, found {self.clip_grad!r}")
-    if not isinstance(self.nb_cpu_processes, int) or self.nb_cpu_processes < 0:
-        raise ValueError(f"nb_cpu_processes is a whole number >= 0, found {self.nb_cpu_processes!r}")
+    if not isinstance(self.nb_cpu_processes, int) or not 0 <= self.nb_cpu_processes <= 1024:
+        raise ValueError("nb_cpu_processes is a whole number >= 0 and <= 1024, "
+                         f"found {self.nb_cpu_processes!r}")
     schedule_of(self.lr_schedule, 1)
     if not self.spec.has_loss:
         raise TypeError(f"{self.spec.name} has no compute_loss. Expected a method "
@@ -475,7 +476,7 @@ def load_state(self:DWIMLTrainer,
     check_same_run(checkpoint, self.batch_sampler, self.batch_loader)
     check_phase(state['phase'], [phase.name for phase in self.phases], checkpoint.folder)
     load_weights(self.model, checkpoint)
-    torch.set_num_threads(checkpoint.params['num_threads'])
+    if 1 <= (threads := checkpoint.params['num_threads']) <= 1024: torch.set_num_threads(threads)
     self.optimizer.load_state_dict(state['optimizer'])
     self.begin_epoch(state['epoch'])
     self.phase,self.batch,self.spent = state['phase'],state['batch'],dict(state['spent'])

@@ -6,19 +6,19 @@
 __all__ = ['groups_of', 'read_subject', 'check_agreement', 'MultiSubjectDataset', 'chosen_groups']
 
 # %% ../../nbs/02_data/04_dataset.ipynb #2a74f40e
-import html
 import warnings
 from pathlib import Path
 from fastcore.basics import patch
 from ..core.dwi_ml import ByName, NamesOfDwiml
-from ..core.errors import DataProblem, did_you_mean, naming
+from ..core.errors import DataProblem, did_you_mean, html_text, naming, printable
 from ..core.files import progress
 from .subjects import MultisubjectSubset, SubjectData
 from .volumes import VolumeCache
 from ..study.config import raise_problems
 from ..study.describe import html_table, columns
 from ..study.lists import SUBSETS
-from ..study.schema import StudyFile, attr_value, attr_words, group_kind, members, study_config
+from ..study.schema import (StudyFile, allowing_links, attr_value, attr_words, group_kind, members,
+                                   study_config)
 from ..study.sources import check_alike, is_oblique
 
 # %% ../../nbs/02_data/04_dataset.ipynb #2f789d21
@@ -26,7 +26,7 @@ def groups_of(
     subject, # HDF5 group of a subject
 ) -> tuple: # volume names, streamlines names, in the file's order
     "The groups of a subject by kind."
-    kinds = {g: group_kind(subject[g]) for g in subject}
+    kinds = {g: group_kind(found) for g,found in members(subject).items()}
     return [g for g,k in kinds.items() if k == 'volume'], [g for g,k in kinds.items() if k == 'streamlines']
 
 # %% ../../nbs/02_data/04_dataset.ipynb #267a059a
@@ -50,7 +50,10 @@ def read_subject(
                                do="create the study again, or load other groups or subjects.",
                                subject=subject, group=g, file=file.path))
     raise_problems(bad, f"subject {subject}")
-    return SubjectData(file, subject, volume_groups, streamline_groups, cache=cache, groups=groups)
+    made = SubjectData(file, subject, volume_groups, streamline_groups, cache=cache, groups=groups)
+    for group in made.groups.values():
+        for rows in group.stored: rows.check_here()
+    return made
 
 # %% ../../nbs/02_data/04_dataset.ipynb #204f3a61
 def check_agreement(
@@ -80,11 +83,12 @@ class MultiSubjectDataset(NamesOfDwiml):
         cache_size:int=None, # Bytes of volumes that a device keeps; None: a quarter of its free memory
         # 'map': through memory; 'pread': by system calls, for files that others may cut short during a read
         read_mode:str='map',
+        allow_links:bool=False, # Also follow links that lead out of the study's folder
     ):
-        self.cache,self.file,self.lazy = VolumeCache(cache_size), StudyFile(hdf5_file, read_mode), lazy
-        self.subsets = None
-        with naming("the study is damaged", do="see what dwiml_hdf5_check says of the file.",
-                    file=self.file.path):
+        self.cache,self.lazy,self.subsets = VolumeCache(cache_size), lazy, None
+        self.file = StudyFile(hdf5_file, read_mode, allow_links)
+        told = dict(do="see what dwiml_hdf5_check says of the file.", file=self.file.path)
+        with allowing_links(allow_links), naming("the study is damaged", **told):
             self.read_root(self.file.handle.attrs)
 
     def read_root(self, attrs):
@@ -169,8 +173,9 @@ def load_data(self:MultiSubjectDataset,
     made,bad = {}, []
     for s in ids:
         try:
-            with naming("the subject is damaged", do="see what dwiml_hdf5_check says of the file.", subject=s,
-                        file=self.path):
+            with (allowing_links(self.file.allow_links),
+                  naming("the subject is damaged", do="see what dwiml_hdf5_check says of the file.",
+                         subject=s, file=self.path)):
                 made[s] = read_subject(self.file, s, volumes, lines, self.cache)
         except DataProblem as e: bad += getattr(e, 'problems', [e])
     raise_problems(bad + check_agreement(made.values(), self.features_of(volumes), self.path),
@@ -239,7 +244,7 @@ def headline(self:MultiSubjectDataset) -> str:
 # %% ../../nbs/02_data/04_dataset.ipynb #5b7f24bd
 @patch
 def __repr__(self:MultiSubjectDataset):
-    return f"MultiSubjectDataset({self.headline()})\n{columns(self.table())}"
+    return f"MultiSubjectDataset({printable(self.headline())})\n{columns(self.table())}"
 @patch
 def _repr_html_(self:MultiSubjectDataset):
-    return f"<p><b>MultiSubjectDataset</b> {html.escape(self.headline())}</p>{html_table(self.table())}"
+    return f"<p><b>MultiSubjectDataset</b> {html_text(self.headline())}</p>{html_table(self.table())}"

@@ -18,21 +18,22 @@ from .streamlines import SFTData
 from .volumes import MRIData
 from ..study.lists import SUBSETS
 from ..study.volumes_in import whole_labels
-from ..study.schema import StudyFile, attr_words
+from ..study.schema import StudyFile, allowing_links, attr_words
 
 # %% ../../nbs/02_data/05_extract.ipynb #3321b5f1
 def open_group(
     hdf5_file, # A study
     subject:str, # Id
     group:str, # Name
+    allow_links:bool=False, # Also follow links that lead out of the study's folder
 ): # -> `MRIData` or `SFTData`, lazy
     "A group of a subject by its name."
-    file = StudyFile(hdf5_file)
+    file = StudyFile(hdf5_file, allow_links=allow_links)
     ids = [i for s in SUBSETS for i in attr_words(file.handle.attrs[f'{s}_subjs'])]
     if subject not in ids:
         raise DataProblem(f"no subject '{subject}' in the study.{did_you_mean(subject, ids)}",
                           expected=', '.join(ids), found=subject, file=file.path)
-    volumes,lines = groups_of(file.open(subject))
+    with allowing_links(allow_links): volumes,lines = groups_of(file.open(subject))
     if group in volumes: return MRIData(file, f'{subject}/{group}')
     if group in lines: return SFTData(file, f'{subject}/{group}')
     raise DataProblem(f"no group '{group}'.{did_you_mean(group, volumes + lines)}",
@@ -92,11 +93,12 @@ def extract_data(
     group:str, # Name
     out, # File to write; its extension says what is wanted
     overwrite:bool=False, # Replace a file of that name
+    allow_links:bool=False, # Also follow links that lead out of the study's folder
 ) -> Path:
     "Write a group of a study to a file."
     path = Path(out)
     check_outputs({'what is extracted': path}, [hdf5_file], overwrite)
-    data = open_group(hdf5_file, subject, group)
+    data = open_group(hdf5_file, subject, group, allow_links)
     known = (*IMAGES, '.npy') if isinstance(data, MRIData) else (*TRACTOGRAM_FORMATS, '.npy', *IMAGES)
     if not path.name.lower().endswith(known):
         raise DataProblem(f"a {'volume' if isinstance(data, MRIData) else 'streamlines group'} cannot become "

@@ -9,6 +9,7 @@ __all__ = ['GAP_BYTES', 'is_contiguous', 'mapped_address', 'gather_lines', 'line
 # %% ../../nbs/02_data/00_stored.ipynb #2e5a85f0
 import math
 import os
+from contextlib import contextmanager
 import h5py
 import numba
 import numpy as np
@@ -19,7 +20,7 @@ from ..core.kernels import kernel
 from ..core.ragged import Ragged, rows_of
 from ..study.line_tables import check_stored
 from ..study.files import DataFile, hdf5_descriptor, stamp_of
-from ..study.schema import StudyFile
+from ..study.schema import StudyFile, allowing_links, check_place, is_here
 
 # %% ../../nbs/02_data/00_stored.ipynb #d3e3beb4
 def is_contiguous(
@@ -28,7 +29,7 @@ def is_contiguous(
     "Are the values one stretch of bytes of the file, or none at all?"
     shape,how = dataset.shape, dataset.id.get_create_plist()
     return (shape is not None
-            and (0 in shape or how.get_layout() == h5py.h5d.CONTIGUOUS and how.get_external_count() == 0))
+            and (0 in shape or how.get_layout() == h5py.h5d.CONTIGUOUS))
 
 # %% ../../nbs/02_data/00_stored.ipynb #e613dc08
 def mapped_address(
@@ -99,14 +100,16 @@ def coalesced(
     return begin, end, moved
 
 # %% ../../nbs/02_data/00_stored.ipynb #19e516a7
+@contextmanager
 def told_of(
     file:StudyFile, # Named in the message
     name:str, # 'subject/group' or longer
 ): # -> a context
-    "Name the place in errors that come from a file."
+    "Name the place in errors that come from a file, and follow its links as it says."
     place = dict(zip(('subject', 'group'), name.split('/')))
-    return naming("a part of the group is missing or damaged",
-                  do="see what dwiml_hdf5_check says of the file.", **place, file=file.path)
+    with (allowing_links(file.allow_links),
+          naming("a part of the group is missing or damaged",
+                 do="see what dwiml_hdf5_check says of the file.", **place, file=file.path)): yield
 
 # %% ../../nbs/02_data/00_stored.ipynb #774673c6
 GAP_BYTES = {'pread': 16384, 'hdf5': 65536}       # gaps up to this are read along: cheaper than another call
@@ -122,7 +125,7 @@ class StoredRows:
         self.file,self.name,self.shape = (file, name,
                                           dataset.shape if isinstance(dataset, h5py.Dataset) else None)
         if not self.shape: raise KeyError(f"{name} is not an array")
-        self.dtype = dataset.dtype
+        self.dtype,self.is_here = dataset.dtype, is_here(dataset)
         self.width = self.dtype.itemsize*math.prod(self.shape[1:])    # bytes of a row
         self.seen,self.contiguous = stamp_of(hdf5_descriptor(dataset)), is_contiguous(dataset)
         self.address = -1    # not looked up yet; None: cannot be mapped
@@ -134,9 +137,13 @@ class StoredRows:
         file.check()
         return file
     def check(self): self.data_file()
+    def check_here(self):
+        "Raise if the values lie in other files."
+        if not self.is_here: check_place(self.file.open(self.name))
     def way(self) -> str:
         "How the rows are read here: 'map', 'pread' or 'hdf5'."
         if self.address == -1:
+            self.check_here()
             dataset = self.file.open(self.name, self.seen)
             check_stored(dataset)                                      # a damaged header may claim terabytes
             self.address = mapped_address(dataset) if self.contiguous else None

@@ -92,6 +92,8 @@ class SFTData(NamesOfDwiml):
                               found=f"{starts.dtype} and {lengths.dtype}")
 
     @property
+    def stored(self) -> list: return [*self.parts.values()]
+    @property
     def is_lazy(self) -> bool: return self.points is None
     @property
     def dps_keys(self) -> list:

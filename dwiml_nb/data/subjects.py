@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from ..core.dwi_ml import AskedByNumber, NamesOfDwiml
-from ..core.errors import DataProblem, did_you_mean
+from ..core.errors import DataProblem, did_you_mean, printable
 from ..core.ragged import Ragged
 from ..core.space import Grid
 from .streamlines import SFTData
@@ -40,8 +40,8 @@ class SubjectData(NamesOfDwiml):
     @property
     def groups(self) -> dict: return {**self.volumes, **self.streamlines}
     def __repr__(self):
-        return (f"SubjectData({self.subj_id}: volumes {', '.join(self.volumes) or 'none'}; streamlines "
-                f"{', '.join(self.streamlines) or 'none'})")
+        return printable(f"SubjectData({self.subj_id}: volumes {', '.join(self.volumes) or 'none'}; "
+                         f"streamlines {', '.join(self.streamlines) or 'none'})")
 
 # %% ../../nbs/02_data/03_subjects.ipynb #499f5491
 def named(
@@ -67,7 +67,8 @@ class MultisubjectSubset(NamesOfDwiml, torch.utils.data.Dataset):
     def subjects(self) -> list: return [s.subj_id for s in self.data]
     def __len__(self): return len(self.data)
     def __getitem__(self, ids): return ids
-    def __repr__(self): return f"MultisubjectSubset({self.name}: {', '.join(self.subjects) or 'no subject'})"
+    def __repr__(self):
+        return printable(f"MultisubjectSubset({self.name}: {', '.join(self.subjects) or 'no subject'})")
 
     def subject(self,
         which, # Number or id

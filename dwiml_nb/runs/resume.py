@@ -45,6 +45,7 @@ def trainer_from_folder(
     experiment_name:str, # The one to go on with
     hdf5_file=None, # Where the study is now, if it moved
     trust=(), # Packages and .py files whose classes the record may name
+    allow_links:bool=False, # Also follow links that lead out of the study's folder
     **kwargs, # new_patience, new_max_epochs, nb_cpu_processes, device
 ) -> DWIMLTrainer:
     "The trainer of a run, built again from its folder, ready to go on."
@@ -57,7 +58,9 @@ def trainer_from_folder(
         classes = {part: class_named(kept[part]['class'], base, do) for part,base in PARTS.items()}
         for part in ('trainer', 'sampler', 'loader'):
             check_known(part, classes[part], kept[part]['params'], checkpoint)
-        dataset = classes['dataset'](hdf5_file or kept['dataset']['hdf5_file'], lazy=kept['dataset']['lazy'])
+        links = {'allow_links': True} if allow_links else {}
+        dataset = classes['dataset'](hdf5_file or kept['dataset']['hdf5_file'], lazy=kept['dataset']['lazy'],
+                                     **links)
         dataset.load_data(load_testing=False)
         model = classes['model'].load_model_from_params_and_state(checkpoint.folder/'model')
         sampler = classes['sampler'](dataset, **kept['sampler']['params'])

@@ -12,6 +12,7 @@ from ..core.errors import DataProblem
 from ..core.files import check_outputs, read_json
 from ..core.folders import whole_folder
 from ..core.registry import trusting
+from ..core.sizes import device_named
 from ..core.space import convert
 from ..core.tractograms import Tractogram, save_tractogram, suffixes, tractogram_format
 from ..data.dataset import MultiSubjectDataset
@@ -29,7 +30,7 @@ def read_experiment(
     if not file.is_file():
         raise DataProblem("this is not the folder of an experiment", expected="parameters_latest.json",
                           found="none", file=experiment_path, do="give {experiments_path}/{experiment_name}.")
-    return read_json(file)
+    return read_json(file, dict)
 
 # %% ../../nbs/08_runs/00_track.ipynb #a8d2e778
 def experiment_model(
@@ -44,7 +45,7 @@ def experiment_model(
         raise DataProblem("the experiment has no such model yet", expected=folder.name, file=folder,
                           do="train for at least one epoch, or take the other model (use_latest_epoch).")
     model = load_model(folder, trust)
-    return model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')).eval()
+    return model.to(device_named(device or ('cuda' if torch.cuda.is_available() else 'cpu'))).eval()
 
 # %% ../../nbs/08_runs/00_track.ipynb #1ebf3ca9
 def check_output(
@@ -77,6 +78,7 @@ def track_from_model(
     overwrite:bool=False,
     seed:int=1234, # Of the seeds and of algo='prob'
     trust=(), # Packages and .py files whose classes the experiment may name
+    allow_links:bool=False, # Also follow links that lead out of the study's folder
     **options, # Of `Tracker`: tracking_mask_group, step_mm, theta_deg, algo, …
 ) -> Tractogram:
     "The lines of a subject, tracked with a trained experiment and saved."
@@ -84,7 +86,8 @@ def track_from_model(
         check_output(out_tractogram, save_seeds, overwrite, [hdf5_file])
         record = read_experiment(experiment_path)
         model = experiment_model(experiment_path, use_latest_epoch, device)
-    dataset = MultiSubjectDataset(hdf5_file or record['dataset']['hdf5_file'], lazy=True)
+    study = hdf5_file or record['dataset']['hdf5_file']
+    dataset = MultiSubjectDataset(study, lazy=True, allow_links=allow_links)
     dataset.load_data(subj_id=subj_id)
     input_group_name = input_group_name or record['loader']['params']['input_group_name']
     tracker = Tracker(model, dataset, subj_id, input_group_name, seed=seed, **options)

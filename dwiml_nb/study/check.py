@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['StudyReport', 'noting', 'mapping_hindrance', 'check_attribute', 'check_grid', 'remark_missing', 'check_volume_group',
            'check_beside', 'check_streamlines_group', 'check_group', 'linked_subject', 'check_root', 'check_nb_points',
-           'check_grids', 'check_agreeing', 'opened', 'check_study']
+           'check_grids', 'check_agreeing', 'open_to_check', 'check_study']
 
 # %% ../../nbs/01_study/15_check.ipynb #59ef4d6f
-import html
 import math
 import time
 from contextlib import contextmanager
@@ -16,13 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import h5py
 import numpy as np
-from ..core.errors import DataProblem, need_file
+from ..core.errors import DataProblem, html_text, need_file, printable
 from ..core.space import Grid, almost_same_grid, corners_apart, need_right_angles, same_grid
 from .config import FRAMES
 from .describe import columns, html_table
 from .line_tables import LineTable, blocks, check_places, check_points, check_stored
 from .lists import SUBSETS
-from .schema import FORMAT_VERSION, attr_value, attr_words, group_kind, open_study, study_config
+from .schema import (FORMAT_VERSION, allowing_links, attr_value, attr_words, check_links,
+                                   group_kind, open_study, opened, study_config)
 
 # %% ../../nbs/01_study/15_check.ipynb #234a41f0
 @dataclass
@@ -55,11 +55,11 @@ class StudyReport:
                     remarks=[plain(p) for p in self.remarks],
                     looked_at=self.looked_at, seconds=self.seconds)
     def __repr__(self):
-        return '\n'.join([self.headline(),
+        return '\n'.join([printable(self.headline()),
                           *(['', columns(self.table())] if self.problems + self.remarks else [])])
     def _repr_html_(self):
         table = html_table(self.table()) if self.problems + self.remarks else ''
-        return f"<p>{html.escape(self.headline())}</p>{table}"
+        return f"<p>{html_text(self.headline())}</p>{table}"
 
 # %% ../../nbs/01_study/15_check.ipynb #906e25fd
 @contextmanager
@@ -86,7 +86,6 @@ def mapping_hindrance(
 ) -> str: # None when nothing hinders
     "Why a dataset cannot be mapped into memory."
     if math.prod(dataset.shape) == 0: return None
-    if dataset.is_virtual or dataset.external: return "its values lie in other files"
     if dataset.chunks is not None:
         return "it is stored in chunks" + (", compressed" if dataset.compression else "")
     return (None if dataset.id.get_offset() is not None
@@ -269,7 +268,8 @@ def check_group(
     "A group of a subject, of either kind."
     where = dict(subject=subject.name.strip('/'), group=name)
     with noting(report, "the group", **where):
-        group = subject[name]
+        group = opened(subject, name)
+        if isinstance(group, h5py.Group): check_links(group)         # from here on, names are followed freely
         kind = group_kind(group)
         if kind is None:
             raise DataProblem("this is neither a volume nor streamlines",
@@ -297,7 +297,7 @@ def linked_subject(
 ): # -> HDF5 group
     "A subject of the file, perhaps in a file of its own."
     link = file.get(subject, getlink=True)
-    try: group = file[subject]
+    try: group = opened(file, subject)
     except (KeyError, OSError) as e:
         if not isinstance(link, h5py.ExternalLink): raise
         raise DataProblem("the link to the subject's own file is broken",
@@ -421,7 +421,7 @@ def check_agreeing(
                                                            for o,s in orders.items())))
 
 # %% ../../nbs/01_study/15_check.ipynb #9ce07e73
-def opened(
+def open_to_check(
     path:Path, # A study, or what should be one
 ) -> h5py.File: # open for reading
     "Open a file to check it, or say why it cannot be."
@@ -435,11 +435,12 @@ def opened(
 # %% ../../nbs/01_study/15_check.ipynb #ca7cf6fe
 def check_study(
     path, # A study, or what should be one
+    allow_links:bool=False, # Also follow links that lead out of the study's folder
 ) -> StudyReport:
     "Everything that is wrong with a study; nothing is raised."
     start,report = time.time(), StudyReport(Path(path))
     with noting(report, "the file"):
-        with opened(report.path) as file:
+        with allowing_links(allow_links), open_to_check(report.path) as file:
             found,nb_points = {}, attr_value(file.attrs, 'nb_points')
             for s in check_root(report, file):
                 with noting(report, "the subject", s):

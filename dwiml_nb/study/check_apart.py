@@ -32,12 +32,13 @@ CHECK_APART = """import sys, json
 from dwiml_nb.study.check import check_study
 from dwiml_nb.study.check_apart import limit_memory
 limit_memory(int(sys.argv[2]))
-print(json.dumps(check_study(sys.argv[1]).as_dict()))"""
+print(json.dumps(check_study(sys.argv[1], sys.argv[3] == 'True').as_dict()))"""
 
 def check_apart(
     path, # A study, or what should be one
     timeout:float=600., # Seconds
     memory:int=2 << 30, # bytes
+    allow_links:bool=False, # Also follow links that lead out of the study's folder
 ) -> StudyReport:
     "`check_study` in a process of its own: a crash or a hang of the HDF5 library is a line of the report."
     start = time.time()
@@ -47,8 +48,9 @@ def check_apart(
         return StudyReport(Path(path), [bad], seconds=time.time() - start)
     environment = os.environ | {'OMP_NUM_THREADS': '1'}
     try:
-        run = subprocess.run([sys.executable, '-c', CHECK_APART, str(path), str(memory)], capture_output=True,
-                             text=True, timeout=timeout, env=environment)
+        run = subprocess.run([sys.executable, '-P', '-c', CHECK_APART, str(path), str(memory),
+                              str(bool(allow_links))],
+                             capture_output=True, text=True, timeout=timeout, env=environment)
     except subprocess.TimeoutExpired: return gone("reading does not end", f"no answer within {timeout:g} s")
     if run.returncode < 0: return gone("reading crashed the HDF5 library", f"signal {-run.returncode}")
     try: told = json.loads(run.stdout.splitlines()[-1])

@@ -10,7 +10,6 @@ __all__ = ['PIECE', 'DISK_FULL', 'write_root', 'copy_attributes', 'copy_dataset'
 
 # %% ../../nbs/01_study/11_create.ipynb #bfecf07e
 import errno
-import html
 import itertools
 import json
 import os
@@ -25,20 +24,22 @@ import h5py
 import numpy as np
 import torch
 import dwiml_nb
-from ..core.errors import DataProblem
+from ..core.errors import DataProblem, html_text, printable
 from ..core.files import (atomic_file, check_outputs, place_of, progress, remove_partials,
                                  same_place)
 from ..core.ragged import Ragged
 from ..core.registry import trusting
+from ..core.sizes import read_array
 from ..core.space import convert, save_volume
 from ..core.tractograms import Tractogram, save_tractogram, tractogram_format
-from .lines_in import place_points
+from .lines_in import place_points, without_far
 from .parts import StudyOptions, make_parts, parts_folder, place_parts, steady_hdf5
 from .config import VolumeSpec, raise_problems
 from .describe import columns, html_table
 from .files import open_hdf5
 from .lists import SUBSETS
-from .schema import FORMAT_VERSION, NOT_DEFINED, group_grid, group_kind, open_study
+from .schema import (FORMAT_VERSION, NOT_DEFINED, check_claim, group_grid, group_kind,
+                                   open_study, opened)
 from .sources import Sources, check_sources
 
 # %% ../../nbs/01_study/11_create.ipynb #fa872d2e
@@ -79,6 +80,7 @@ def copy_dataset(
     check=lambda: None, # Raises when writing has failed
 ):
     "Copy a dataset, contiguous."
+    check_claim(source)
     # no bytes of its own to lay out
     if source.shape is None or source.dtype.hasobject: return parent.file.copy(source, parent, name)
     target = parent.create_dataset(name, source.shape, source.dtype)
@@ -114,8 +116,8 @@ def followed(
     group, # HDF5 group
     name:str, # In it
 ): # -> group, dataset or named type
-    "An object of a group; a link that leads nowhere is a problem."
-    try: return group[name]
+    "An object of a group; a link that leads nowhere, or out of the study, is a problem."
+    try: return opened(group, name)
     except (KeyError, OSError) as e:
         link = group.get(name, getlink=True)
         raise DataProblem(f"the link {group.name.rstrip('/')}/{name} leads nowhere",
@@ -166,12 +168,14 @@ def assemble(
 def points_ratio(
     path, # A tractogram
     options:StudyOptions,
+    grid=None, # `Grid` of their volume: what is far from it is not looked at
     most:int=200, # Lines to look at
 ) -> float:
     "How many points a tractogram gets in the study for each that it has, judged by its first lines."
     if options.step_size is None and options.nb_points is None and options.compress is None: return 1.
     lines = tractogram_format(path).first_lines(path, most)
     lines = lines[lines.lengths > 1]
+    if grid is not None: lines = without_far(Tractogram(lines, grid), torch.arange(len(lines)))[0].lines
     return len(place_points(lines, options).data)/len(lines.data) if len(lines.data) else 1.
 
 # %% ../../nbs/01_study/11_create.ipynb #6840a4fa
@@ -186,14 +190,15 @@ def planned_group(
         n = src.nb_features.get(spec.name, 0)
         holds = 'x'.join(map(str, (*src.grid.dimensions, n))) if n else 'no file'
         return holds + f" {options.volume_dtype}"*(n > 0), voxels*n*np.dtype(options.volume_dtype).itemsize
-    found = [(p, *tractogram_format(p).size(p), points_ratio(p, options)) for p in src.files[spec.name]]
+    found = [(p, *tractogram_format(p).size(p), points_ratio(p, options, src.grid))
+             for p in src.files[spec.name]]
     if any(n is None for _,n,_,_ in found):
         return f"{len(found)} tractograms", int(sum(2*p.stat().st_size*ratio for p,*_,ratio in found))
     lines,points = sum(n for _,n,_,_ in found), round(sum(n*ratio for *_,n,ratio in found))
     if options.nb_points: points = lines*options.nb_points
     judged = options.step_size is not None or options.compress is not None
     columns = sum(src.dps.get(spec.name, {}).values()) + len(spec.file_labels)
-    regions = np.load(src.matrix[spec.name], mmap_mode='r').size if src.matrix.get(spec.name) else 0
+    regions = read_array(src.matrix[spec.name]).size if src.matrix.get(spec.name) else 0
     return (f"{lines} streamlines, {'about '*judged}{points} points",
             points*24 + lines*(24 + 4*columns) + regions
             + (4*voxels if regions and src.labels.get(spec.name) else 0))
@@ -221,10 +226,11 @@ class StudyPlan:
                 f"{self.free/1e6:.1f} MB are "
                 f"free{'' if self.times*self.bytes <= self.free else ', which is not enough'}. Nothing was "
                 "written.")
-    def __repr__(self): return '\n'.join([columns(self.table()), '', *self.warnings, self.headline()])
+    def __repr__(self):
+        return '\n'.join([columns(self.table()), '', *map(printable, [*self.warnings, self.headline()])])
     def _repr_html_(self):
         remarks = html_table([('remarks',), *((w,) for w in self.warnings)]) if self.warnings else ''
-        return f"{html_table(self.table())}{remarks}<p>{html.escape(self.headline())}</p>"
+        return f"{html_table(self.table())}{remarks}<p>{html_text(self.headline())}</p>"
 
 # %% ../../nbs/01_study/11_create.ipynb #59db883d
 def plan_study(
@@ -270,11 +276,11 @@ class StudySummary:
                 + f"; {taken} of them were finished before"*(taken > 0)
                 + "; float16 moved values by at most "*bool(worst) + ', '.join(cost))
     def __repr__(self):
-        return '\n'.join([self.headline(), '', columns(self.table()),
-                          *([''] + self.warnings if self.warnings else [])])
+        return '\n'.join([printable(self.headline()), '', columns(self.table()),
+                          *([''] + list(map(printable, self.warnings)) if self.warnings else [])])
     def _repr_html_(self):
         remarks = html_table([('remarks',), *((w,) for w in self.warnings)]) if self.warnings else ''
-        headline = html.escape(self.headline().replace(str(self.path), self.path.name))
+        headline = html_text(self.headline().replace(str(self.path), self.path.name))
         return f"<p>{headline}</p>{html_table(self.table())}{remarks}"
 
 # %% ../../nbs/01_study/11_create.ipynb #7e6dbbf2

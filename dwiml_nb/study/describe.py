@@ -6,15 +6,14 @@
 __all__ = ['StudyDescription', 'group_notes', 'group_row', 'describe_study', 'columns', 'html_table']
 
 # %% ../../nbs/01_study/06_describe.ipynb #ba9c7a22
-import html
 import json
 from dataclasses import dataclass
 from pathlib import Path
 import h5py
-from ..core.errors import naming
+from ..core.errors import html_text, naming, printable
 from .lists import SUBSETS
-from .schema import (attr_value, attr_words, found_in, group_grid, group_kind, open_study,
-                                   study_config)
+from .schema import (allowing_links, attr_value, attr_words, group_grid, group_kind, open_study,
+                                   study_config, subject_in)
 
 # %% ../../nbs/01_study/06_describe.ipynb #9d79b684
 @dataclass
@@ -84,13 +83,14 @@ def group_row(
 # %% ../../nbs/01_study/06_describe.ipynb #e4198b40
 def describe_study(
     path, # A study file
+    allow_links:bool=False, # Also follow links that lead out of the study's folder
 ) -> StudyDescription:
     "What a study holds, from its headers alone."
-    with (open_study(path) as f,
+    with (allowing_links(allow_links), open_study(path) as f,
           naming("the study is damaged", do="see what dwiml_hdf5_check says of the file.", file=path)):
         subsets = {s: attr_words(f.attrs[f'{s}_subjs']) for s in SUBSETS}
         rows = [group_row(g, s, subset, f) for subset,ids in subsets.items() for s in ids
-                for g in found_in(f, s).values() if group_kind(g)]
+                for g in subject_in(f, s).values() if group_kind(g)]
         return StudyDescription(Path(path), attr_value(f.attrs, 'data_and_time'),
                                 {k: attr_value(f.attrs, k) for k in ('step_size', 'nb_points', 'compress')},
                                 subsets, rows, sum(Path(p).stat().st_size
@@ -102,6 +102,7 @@ def columns(
     rows, # List of tuples of str, the first one the header
 ) -> str:
     "Rows as aligned text."
+    rows = [[printable(c, '') for c in r] for r in rows]
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     return '\n'.join('  '.join(c.ljust(w) for c,w in zip(r, widths)).rstrip() for r in rows)
 
@@ -109,14 +110,14 @@ def html_table(
     rows, # List of tuples of str, the first one the header
 ) -> str:
     "Rows as an HTML table."
-    row = lambda tag,cells: '<tr>' + ''.join(f'<{tag} style="text-align:left">{html.escape(c)}</{tag}>'
+    row = lambda tag,cells: '<tr>' + ''.join(f'<{tag} style="text-align:left">{html_text(c)}</{tag}>'
                                              for c in cells) + '</tr>'
     body = ''.join(row('td', r) for r in rows[1:])
     return f"<table><thead>{row('th', rows[0])}</thead><tbody>{body}</tbody></table>"
 
 # %% ../../nbs/01_study/06_describe.ipynb #1db20f55
-StudyDescription.__repr__ = lambda self: '\n'.join([self.headline(), '', columns(self.table()), '',
-                                                    *self.config_lines()])
+StudyDescription.__repr__ = lambda self: '\n'.join([printable(self.headline()), '', columns(self.table()), '',
+                                                    *map(printable, self.config_lines())])
 StudyDescription._repr_html_ = lambda self: (
-    f"<p>{html.escape(self.headline())}</p>{html_table(self.table())}"
-    f"<p>{'<br>'.join(map(html.escape, self.config_lines()))}</p>")
+    f"<p>{html_text(self.headline())}</p>{html_table(self.table())}"
+    f"<p>{'<br>'.join(map(html_text, self.config_lines()))}</p>")

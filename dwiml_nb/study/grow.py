@@ -29,8 +29,8 @@ from .parts import StudyOptions, parts_folder, steady_hdf5
 from .config import VolumeSpec, raise_problems, read_config
 from .files import open_hdf5
 from .lists import SUBSETS
-from .schema import (attr_value, attr_words, found_in, group_grid, group_kind, open_study,
-                                   study_config)
+from .schema import (allowing_links, attr_value, attr_words, found_in, group_grid, group_kind,
+                                   open_study, study_config, subject_in)
 from .sources import attempt, check_alike, check_sources
 
 # %% ../../nbs/01_study/12_grow.ipynb #ac00a451
@@ -38,8 +38,8 @@ def first_subject(
     file, # Open study
 ): # -> HDF5 group, None in a study without subjects
     "The subject that the others are compared with."
-    return next((found_in(file, s) for subset in SUBSETS for s in attr_words(file.attrs[f'{subset}_subjs'])),
-                None)
+    ids = (s for subset in SUBSETS for s in attr_words(file.attrs[f'{subset}_subjs']))
+    return next((subject_in(file, s) for s in ids), None)
 
 def options_of(
     file, # Open study
@@ -214,12 +214,13 @@ def add_subjects(
     n_procs:int=None, # Processes, one subject each; one when not given
     dry_run:bool=False, # Write nothing, say what would be written
     trust=(), # Packages and .py files that register formats and standardisations
+    allow_links:bool=False, # Also follow links that lead out of the study's folder
 ): # -> `StudySummary`, or `StudyPlan` of a dry run
     "Add subjects to a study, which others may be reading."
     start,path = time.time(), Path(hdf5_file).resolve()
     open_study(path).close()
-    with (trusting(trust), nullcontext() if dry_run else parts_folder(path) as hidden,
-          open_study(path) as old):
+    with (trusting(trust), allowing_links(allow_links),
+          nullcontext() if dry_run else parts_folder(path) as hidden, open_study(path) as old):
         sources,options = checked_growth(path, old, root, [training, validation, testing], config,
                                          remove_invalid, skip_missing)
         if dry_run: return plan_study(path, sources, options, times=1)
@@ -247,7 +248,7 @@ def checked_growth(
 ) -> tuple: # `Sources`, `StudyOptions`
     "New subjects that fit a study, or a list of what is wrong."
     own,there,options = study_config(old.attrs), first_subject(old), options_of(old, remove_invalid)
-    config = own if config is None else config if isinstance(config, dict) else read_json(config)
+    config = own if config is None else config if isinstance(config, dict) else read_json(config, dict)
     if config is None:
         raise DataProblem("the study does not say what it was made from", do="pass the config that made it.",
                           file=path)
@@ -277,13 +278,14 @@ def repack_study(
     hdf5_file, # A study
     out=None, # Where to write; the study itself is replaced when not given
     overwrite:bool=False, # Replace a file called `out`
+    allow_links:bool=False, # Also follow links that lead out of the study's folder
 ) -> Path: # of the new study
     "A study in one file, contiguous and not compressed, with all that was in it."
     path = Path(hdf5_file).resolve()
     open_study(path).close()
     look = lambda: path if out is None else check_target(out, {}, overwrite, linked_files(path))
     target = path if same_place(look(), path) else look()
-    with parts_folder(target), open_study(path) as old:
+    with allowing_links(allow_links), parts_folder(target), open_study(path) as old:
         look()                                                                 # once more, under the lock
         needed = sum((o.size or 0)*o.dtype.itemsize for s in old for o in datasets_of(found_in(old, s)))
         check_room(target.parent, needed, 'in one file')

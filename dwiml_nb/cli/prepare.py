@@ -6,6 +6,7 @@
 __all__ = ['dwiml_fit_sh']
 
 # %% ../../nbs/12_cli/02_prepare.ipynb #72c77d28
+from .arguments import not_negative, whole
 from .common import Param, call_parse
 from .common import plain_problems, switch
 from ..core.files import read_json
@@ -19,10 +20,10 @@ def dwiml_fit_sh(
     bvecs:str, # b-vectors, text
     mask:str, # Brain mask, NIfTI
     out:str, # SH volume to write, .nii.gz; a .json goes beside it
-    order:int=8, # Highest degree: 6 needs 28 directions, 8 needs 45
-    shell:float=None, # b-value of the shell; the highest when not given
-    shell_width:float=None, # Take the volumes this far from --shell, for schemes without shells
-    b0_max:float=50., # Volumes up to this b-value count as b0
+    order:whole=8, # Highest degree: 6 needs 28 directions, 8 needs 45
+    shell:not_negative=None, # b-value of the shell; the highest when not given
+    shell_width:not_negative=None, # Take the volumes this far from --shell, for schemes without shells
+    b0_max:not_negative=50., # Volumes up to this b-value count as b0
     convention:Param("Whose axes the b-vectors use", choices=['fsl', 'image', 'world'])='fsl',
     peaks:str=None, # Also write the strongest peak of each voxel here, .nii.gz
     overwrite:Param("Replace files of those names", action=switch('-f'))=False,

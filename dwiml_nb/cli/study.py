@@ -7,6 +7,7 @@ __all__ = ['dwiml_create_hdf5_dataset', 'dwiml_hdf5_add_subjects', 'dwiml_hdf5_r
 
 # %% ../../nbs/12_cli/01_study.ipynb #37f8542c
 import warnings
+from .arguments import count, positive, processes
 from .common import Param, call_parse
 from .common import plain_problems, switch
 from ..study.create import create_study
@@ -22,16 +23,16 @@ def dwiml_create_hdf5_dataset(
     training:str, # Text file of training subjects; may be empty, like the next two
     validation:str, # Text file of validation subjects
     testing:str, # Text file of testing subjects
-    step_size:float=None, # mm between points of the streamlines
-    nb_points:int=None, # Points of every streamline
+    step_size:positive=None, # mm between points of the streamlines
+    nb_points:count=None, # Points of every streamline
     compress:Param("Linearise streamlines within this tolerance in mm; 0.01 when no number follows",
-                   float, nargs='?', const=.01)=None,
+                   positive, nargs='?', const=.01)=None,
     remove_invalid:Param("Leave out streamlines that leave the volume", action='store_true')=False,
     refuse_invalid:Param("Make no study if a streamline leaves its volume", action='store_true')=False,
     skip_enforce_files_presence:Param("Files that are missing only warn", action='store_true')=False,
     save_intermediate:Param("Also write each group as .nii.gz or .trk beside the study",
                             action='store_true')=False,
-    n_procs:int=1, # Subjects made at the same time
+    n_procs:processes=1, # Subjects made at the same time
     float16:Param("Store volumes in half the bytes, and say what that costs", action='store_true')=False,
     dry_run:Param("Write nothing, say what would be written", action=switch('--dry-run'))=False,
     overwrite:Param("Replace a study of that name", action=switch('-f'))=False,
@@ -59,7 +60,8 @@ def dwiml_hdf5_add_subjects(
                          action='store_true')=False,
     refuse_invalid:Param("Add nothing if a streamline leaves its volume", action='store_true')=False,
     skip_enforce_files_presence:Param("Files that are missing only warn", action='store_true')=False,
-    n_procs:int=1, # Subjects made at the same time
+    n_procs:processes=1, # Subjects made at the same time
+    allow_links:Param("Also follow links that lead out of the study's folder", action='store_true')=False,
     dry_run:Param("Write nothing, say what would be written", action=switch('--dry-run'))=False,
     verbose:Param("Show what was written", action=switch('-v'))=False,
 ):
@@ -68,7 +70,7 @@ def dwiml_hdf5_add_subjects(
         warnings.simplefilter('ignore', UserWarning)                  # the summary shows them
         summary = add_subjects(hdf5_file, ready_folder, training, validation, testing, config,
                                'refuse' if refuse_invalid else remove_invalid or None,
-                               skip_enforce_files_presence, n_procs, dry_run)
+                               skip_enforce_files_presence, n_procs, dry_run, allow_links=allow_links)
         print(summary if verbose or dry_run else '\n'.join([summary.headline(), *summary.warnings]))
 
 # %% ../../nbs/12_cli/01_study.ipynb #a2d3afcc
@@ -77,15 +79,17 @@ def dwiml_hdf5_repack(
     hdf5_file:str, # A study
     out:str=None, # Where to write; the study itself is replaced when not given
     overwrite:Param("Replace a study of that name", action=switch('-f'))=False,
+    allow_links:Param("Also follow links that lead out of the study's folder", action='store_true')=False,
 ):
     "Bring a study into one file, contiguous and not compressed."
-    with plain_problems(): print(f"{(path := repack_study(hdf5_file, out, overwrite))}: "
+    with plain_problems(): print(f"{(path := repack_study(hdf5_file, out, overwrite, allow_links))}: "
                                  f"{path.stat().st_size/1e6:.1f} MB in one file")
 
 # %% ../../nbs/12_cli/01_study.ipynb #e91e0186
 @call_parse
 def dwiml_hdf5_describe(
     hdf5_file:str, # A study
+    allow_links:Param("Also follow links that lead out of the study's folder", action='store_true')=False,
 ):
     "Say what a study holds."
-    with plain_problems(): print(describe_study(hdf5_file))
+    with plain_problems(): print(describe_study(hdf5_file, allow_links))

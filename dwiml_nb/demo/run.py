@@ -16,6 +16,7 @@ from time import perf_counter
 import numpy as np
 import torch
 import matplotlib.pyplot as plt
+from ..cli.arguments import count, device, whole
 from ..cli.common import call_parse
 from ..core.errors import DataProblem
 from ..core.files import atomic_file, write_json
@@ -252,10 +253,10 @@ def report_demo(
 def dwiml_demo(
     out:str='demo', # Folder for everything
     held_out:str='sub_5', # The person to test on
-    nb_batches:int=1000, # Training batches
+    nb_batches:count=1000, # Training batches
     quick:bool=False, # A minute instead of a few: less training, fewer seeds
-    seed:int=1, # Of everything
-    device:str=None, # cpu, cuda; the first GPU if there is one
+    seed:whole=1, # Of everything
+    device:device=None, # cpu, cuda; the first GPU if there is one
 ):
     "Simulate five people, train on three, track one the model has never seen, and score it beside CSD."
     run_demo(out, held_out, nb_batches, quick, seed, device)

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 import dwiml_nb
 from ..core.errors import DataProblem, html_text, printable
-from ..core.files import (atomic_file, check_outputs, place_of, progress, remove_partials,
-                                 same_place)
+from ..core.files import (atomic_file, check_outputs, parse_json, place_of, progress,
+                                 remove_partials, same_place)
 from ..core.ragged import Ragged
 from ..core.registry import trusting
 from ..core.sizes import read_array
@@ -453,7 +453,7 @@ def write_study(
         with (nullcontext() if is_its_copy(config, path) else atomic_file(beside, overwrite) as copy,
               atomic_file(path, overwrite) as tmp):
             if copy: copy.write_text(text)
-            assemble(tmp, paths, sources.lists, json.loads(text), options, copies)
+            assemble(tmp, paths, sources.lists, parse_json(text), options, copies)
         sources.warnings += remove_linked(path, old)
     return reports
 

@@ -280,6 +280,23 @@ def test_arguments(objects, owner):
     if not issubclass(cls, torch.nn.Module): assert Mine(rng=3, log_level="INFO").kept == 3          # a child's own
 
 
+def test_a_model_of_the_order_and_the_arguments_of_dwi_ml():
+    "Parts in the order that dwi_ml's own models have; what they hand on and nothing here takes is named."
+    class Mine(door.ModelWithPreviousDirections, door.ModelWithDirectionGetter, door.ModelWithNeighborhood, door.ModelWithOneInput):
+        def __init__(self, log=None, **options):
+            super().__init__(experiment_name="mine", **options)
+            self.layer = torch.nn.Linear(self.computed_input_embedded_size + self.prev_dirs_embedded_size, 4)
+            self.instantiate_direction_getter(4)
+    model = Mine(nb_features=2, nb_previous_dirs=2, neighborhood_type="axes", neighborhood_radius=1, neighborhood_resolution=1.)
+    assert (model.layer.in_features, model.nb_neighbors, model.input_embedding_key, model.prev_dirs_embedding_key) == (20, 7, *["no_embedding"]*2)
+    assert Mine(nb_features=2, nb_previous_dirs=1).prev_dirs_embedded_size == 3
+    class Logs(Mine):
+        def __init__(self, log_level): super().__init__(nb_features=2, log_level=log_level)
+    for make in (lambda: Logs("INFO"), lambda: Mine(nb_features=2, log_level="INFO")):
+        with pytest.raises(TypeError, match=r"does not take dwi_ml's log_level. Use `logging.basicConfig\(level='INFO'\)` once"): make()
+    with pytest.raises(TypeError, match="MainModelAbstract takes no 'step_siz'. Did you mean 'step_size'"): Mine(nb_features=2, step_siz=1.)
+
+
 def test_compress_lines_is_a_number():
     for how in (dict(compress_lines=True), dict(compress_lines=True, **CNN)):
         with pytest.raises(ValueError, match="found True: it is the tolerance in mm, 0.01 in dwi_ml's commands"): built(**how)

@@ -45,12 +45,15 @@ def refuse_methods(cls):
         raise TypeError(f"{cls.__name__} writes {name}, which dwi_ml calls and this library does not. "
                         f"{told(instead)} Rename it if it is a method of your own.")
 
-def refuse_arguments(cls, *args, **kwargs):
+def refuse_arguments(cls, names):
     "For an object that is made: no argument that only dwi_ml's class takes."
-    for name in kwargs:
+    for name in names:
         if (instead := in_dwi_ml(ARGUMENTS, cls, name)) is None: continue
         if name in inspect.signature(cls.__init__).parameters: continue           # a child has its own
         raise TypeError(f"{cls.__name__} does not take dwi_ml's {name}. {told(instead)}")
+
+def new(cls, *args, **kwargs):
+    refuse_arguments(cls, kwargs)
     return super(NamesOfDwiml, cls).__new__(cls)
 
 def answer(self, name):
@@ -67,7 +70,7 @@ class NamesOfDwiml:
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         refuse_methods(cls)
-    __new__,__getattr__ = refuse_arguments,answer
+    __new__,__getattr__ = new,answer
 
 # %% ../../nbs/00_core/15_dwi_ml.ipynb #02d810c7
 ATTRIBUTES['MultiSubjectDataset'] = {
@@ -337,7 +340,8 @@ DOOR |= {
     **for_each("`dwiml_nb.core.sphere.sphere_vertices`", 'TorchSphere'),
     **for_each("`directions`", 'compute_directions'),
     **for_each("`unit`", 'normalize_directions'),
-    **for_each("`previous_directions`", 'compute_n_previous_dirs'),
+    **for_each("`previous_directions`, or `ModelWithPreviousDirections.embed_lines` with its embedding",
+               'compute_n_previous_dirs'),
     **for_each("`neighborhood_vectors`", 'prepare_neighborhood_vectors'),
     **for_each("`sample_neighborhood`", 'interpolate_volume_in_neighborhood'),
     **for_each("`dwiml_nb.models.embeddings.unflatten_neighborhood`", 'unflatten_neighborhood'),

@@ -77,6 +77,16 @@ def options_of(
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {p.name: p for p in found if p.kind in by_name and p.name not in ('self', 'cls')}
 
+# %% ../../nbs/00_core/14_options.ipynb #d0c5e1a2
+def no_rest(
+    init, # A constructor that ends in `**rest`, and refuses all that is in it
+): # the same
+    "A decorator: `**rest` is not in its signature."
+    signature = inspect.signature(init)
+    known = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    init.__signature__ = signature.replace(parameters=known)
+    return init
+
 # %% ../../nbs/00_core/14_options.ipynb #f76860ae
 def with_defaults(
     obj, # A class, or one of its objects

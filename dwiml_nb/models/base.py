@@ -18,10 +18,11 @@ from typing import Literal
 import torch
 from torch import nn
 from fastcore.basics import patch
-from ..core.dwi_ml import NamesOfDwiml
+from ..core.dwi_ml import NamesOfDwiml, refuse_arguments
 from ..core.errors import DataProblem, did_you_mean, need_file, stand_in
 from ..core.files import read_json, write_json
 from ..core.folders import whole_folder, write_folder
+from ..core.options import no_rest, options_of
 from ..core.registry import Registry, class_here, class_named, class_path, is_on_this_machine, trusting
 from ..batch.spec import checked_points, not_written
 
@@ -83,6 +84,7 @@ class MainModelAbstract(NamesOfDwiml, nn.Module):
         object.__setattr__(self, 'constructor_arguments', bound_arguments(cls, args, kwargs))
         return self
 
+    @no_rest
     def __init__(self,
         experiment_name:str=None, # A name for your own use
         step_size:float=None, # mm between points
@@ -90,8 +92,13 @@ class MainModelAbstract(NamesOfDwiml, nn.Module):
         compress_lines:float=None, # Compress to this tolerance, mm
         streamline_space:Literal['voxmm', 'vox']='voxmm', # The space of the lines, corner origin
         legacy_half_voxel:bool=False, # Inputs half a voxel off, for models trained by dwi_ml
+        **others, # None
     ):
         super().__init__()
+        refuse_arguments(MainModelAbstract, others)
+        for k in others:
+            hint = did_you_mean(k, options_of(MainModelAbstract))
+            raise TypeError(f"MainModelAbstract takes no '{k}'.{hint}")
         self.experiment_name = experiment_name
         self.set_preprocessing(step_size, nb_points, compress_lines)
         if streamline_space not in ('voxmm', 'vox'):

@@ -5,6 +5,7 @@ All files are made here, byte by byte where the library would not write them so.
 import errno
 import gzip
 import itertools
+import json
 import re
 import struct
 import warnings
@@ -71,8 +72,8 @@ def trk(path, lines=LINES, ids=None, swap=False, scalars=0, **fields):
 
 def tck(path, lines=LINES, kind="<f4", name="Float32LE", header="", file=None, end=True):
     head = f"mrtrix tracks\n{header}datatype: {name}\n"
-    at = len(head.encode("latin1")) + len("file: . 00000\nEND\n")
-    head += f"file: {file or f'. {at:05d}'}\nEND\n"
+    at = len(head.encode("latin1")) + len("file: . 00000000\nEND\n")
+    head += f"file: {file or f'. {at:08d}'}\nEND\n"
     rows = [row for line in lines for row in (*line, [np.nan] * 3)] + [[np.inf] * 3] * end
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(head.encode("latin1") + np.array(rows, kind).tobytes())
@@ -288,6 +289,28 @@ def test_trx_of_ours_is_theirs(tmp_path):
     assert np.allclose(load_tractogram(tmp_path / "c.trx").lines.data, np.concatenate(LINES), atol=.01)
     with zipfile.ZipFile(tmp_path / "a.trx", "a") as z: z.writestr("dps/c.float32", np.ones(3, "<f4").tobytes())
     with pytest.raises(DataProblem, match="dps/c is there twice"): load_tractogram(tmp_path / "a.trx")
+
+
+@pytest.mark.parametrize("change", [dict(VOXEL_TO_RASMM=np.zeros((4, 4)).tolist()), dict(VOXEL_TO_RASMM=None), dict(DIMENSIONS=None), dict(VOXEL_TO_RASMM=np.eye(4).tolist(), DIMENSIONS=[1, 1, 1])])
+def test_trx_whose_header_was_left_empty(folder, change):
+    "Points are in RAS mm whatever the header says: an image gives the grid."
+    save_tractogram(Tractogram(LINES, GRID), folder.root / "whole.trx")
+    with zipfile.ZipFile(folder.root / "whole.trx") as a, zipfile.ZipFile(folder.sub / "a.trx", "w") as z:
+        for name in a.namelist(): z.writestr(name, a.read(name) if name != "header.json" else json.dumps({k: v for k, v in (json.loads(a.read(name)) | change).items() if v is not None}))
+    assert same(folder.lines("a.trx"), LINES) and any("a.trx: the header has no affine" in w for w in folder.create("a.trx").warnings)
+    with pytest.raises(DataProblem, match="a .trx does not say which image it belongs to"): folder.create(config={"lines": {"type": "streamlines", "files": "a.trx"}})
+
+
+def test_tck_headers_as_others_write_them(tmp_path):
+    plain = tck(tmp_path / "a.tck").read_bytes()
+    at = plain.index(b"END\n") + 4
+    windows = plain[:at].replace(b"\n", b"\r\n").replace(b". %08d" % at, b". %08d" % (at + plain[:at].count(b"\n")))
+    for content in (windows + plain[at:], tck(tmp_path / "a.tck", header="comments: the END of\nEND: no\n").read_bytes(), tck(tmp_path / "a.tck", header=f"command_history: {'x'*3_000_000}\n").read_bytes(),
+                    tck(tmp_path / "a.tck", name="float32le").read_bytes(), re.sub(rb"file: . \d+", b"file: .", plain), plain.replace(b"datatype", b"other   ")):
+        (tmp_path / "b.tck").write_bytes(content)
+        assert same(load_tractogram(tmp_path / "b.tck").lines.unbind(), LINES)
+    (tmp_path / "b.tck").write_bytes(plain + plain)
+    with pytest.raises(DataProblem, match=f"{len(plain)} bytes follow the closing row"): load_tractogram(tmp_path / "b.tck")
 
 
 # ---- compressed, in folders

@@ -180,7 +180,7 @@ def check_trk_order(
         raise DataProblem("the voxel order in the header is not understood", "such as LPS or RAS", repr(said),
                           "write the file again with its image.")
     h[Field.VOXEL_ORDER] = np.bytes_(said)
-    if said != own and 0 in dimensions:
+    if said != own and (0 in dimensions or dimensions == (1, 1, 1)):
         raise DataProblem("lines cannot be turned from one voxel order to another without the dimensions",
                           f"{own}, as the affine says, or dimensions", f"{said} and {dimensions}",
                           "write the file again with its image.")
@@ -319,21 +319,21 @@ def tck_header(
     data, # (n,) uint8 of a .tck
 ) -> dict: # key -> list of values; also '_dtype', '_at': where the points begin
     "The header of a `.tck`."
-    head = bytes(data[:1 << 20])
-    if not head.startswith(b'mrtrix tracks'): raise ValueError("it does not begin as a .tck does")
+    head = memoryview(data[:16 << 20])
+    if bytes(head[:13]) != b'mrtrix tracks': raise ValueError("it does not begin as a .tck does")
     end,h = re.search(rb'\nEND[ \t\r]*(\n|$)', head), {}
     if end is None: raise ValueError("the header has no END")
-    for line in head[:end.start()].decode('latin1').splitlines()[1:]:
+    for line in bytes(head[:end.start()]).decode('latin1').splitlines()[1:]:
         key,colon,value = line.partition(':')
         if colon: h.setdefault(key.strip(), []).append(value.strip())
     kind,where = h.get('datatype', ['Float32LE'])[0], h.get('file', ['.'])[0].split()
-    if not (m := re.fullmatch('Float(32|64)(LE|BE)?', kind)):
+    if not (m := re.fullmatch('Float(32|64)(LE|BE)?', kind, re.I)):
         raise DataProblem("numbers of this kind are not read", "Float32 or Float64, LE or BE", kind,
                           "convert it (tckconvert of MRtrix).")
     if where[:1] != ['.']:
         raise DataProblem("the points lie in another file, which is not read", "file: .", h['file'][0],
                           "bring them into one file (tckconvert of MRtrix).")
-    h['_dtype'] = np.dtype(f"{'>' if m[2] == 'BE' else '<'}f{int(m[1])//8}")
+    h['_dtype'] = np.dtype(f"{'>' if (m[2] or '').upper() == 'BE' else '<'}f{int(m[1])//8}")
     h['_at'] = int(where[1]) if len(where) > 1 else end.end()
     if not end.end() <= h['_at'] <= len(data):
         raise ValueError(f"points from byte {h['_at']} of {len(data)}")
@@ -348,7 +348,10 @@ def tck_rows(
     kind = h['_dtype']; n = (len(data) - h['_at'])//kind.itemsize//3
     rows = np.frombuffer(data, kind, 3*n, h['_at']).reshape(-1, 3)
     if (len(data) - h['_at']) % (3*kind.itemsize) or not n or not np.isinf(rows[-1]).all():
-        raise ValueError("the closing row is missing: the file was cut short")
+        ends = np.flatnonzero(np.isinf(rows).all(1))
+        if not len(ends): raise ValueError("the closing row is missing: the file was cut short")
+        more = len(data) - h['_at'] - 3*kind.itemsize*(ends[0] + 1)
+        raise ValueError(f"{more} bytes follow the closing row")
     if n > 1 and not np.isnan(rows[-2]).all(): raise ValueError("the last line has no end")
     return rows[:-1]
 
@@ -443,7 +446,7 @@ class Trx(TractogramFormat):
             h = trx_header(z)
             names = [n.split('/')[1].split('.') for n in z.namelist() if n.startswith('dps/') and '.' in n]
         columns = {n[0]: int(n[1]) if len(n) == 3 else 1 for n in names}
-        return Grid(h['VOXEL_TO_RASMM'], h['DIMENSIONS']), columns
+        return trx_grid(h)[0], columns
     def size(self, path) -> tuple:
         with zipfile.ZipFile(path) as z: h = trx_header(z)
         return int(h['NB_STREAMLINES']), int(h['NB_VERTICES'])
@@ -482,8 +485,19 @@ def trx_content(
         raise ValueError("the offsets do not lead from line to line")
     odd = [k for k,v in groups.items() if v.size and (v.min() < 0 or v.max() >= n)]
     if odd: raise ValueError(f"group {odd[0]} has lines that are not there")
-    grid = Grid(h['VOXEL_TO_RASMM'], h['DIMENSIONS'])
-    return Tractogram(Ragged(torch.from_numpy(points), offsets), grid, dps, groups)
+    grid,remarks = trx_grid(h)
+    return Tractogram(Ragged(torch.from_numpy(points), offsets), grid, dps, groups, remarks=remarks)
+
+# %% ../../nbs/00_core/10_tractograms.ipynb #fdbb0f8a
+def trx_grid(
+    h:dict, # The header
+) -> tuple: # `Grid` or None, list of remarks
+    "The grid that a `.trx` names; None if its affine is missing or was never set."
+    affine,dimensions = h.get('VOXEL_TO_RASMM'), h.get('DIMENSIONS')
+    unset = affine is None or dimensions is None or not np.any(affine)
+    if unset or np.array_equal(affine, np.eye(4)) and max(dimensions) <= 1:
+        return None, ["the header has no affine: nothing says which image it belongs to"]
+    return Grid(affine, dimensions), []
 
 # %% ../../nbs/00_core/10_tractograms.ipynb #02a2d039
 TRX_TYPES = ('bit', 'int8', 'int16', 'int32', 'int64', 'uint8', 'uint16', 'uint32', 'uint64',

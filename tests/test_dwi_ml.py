@@ -10,6 +10,7 @@ import json
 import math
 import pkgutil
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -313,6 +314,26 @@ def test_methods_that_only_dwi_ml_calls(objects):
 def test_at_the_door(name):
     with pytest.raises(ImportError, match=re.escape(f"dwiml_nb does not have dwi_ml's {name}. {told(DOOR[name])}")): exec(f"from dwiml_nb.all import {name}")
     assert not hasattr(door, name)
+
+
+def test_an_experiment_of_dwi_ml(tmp_path):
+    "It tracks, it is drawn, and its training is refused in a sentence."
+    folder = tmp_path/"theirs"
+    for part in ("best_model", "checkpoint/model"): shutil.copytree(DATA/"dwi_ml_models"/"l2t_lstm", folder/part)
+    (folder/"logs").mkdir()
+    for name in ("train_loss", "valid_local_loss", "grad_norm"): np.save(folder/"logs"/f"{name}_monitor_per_epoch.npy", [.9, .5])
+    (folder/"checkpoint"/"checkpoint_state.pkl").write_bytes(b"a pickle")
+    record = {"Date": "2026", "hdf5 file": str(DATA/"dwi_ml_study"/"study_v1.hdf5"), "Trainer params": {"max_epochs": 2}, "Sampler params": {}, "Model params": {},
+              "Loader params": {"streamline_group_name": "streamlines", "rng": 1234, "input_group_name": "input"}, "Patience": None, "Patience_delta": 1e-6}
+    (folder/"parameters_latest.json").write_text(json.dumps(record, indent=4))
+    lines = door.track_from_model(folder, "subj-04", tmp_path/"lines.trx", "wm_mask", nt=20, min_length_mm=0, device="cpu")
+    assert len(lines) > 0
+    logs = door.read_logs(folder)
+    assert (logs["train_loss"], logs["valid_loss"], logs["epoch"], door.read_logs(folder, "batches")) == ([.9, .5], [.9, .5], [0, 1], {})
+    assert len(door.plot_logs([folder], {"loss": ["train_loss", "valid_loss"]})) == 1
+    with pytest.raises(DataProblem, match="this training of dwi_ml cannot go on here"): trainer_from_folder(tmp_path, "theirs")
+    (folder/"logs"/"grad_norm_monitor_per_epoch.npy").write_bytes(b"no array")
+    with pytest.raises(DataProblem, match="this log is no list of numbers"): door.read_logs(folder)
 
 
 def test_a_run_of_a_model_for_dwi_ml_resumes(objects):

@@ -83,6 +83,10 @@ def read_checkpoint(
 ) -> Checkpoint:
     "The latest whole checkpoint of an experiment."
     folder = find_checkpoint(experiment)
+    if (folder/'checkpoint_state.pkl').is_file():
+        raise DataProblem("this training of dwi_ml cannot go on here: its state is a pickle of dwi_ml's "
+                          "objects, which is not read", file=folder,
+                          do=f"begin a new one with its weights: load_model('{folder/'model'}').")
     missing = [name for name in CHECKPOINT_FILES if not (folder/name).is_file()]
     if missing:
         raise DataProblem("the checkpoint has missing files", expected=", ".join(CHECKPOINT_FILES),

@@ -20,8 +20,10 @@ import torch
 from nibabel.streamlines.trk import header_2_dtype
 
 from dwiml_nb.core.errors import DataProblem
-from dwiml_nb.core.files import can_be_made_again
+from dwiml_nb.core.files import can_be_made_again, read_json
+from dwiml_nb.core.gradients import read_bvals
 from dwiml_nb.core.sh import fit_sh_files
+from dwiml_nb.core.sizes import read_array
 from dwiml_nb.core.space import SPACES, Grid, convert, grid_of, open_image, same_grid
 from dwiml_nb.core.tractograms import Tractogram, load_tractogram, read_tractogram, save_tractogram, tractogram_format
 from dwiml_nb.data.dataset import MultiSubjectDataset
@@ -32,6 +34,7 @@ from dwiml_nb.batch.spec import ModelSpec
 from dwiml_nb.models.base import load_model
 from dwiml_nb.study.check import check_study
 from dwiml_nb.study.create import create_study
+from dwiml_nb.study.lists import read_subject_list
 from dwiml_nb.study.schema import open_study
 from dwiml_nb.study.volumes_in import load_labels
 from dwiml_nb.widgets.viz import viz
@@ -287,6 +290,9 @@ def test_trx_of_ours_is_theirs(tmp_path):
             else: z.writestr(name, a.read(name))
         z.writestr("__MACOSX/._header.json", b"junk"); z.writestr("dpv/", b"")
     assert np.allclose(load_tractogram(tmp_path / "c.trx").lines.data, np.concatenate(LINES), atol=.01)
+    with zipfile.ZipFile(tmp_path / "a.trx") as a, zipfile.ZipFile(tmp_path / "d.trx", "w") as z:
+        for name in a.namelist(): z.writestr(f"packed/{name}", a.read(name))
+    with pytest.raises(DataProblem, match="its arrays lie in a folder of the archive.*zip -0 -r"): load_tractogram(tmp_path / "d.trx")
     with zipfile.ZipFile(tmp_path / "a.trx", "a") as z: z.writestr("dps/c.float32", np.ones(3, "<f4").tobytes())
     with pytest.raises(DataProblem, match="dps/c is there twice"): load_tractogram(tmp_path / "a.trx")
 
@@ -506,6 +512,7 @@ def test_files_that_are_there_by_name_only(folder, tmp_path, what):
     lacking(tmp_path / "study.hdf5", lambda: open_study(tmp_path / "study.hdf5"))
     lacking(tmp_path / "other.nii", lambda: grid_of(tmp_path / "other.nii"))
     lacking(tmp_path / "c.tck", lambda: viz(tmp_path / "c.tck"))
+    for name, use in {"record.json": read_json, "array.npy": read_array, "ids.txt": read_subject_list, "bvals": read_bvals}.items(): lacking(tmp_path / name, lambda: use(tmp_path / name))
     (tmp_path / "model").mkdir()
     for name in ("parameters.json", "model_type.txt"): (tmp_path / "model" / name).write_text("{}")
     lacking(tmp_path / "model" / "model_state.pkl", lambda: load_model(tmp_path / "model"))

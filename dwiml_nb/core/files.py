@@ -26,7 +26,7 @@ from html import escape
 from pathlib import Path
 from secrets import token_hex
 from tqdm import tqdm
-from .errors import DataProblem
+from .errors import DataProblem, need_file, stand_in
 
 # %% ../../nbs/00_core/01_files.ipynb #e7b663f7
 def place_of(
@@ -221,6 +221,7 @@ def read_json(
 ): # -> what it holds
     "The content of a JSON file. An error names the file."
     path = Path(path)
+    if stand_in(path): need_file(path, "the JSON file cannot be read")
     if path.exists() and not path.is_file():
         raise DataProblem("this is not a file", expected="a JSON file", file=path,
                           found="a folder" if path.is_dir() else "a device", do="give the path of the file.")

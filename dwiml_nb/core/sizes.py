@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 import numpy as np
 import torch
-from .errors import DataProblem, naming
+from .errors import DataProblem, naming, need_file
 from .ragged import Ragged
 from .space import Grid, to_vox_matrix
 
@@ -82,7 +82,7 @@ def read_array(
 ) -> np.ndarray: # mapped, not writable
     "The numbers of a `.npy` file."
     path = Path(path)
-    if not path.is_file(): raise DataProblem("no such array", expected="a .npy file", file=path)
+    need_file(path, "no such array")
     with naming("the array cannot be read", "a whole .npy file of numbers", file=path):
         array = np.load(path, mmap_mode='r', allow_pickle=False)
         if not isinstance(array, np.ndarray): raise ValueError("an archive of several arrays")

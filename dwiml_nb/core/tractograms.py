@@ -459,7 +459,6 @@ def trx_array(
     "An array of a `.trx`."
     words = name.split('/')[-1].split('.')
     kind = np.dtype('bool' if words[-1] == 'bit' else words[-1]).newbyteorder('<')
-    if kind.kind not in 'biuf': raise ValueError(f"{name}: '{words[-1]}' is no type of plain numbers")
     return np.frombuffer(archive.read(name), kind).reshape(-1, int(words[1]) if len(words) == 3 else 1)
 
 # %% ../../nbs/00_core/10_tractograms.ipynb #8e826f51
@@ -514,6 +513,10 @@ def trx_header(
     archive:zipfile.ZipFile,
 ) -> dict:
     "The header of an open `.trx`."
+    if 'header.json' not in (names := archive.namelist()):
+        if not any(n.endswith('/header.json') for n in names): raise ValueError("it has no header")
+        raise DataProblem("its arrays lie in a folder of the archive", "header.json at the top of it",
+                          do="unpack it, then pack what is in the folder: zip -0 -r ../packed.trx .")
     if (n := archive.getinfo('header.json').file_size) > MOST_JSON: raise ValueError(f"a header of {n} bytes")
     return parse_json(archive.read('header.json').decode())
 

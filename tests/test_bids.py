@@ -146,6 +146,14 @@ def test_versions_of_one_tractogram_are_a_choice(tmp_path):
     tree.refused('differ in tract, desc', split=None, training='01', tract='none')
     tree.refused("no tractogram's name has 'dsc'", "Did you mean 'desc'?", split=None, training='01', entities='dsc')
 
+def test_what_differs_between_subjects_is_told(tree):
+    for old,new in (('sub-02/dwi/sub-02_param-fod_dwimap.nii.gz', 'sub-02/dwi/sub-02_model-dti_param-fod_dwimap.nii.gz'),
+                    ('sub-03/dwi/sub-03_tract-AF_tractogram.trk', 'sub-03/dwi/sub-03_tract-AF_hemi-L_desc-raw_tractogram.trk')): (tree/old).rename(tree/new)
+    sources = tree.sources(training=['01', '02', '03'])
+    assert sources.remarks == ['group input: subjects differ in model: dti, none.', 'group bundles: subjects differ in desc: none, raw.']
+    assert sources.config['bundles']['file_labels'] == {'tract': ['AF'], 'hemi': ['L', 'none']}
+    assert tree.sources(training='01').remarks == []
+
 def test_other_programs_name_them_otherwise(tmp_path):
     tree = Tree(tmp_path/'t', people=['01'], names=['model-gqi_bundle-AF_streamlines.trk', 'model-gqi_bundle-CST_streamlines.trk'])
     tree.refused('no tractogram answers', 'sub-01_model-gqi_bundle-AF_streamlines.trk', 'bundles:suffix=streamlines', split=None, training='01')

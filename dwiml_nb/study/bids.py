@@ -6,9 +6,9 @@
 __all__ = ['PHANTOM_NAMES', 'WORDS', 'CONTENT', 'bids_phantom', 'some_of', 'plain_cell', 'read_table', 'table_among',
            'participants_file', 'read_participants', 'bare_id', 'by_bare_id', 'meant', 'session_column', 'row_of',
            'session_rows', 'inner_folders', 'people_folders', 'rows_by_person', 'bids_subjects', 'refuse_leaks',
-           'split_of_column', 'ids_meant', 'split_of_lists', 'tractograms', 'no_tractogram', 'words_of',
+           'split_of_column', 'ids_meant', 'split_of_lists', 'all_names', 'tractograms', 'no_tractogram', 'words_of',
            'distinguishing', 'label_entities', 'volume_group', 'words_taken', 'streamlines_groups', 'bids_config',
-           'BidsSources', 'unanswered', 'bids_sources']
+           'BidsSources', 'unanswered', 'mixed', 'all_mixed', 'bids_sources']
 
 # %% ../../nbs/01_study/13_bids.ipynb #37e8b6a7
 import html
@@ -336,13 +336,21 @@ def split_of_lists(
     return out
 
 # %% ../../nbs/01_study/13_bids.ipynb #34eada7b
+def all_names(
+    derivatives, # Derivatives folder
+) -> list: # of `BidsName`s
+    "The names of all files of people."
+    people = [p for p in sorted(Path(derivatives).glob('sub-*')) if p.is_dir()]
+    return [bids_name(p) for person in people for p in files_below(person)]
+
 def tractograms(
     derivatives, # Derivatives folder
     query=None, # Of the tractograms; all of them when not given
+    there=None, # From `all_names`; looked for when not given
 ) -> list: # of `BidsName`s
     "The names of the tractograms that answer a query."
-    query,people = {'suffix': 'tractogram', **(query or {})}, sorted(Path(derivatives).glob('sub-*'))
-    there = [bids_name(p) for person in people if person.is_dir() for p in files_below(person)]
+    query = {'suffix': 'tractogram', **(query or {})}
+    if there is None: there = all_names(derivatives)
     names = [n for n in there if is_readable(n.path) and answers(n, query)]
     if not names: raise no_tractogram(there, query, derivatives)
     return names
@@ -402,7 +410,7 @@ def label_entities(
         raise DataProblem(f"no tractogram's name has '{unknown[0]}'.{did_you_mean(unknown[0], said)}",
                           expected=', '.join(k for k in said if k not in ('sub', 'ses')), found=unknown[0])
     labels = (as_list(entities) if entities is not None else
-              [k for k in CONTENT if k in odd or k in CONTENT[:2] and k in said])
+              [k for k in CONTENT if len({n.says(k) for n in names}) > 1 or k in CONTENT[:2] and k in said])
     if others := {k: w for k,w in odd.items() if k not in labels and k not in left_open(query)}:
         k,words = next(iter(others.items()))
         one = next(w for w in words if w != 'none')
@@ -545,6 +553,29 @@ def unanswered(
     return bad
 
 # %% ../../nbs/01_study/13_bids.ipynb #47b04f67
+def mixed(
+    names, # `BidsName`s of the files of a group
+    query:dict, # That they answer
+) -> dict: # entity -> words
+    "In what the files of a group differ between subjects, beside their ids and kinds of file."
+    usual = ('sub', 'ses', 'extension', 'datatype')
+    return {k: w for k,w in differing(names, query).items() if k not in usual}
+
+def all_mixed(
+    derivatives, # Derivatives folder
+    lists:dict, # subset -> ids
+    groups:dict, # name -> (`BidsName`s, query, entities that become labels or groups)
+) -> list: # of remarks
+    "What `mixed` finds among the files of the listed subjects."
+    listed,out = {i.split('_ses-')[0] for ids in lists.values() for i in ids}, []
+    for group,(names,query,labels) in groups.items():
+        taken = [n for n in names if is_readable(n.path) and answers(n, query)
+                 and n.path.relative_to(derivatives).parts[0] in listed]
+        odd = {k: w for k,w in mixed(taken, query).items() if k not in labels}
+        out += [f"group {group}: subjects differ in {k}: {some_of(words)}." for k,words in odd.items()]
+    return out
+
+# %% ../../nbs/01_study/13_bids.ipynb #77d14221
 def bids_sources(
     derivatives, # Derivatives folder: holds sub-… folders
     volumes:dict, # group -> query; see `bids_config`
@@ -566,15 +597,17 @@ def bids_sources(
                           expected="lists, or split: a column of participants.tsv",
                           found="both" if split else "neither")
     lists = split_of_lists(subjects, given) if split is None else split_of_column(subjects, split)
-    names = tractograms(derivatives, streamlines)
+    there = all_names(derivatives)
+    names = tractograms(derivatives, streamlines, there)
     config = bids_config(derivatives, volumes, streamlines, tract, group, entities, names)
     raise_problems(unanswered(derivatives, config, lists), "the volumes")
     if split is not None:
         out = [i for i in subjects if not any(i in ids for ids in lists.values())]
         remarks += [f"column '{split}' puts these in no subset: {some_of(out)}."]*bool(out)
-    if tract != 'none':
-        key = label_entities(names, streamlines or {}, entities)[0]
-        without = [n.path.name for n in names if n.says(key) is None]
-        remarks += [f"tractograms that do not name their {key} are left out: "
-                    f"{some_of(without)}."]*bool(without)
+    labels = label_entities(names, streamlines or {}, entities if tract != 'none' else [])
+    without = [n for n in names if labels and n.says(labels[0]) is None]
+    remarks += [f"tractograms that do not name their {labels[0]} are left out: "
+                f"{some_of([n.path.name for n in without])}." for _ in without[:1]]
+    remarks += all_mixed(derivatives, lists, {g: (there, config[g]['files'], ()) for g in volumes} | {
+        group: ([n for n in names if not labels or n.says(labels[0])], streamlines or {}, labels)})
     return BidsSources(Path(derivatives), config, lists, remarks)

@@ -22,7 +22,7 @@ import dwiml_nb.all as door
 from dwiml_nb.batch.loader import DWIMLBatchLoaderOneInput
 from dwiml_nb.batch.sampler import BatchIds, DWIMLBatchIDSampler
 from dwiml_nb.cli.common import anno_parser
-from dwiml_nb.core.dwi_ml import ARGUMENTS, ATTRIBUTES, CALLED, COMMANDS, DOOR, OPTIONS, Works, told
+from dwiml_nb.core.dwi_ml import ARGUMENTS, ATTRIBUTES, CALLED, COMMANDS, DOOR, OF_CLASSES, OPTIONS, Works, told
 from dwiml_nb.core.errors import DataProblem
 from dwiml_nb.core.options import options_of
 from dwiml_nb.core.sphere import sphere_vertices
@@ -244,7 +244,7 @@ def test_attributes(objects, owner):
     obj = objects[OWNERS[owner]]
     assert any(c.__name__ == owner for c in type(obj).__mro__)
     for name, here in ATTRIBUTES[owner].items():
-        assert name not in dir(obj)
+        assert name not in dir(obj) or name in OF_CLASSES[owner]
         if isinstance(here, Works):
             getattr(obj, name)
             continue
@@ -296,6 +296,20 @@ def test_a_model_of_the_order_and_the_arguments_of_dwi_ml():
     for make in (lambda: Logs("INFO"), lambda: Mine(nb_features=2, log_level="INFO")):
         with pytest.raises(TypeError, match=r"does not take dwi_ml's log_level. Use `logging.basicConfig\(level='INFO'\)` once"): make()
     with pytest.raises(TypeError, match="MainModelAbstract takes no 'step_siz'. Did you mean 'step_size'"): Mine(nb_features=2, step_siz=1.)
+
+
+def test_methods_of_classes():
+    "Asked of the class, as scripts that resume do."
+    for cls in (DWIMLBatchIDSampler, DWIMLBatchLoaderOneInput, DWIMLTrainerOneInput, Learn2TrackModel):
+        owner = next(c.__name__ for c in cls.__mro__ if c.__name__ in OF_CLASSES)
+        for name in OF_CLASSES[owner]:
+            assert not hasattr(cls, name)
+            with pytest.raises(AttributeError, match=re.escape(f"{cls.__name__} does not have dwi_ml's {name}. {told(ATTRIBUTES[owner][name])}")): getattr(cls, name)
+
+
+def test_all_old_arguments_at_once(toy):
+    with pytest.raises(TypeError, match="dwi_ml's rng. Use `seed=1234`. DWIMLBatchIDSampler does not take dwi_ml's log_level"):
+        DWIMLBatchIDSampler(toy, "bundles", rng=1, log_level="INFO")
 
 
 def test_compress_lines_is_a_number():

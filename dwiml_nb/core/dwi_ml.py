@@ -37,6 +37,11 @@ def told(
 ATTRIBUTES = {}          # name of a class -> name in dwi_ml -> `Works`, or what to use instead
 ARGUMENTS = {}           # name of a class -> argument of its constructor in dwi_ml -> what to use instead
 CALLED = {}              # name of a class -> method that dwi_ml calls -> what to use instead
+OF_CLASSES = {           # name of a class -> what dwi_ml's class has, and not only its objects
+    'DWIMLBatchIDSampler': ['init_from_checkpoint'], 'DWIMLBatchLoader': ['init_from_checkpoint'],
+    'DWIMLTrainer': ['load_params_from_checkpoint', 'check_stopping_cause'],
+    'MainModelAbstract': ['add_args_main_model', 'add_neighborhood_args_to_parser', 'add_args_model_with_pd',
+                          'add_args_input_embedding', 'add_args_tracking_model']}
 
 def refuse_methods(cls):
     "For a class that is made: no method that only dwi_ml would call."
@@ -47,10 +52,12 @@ def refuse_methods(cls):
 
 def refuse_arguments(cls, names):
     "For an object that is made: no argument that only dwi_ml's class takes."
-    for name in names:
-        if (instead := in_dwi_ml(ARGUMENTS, cls, name)) is None: continue
-        if name in inspect.signature(cls.__init__).parameters: continue           # a child has its own
-        raise TypeError(f"{cls.__name__} does not take dwi_ml's {name}. {told(instead)}")
+    old = {name: in_dwi_ml(ARGUMENTS, cls, name) for name in names}
+    old = {name: instead for name,instead in old.items() if instead}
+    if old: old = {k: v for k,v in old.items() if k not in inspect.signature(cls.__init__).parameters}
+    if not old: return                                                       # a child may have its own
+    raise TypeError(' '.join(f"{cls.__name__} does not take dwi_ml's {name}. {told(instead)}"
+                             for name,instead in old.items()))
 
 def new(cls, *args, **kwargs):
     refuse_arguments(cls, kwargs)
@@ -64,12 +71,21 @@ def answer(self, name):
     of_torch = getattr(super(NamesOfDwiml, self), '__getattr__', None)      # layers and weights of a model
     return of_torch(name) if of_torch else object.__getattribute__(self, name)
 
+# %% ../../nbs/00_core/15_dwi_ml.ipynb #c1a55e50
+class Gone:
+    "What only dwi_ml's class has: an error that says what to use, also when the class itself is asked."
+    def __init__(self, name): self.name = name
+    def __get__(self, obj, cls):
+        instead = in_dwi_ml(ATTRIBUTES, cls, self.name)
+        raise AttributeError(f"{cls.__name__} does not have dwi_ml's {self.name}. {told(instead)}")
+
 # %% ../../nbs/00_core/15_dwi_ml.ipynb #c1a55e5f
 class NamesOfDwiml:
     "Answers for the names that a class, its methods and its arguments have in dwi_ml."
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         refuse_methods(cls)
+        for name in OF_CLASSES.get(cls.__name__, ()): setattr(cls, name, Gone(name))
     __new__,__getattr__ = new,answer
 
 # %% ../../nbs/00_core/15_dwi_ml.ipynb #02d810c7
@@ -171,7 +187,10 @@ ATTRIBUTES['SubjectsDataList'] = {
     'get_subj_with_handle': Works('`subset.subject(0)`', lambda o: o.__getitem__)}
 
 # %% ../../nbs/00_core/15_dwi_ml.ipynb #3421b44f
+GO_ON = "`trainer_from_folder`, or `DWIMLTrainerOneInput.init_from_checkpoint` with new sampler and loader"
+
 ATTRIBUTES['DWIMLBatchIDSampler'] = {
+    'init_from_checkpoint': GO_ON,
     'rng': Works('`batch_sampler.seed`', lambda o: o.seed),
     'params_for_checkpoint': Works('`batch_sampler.params`', lambda o: o.params),
     'context_subset': Works('`dataset.subset(batch_sampler.context)`', lambda o: o.dataset.subset(o.context)),
@@ -183,6 +202,7 @@ ATTRIBUTES['DWIMLBatchIDSampler'] = {
     'load_batch': "`batch_loader.load_batch_streamlines(batch_ids)`",
 }
 ATTRIBUTES['DWIMLBatchLoader'] = {
+    'init_from_checkpoint': GO_ON,
     'rng': Works('`batch_loader.seed`', lambda o: o.seed),
     'params_for_checkpoint': Works('`batch_loader.params`', lambda o: o.params),
     'np_rng': "`batch_loader.seed`: with the epoch and the batch, it is the key of every draw",
@@ -210,8 +230,12 @@ ATTRIBUTES['MainModelAbstract'] = {
     'instantiate_nn_embedding': "`model.input_embedding_layer`, which the constructor makes",
     'forward_uses_streamlines': "nothing in its place: the arguments of `forward` say it",
     'loss_uses_streamlines': "nothing in its place: `compute_loss` always gets the lines",
+    **{name: "plain arguments: no part of this library adds options to a parser"
+       for name in OF_CLASSES['MainModelAbstract']},
 }
 ATTRIBUTES['DWIMLTrainer'] = {
+    'load_params_from_checkpoint': GO_ON,
+    'check_stopping_cause': "nothing in its place: a run that has ended is not resumed",
     'current_epoch': Works('`trainer.epoch`', lambda o: o.epoch),
     'saving_path': Works('`trainer.experiment_folder`', lambda o: o.experiment_folder),
     'log_dir': Works("`trainer.experiment_folder/'logs'`", lambda o: o.experiment_folder/'logs'),

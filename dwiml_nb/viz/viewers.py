@@ -124,6 +124,10 @@ class Panel(W.VBox):
     def advice(self) -> str: # HTML
         "What to do when the kernel is gone."
         return "Run this cell again."
+    def renew(self):
+        "Bring the still on the page up to date."
+        if self.is_shown: update_display(page_still(self), raw=True, display_id=self.mark)
+        if self.owner is not None: self.owner.renewal()
     def close(self): self.is_shown = False; self.message.close(); super().close()
     def _repr_mimebundle_(self, **kwargs) -> dict:
         if in_notebook(): return super()._repr_mimebundle_(**kwargs)
@@ -133,11 +137,10 @@ class Panel(W.VBox):
 # %% ../../nbs/09_viz/04_viewers.ipynb #0748575b
 def picture_html(
     png:bytes, # A picture
-    width:int=None, # Pixels; None: its own
+    alt:str='', # What it shows, for those who cannot see it
 ) -> str:
     "A picture as part of a page."
-    at = f' width="{width}"' if width else ''
-    return f'<img{at} src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 def page_still(
     panel:Panel,
@@ -154,13 +157,6 @@ def _ipython_display_(self:Panel):
     display(self._repr_mimebundle_(), raw=True)
     display(page_still(self), raw=True, display_id=self.mark)
     self.is_shown = True
-
-# %% ../../nbs/09_viz/04_viewers.ipynb #f98fc950
-@patch
-def renew(self:Panel):
-    "Bring the still on the page up to date."
-    if self.is_shown: update_display(page_still(self), raw=True, display_id=self.mark)
-    if self.owner is not None: self.owner.renewal()
 
 # %% ../../nbs/09_viz/04_viewers.ipynb #df9a8990
 class Viewer(Panel):
@@ -223,7 +219,7 @@ class Viewer(Panel):
         self.renewal()
 
     def still(self) -> str:
-        return f'<div>{escape(self.scene.title)}</div>{picture_html(self.last_picture())}'
+        return f'<div>{escape(self.scene.title)}</div>{picture_html(self.last_picture(), repr(self))}'
 
 # %% ../../nbs/09_viz/04_viewers.ipynb #6c4243ca
 @patch

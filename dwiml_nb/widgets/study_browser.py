@@ -76,7 +76,7 @@ class StudyBrowser(Panel):
         rows,most = subject_rows(self.dataset.subset(self.subset)), 50
         more = f"<p>… and {len(rows) - most - 1:,} more</p>" if len(rows) > most + 1 else ''
         picture = {None: '', 'look': self.viewer and self.viewer.still(),
-                   'plot_lengths': self.lengths and picture_html(self.lengths)}[self.shown[0]]
+                   'plot_lengths': self.lengths and picture_html(self.lengths, 'lengths')}[self.shown[0]]
         return f'{self.heading.value}{html_table(rows[:most + 1])}{more}{picture}'
     def __repr__(self): return f"StudyBrowser({self.dataset.path.name}, {self.subset}, {self.choice})"
 

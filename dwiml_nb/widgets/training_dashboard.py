@@ -90,7 +90,8 @@ class TrainingDashboard(Panel):
         self.renew()
         super().close()
     def still(self) -> str:
-        curve = picture_html(still_curve(self.figure)) if self.batches or self.epochs['epoch'] else ''
+        known = self.batches or self.epochs['epoch']
+        curve = picture_html(still_curve(self.figure), 'loss by epoch') if known else ''
         return (f"<div>{escape(self.trainer.experiment_name)}: {self.told.value}</div>"
                 f"{self.message.value}{curve}")
     def __repr__(self):

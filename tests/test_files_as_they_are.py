@@ -31,7 +31,9 @@ from dwiml_nb.data.extract import extract_data
 from dwiml_nb.batch.loader import DWIMLBatchLoader
 from dwiml_nb.batch.sampler import DWIMLBatchIDSampler
 from dwiml_nb.batch.spec import ModelSpec
+from dwiml_nb.evaluation.bundles import score_tractogram
 from dwiml_nb.models.base import load_model
+from dwiml_nb.runs.track import read_experiment
 from dwiml_nb.study.check import check_study
 from dwiml_nb.study.create import create_study
 from dwiml_nb.study.lists import read_subject_list
@@ -513,9 +515,12 @@ def test_files_that_are_there_by_name_only(folder, tmp_path, what):
     lacking(tmp_path / "other.nii", lambda: grid_of(tmp_path / "other.nii"))
     lacking(tmp_path / "c.tck", lambda: viz(tmp_path / "c.tck"))
     for name, use in {"record.json": read_json, "array.npy": read_array, "ids.txt": read_subject_list, "bvals": read_bvals}.items(): lacking(tmp_path / name, lambda: use(tmp_path / name))
+    (tmp_path / "truth").mkdir()
+    for name, use in {"config.json": lambda: folder.create(config=tmp_path / "config.json"), "scoring.json": lambda: score_tractogram(LINES, tmp_path), "truth/scoring.json": lambda: score_tractogram(LINES, tmp_path),
+                      "parameters_latest.json": lambda: read_experiment(tmp_path)}.items(): lacking(tmp_path / name, use)
     (tmp_path / "model").mkdir()
     for name in ("parameters.json", "model_type.txt"): (tmp_path / "model" / name).write_text("{}")
-    lacking(tmp_path / "model" / "model_state.pkl", lambda: load_model(tmp_path / "model"))
+    for name in ("model_state.pkl", "parameters.json", "model_class.json"): lacking(tmp_path / "model" / name, lambda: load_model(tmp_path / "model"))
 
 
 def test_a_broken_link_in_a_bids_tree_is_no_missing_tract(folder):

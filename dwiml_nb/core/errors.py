@@ -93,14 +93,15 @@ def need_file(
     path, # The file
     problem:str, # What to say if it is not there: "no such image"
     do:str=None, # The next step for the reader
+    expected=None, # What would have been right; "a file" if a folder was found
     **place, # subject, group
 ) -> Path:
     "The path of a file that is there, with content of its own."
-    if told := stand_in(path): raise DataProblem(f"{problem}: {told[0]}", do=told[1], file=path, **place)
-    if not Path(path).is_file():
-        folder = "a folder" if Path(path).is_dir() else None
-        raise DataProblem(problem, "a file"*bool(folder) or None, folder, do, file=path, **place)
-    return Path(path)
+    if told := stand_in(path):
+        raise DataProblem(f"{problem}: {told[0]}", expected, None, told[1], file=path, **place)
+    if Path(path).is_file(): return Path(path)
+    folder = "a folder" if Path(path).is_dir() else None
+    raise DataProblem(problem, expected or folder and "a file", folder, do, file=path, **place)
 
 # %% ../../nbs/00_core/00_errors.ipynb #db312736
 def misnamed(

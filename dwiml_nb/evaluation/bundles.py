@@ -13,7 +13,7 @@ import torch
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-from ..core.errors import DataProblem, did_you_mean, html_text, naming, need_file
+from ..core.errors import DataProblem, did_you_mean, html_text, naming, need_file, stand_in
 from ..core.files import read_json
 from ..core.ragged import Ragged, as_ragged
 from ..core.sizes import need_memory, refuse_far
@@ -41,13 +41,10 @@ def find_scoring(
     "The file of the scoring configuration."
     path = Path(reference)
     if path.is_dir():
-        path = next((p for p in (path/'scoring.json', path/'truth/scoring.json') if p.is_file()),
-                    path/'truth/scoring.json')
-    if not path.is_file():
-        raise DataProblem("there is no scoring configuration",
-                          expected="a JSON file, or a folder with scoring.json or truth/scoring.json",
-                          file=path)
-    return path
+        path = next((p for p in (path/'scoring.json', path/'truth/scoring.json')
+                     if p.is_file() or stand_in(p)), path/'truth/scoring.json')
+    return need_file(path, "there is no scoring configuration",
+                     expected="a JSON file, or a folder with scoring.json or truth/scoring.json")
 
 # %% ../../nbs/10_evaluation/00_bundles.ipynb #612c8dc8
 def is_range(

@@ -212,7 +212,7 @@ def read_model_folder(
         raise DataProblem("there is no such model folder", file=name,
                           do="look for best_model/ or checkpoint/model/ in your experiment.")
     needed = [f for f in MODEL_FILES if f != 'model_class.json']
-    for f in needed: stand_in(folder/f) and need_file(folder/f, "the model cannot be read")
+    for f in MODEL_FILES: stand_in(folder/f) and need_file(folder/f, "the model cannot be read")
     missing = [f for f in needed if not (folder/f).is_file()]
     if missing:
         raise DataProblem("files are missing from the model folder", expected=", ".join(needed), file=folder,

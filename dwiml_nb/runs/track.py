@@ -8,7 +8,7 @@ __all__ = ['read_experiment', 'record_of_dwi_ml', 'experiment_model', 'track_fro
 # %% ../../nbs/08_runs/00_track.ipynb #ad878e5d
 from pathlib import Path
 import torch
-from ..core.errors import DataProblem
+from ..core.errors import DataProblem, need_file, stand_in
 from ..core.files import check_outputs, read_json
 from ..core.folders import whole_folder
 from ..core.registry import trusting
@@ -27,6 +27,7 @@ def read_experiment(
 ) -> dict: # As the trainer wrote it
     "The record of a run: its study, groups and options."
     file = Path(experiment_path)/'parameters_latest.json'
+    if stand_in(file): need_file(file, "the record of the experiment cannot be read")
     if not file.is_file():
         raise DataProblem("this is not the folder of an experiment", expected="parameters_latest.json",
                           found="none", file=experiment_path, do="give {experiments_path}/{experiment_name}.")

@@ -9,7 +9,7 @@ __all__ = ['FRAMES', 'SeveralProblems', 'raise_problems', 'VolumeSpec', 'Streaml
 # %% ../../nbs/01_study/03_config.ipynb #599eb982
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from ..core.errors import DataProblem, did_you_mean
+from ..core.errors import DataProblem, did_you_mean, need_file
 from ..core.files import read_json
 from .standardize import STANDARDIZATIONS
 
@@ -198,8 +198,7 @@ def read_config(
 ) -> dict: # group name -> `VolumeSpec` or `StreamlinesSpec`, in the config's order
     "The groups that a config asks for; all that is wrong with it is told at once."
     where = None if isinstance(config, dict) else Path(config)
-    if where is not None and not where.is_file():
-        raise DataProblem("no such config file", file=where, do="check the path.")
+    if where is not None: need_file(where, "no such config file", "check the path.")
     groups = config if where is None else read_json(where)
     if not isinstance(groups, dict) or not groups:
         raise DataProblem("the config lists no groups", expected="a JSON object, one key per group",

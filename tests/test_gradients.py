@@ -163,6 +163,11 @@ def test_damaged_images_are_named(subject):
     nib.save(nib.Nifti1Image(np.ones((3, 3, 3, 1), np.uint8), AFFINE), subject.folder/'mask.nii.gz')
     subject.fit()
 
+def test_other_formats_to_write_are_refused_before_any_work(subject):
+    files = [subject.folder/n for n in ('nowhere.nii.gz', 'bval', 'bvec', 'mask.nii.gz')]
+    for out,peaks in (('sh.mif', None), ('sh', None), ('sh.nii.gz', 'peaks.txt')):
+        with pytest.raises(DataProblem, match='written as NIfTI'): fit_sh_files(*files, subject.folder/out, peaks=peaks)
+
 def test_counts_that_differ_name_the_image(subject):
     subject.write(VAL + ' 1000', '\n'.join(r + ' 1' for r in ('0', '0', '1')) and '\n'.join(row([*r, x]) for r,x in zip(BVECS.T, (0, 0, 1))))
     subject.refused('dwi.nii.gz', 'gradients do not match the DWI', '33 b-values')

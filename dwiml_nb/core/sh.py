@@ -20,7 +20,8 @@ from .errors import DataProblem, naming
 from .files import check_outputs, write_json
 from .gradients import (B0_MAX, Convention, check_bvecs, choose_shell, clear_shell,
                                      read_gradients, shell_range, shells_of)
-from .space import Grid, fits_grid, grid_of, need_right_angles, open_image, save_volume
+from .space import (Grid, fits_grid, grid_of, need_right_angles, nifti_path, open_image,
+                                 save_volume)
 from .sphere import sphere_vertices
 
 # %% ../../nbs/00_core/11_sh.ipynb #eed48122
@@ -220,9 +221,6 @@ def write_sh(
     **more, # Anything else worth recording
 ):
     "Write SH coefficients with a JSON beside them that names basis, order, shell and frame."
-    if not str(path).endswith(('.nii', '.nii.gz')):
-        raise DataProblem("an SH volume is written as NIfTI", expected=".nii or .nii.gz",
-                          found=Path(path).name)
     save_volume(np.asarray(sh, np.float32), Grid(affine, np.shape(sh)), path, overwrite)
     write_json({'basis': BASIS, 'legacy': False, 'order': int(sh_degrees(np.shape(sh)[-1])[-1]),
                 'shell': shell, 'frame': 'image', 'signal': 'shell / mean b0',
@@ -306,7 +304,7 @@ def fit_sh_files(
     b0_max:float=B0_MAX, # b-values up to this count as not weighted
 ) -> Path: # The SH file
     "Prepare a subject's model input from its files."
-    sh_size(order)                                                                  # refused before any work
+    sh_size(order); nifti_path(out); nifti_path(peaks or out)                       # refused before any work
     check_outputs({'the SH volume': out, 'its description': sh_json(out), 'the peaks': peaks},
                   [dwi, bvals, bvecs, mask], overwrite)
     img,mask_img = open_volume(dwi, 4, 'DWI'), open_volume(mask, 3, 'brain mask')

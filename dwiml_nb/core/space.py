@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SHEAR_TOLERANCE_DEG', 'GRID_TOLERANCE_MM', 'MOST_VOXELS', 'SPACES', 'Space', 'Grid', 'corners_apart', 'same_grid',
            'almost_same_grid', 'fits_grid', 'place_remarks', 'check_image_size', 'open_image', 'grid_of',
-           'short_dimensions', 'save_volume', 'to_vox_matrix', 'apply_affine', 'convert', 'need_right_angles', 'inside']
+           'short_dimensions', 'nifti_path', 'save_volume', 'to_vox_matrix', 'apply_affine', 'convert',
+           'need_right_angles', 'inside']
 
 # %% ../../nbs/00_core/05_space.ipynb #14b3a040
 import logging
@@ -15,6 +16,7 @@ import threading
 import warnings
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 import nibabel as nib
 import numpy as np
@@ -201,6 +203,14 @@ def short_dimensions(
     raise DataProblem("an axis has more voxels than a header can say", expected=f"at most {MOST_VOXELS}",
                       found=' x '.join(map(str, dimensions)), do="cut the image in pieces.", file=file)
 
+def nifti_path(
+    path, # .nii or .nii.gz, or refused
+) -> Path: # The same
+    "The path of an image to write, in the format that is written."
+    if str(path).endswith(('.nii', '.nii.gz')): return Path(path)
+    raise DataProblem("images are written as NIfTI", expected=".nii or .nii.gz", found=Path(path).name,
+                      file=path, do="give it such a name.")
+
 def save_volume(
     data, # (X, Y, Z) or (X, Y, Z, F)
     grid:Grid,
@@ -210,7 +220,7 @@ def save_volume(
     "Write an array as NIfTI on a grid, whole or not at all; bool becomes uint8."
     data = np.asarray(data)
     short_dimensions(data.shape, path)
-    with atomic_file(path, overwrite) as tmp:
+    with atomic_file(nifti_path(path), overwrite) as tmp:
         nib.save(nib.Nifti1Image(data.astype(np.uint8) if data.dtype == bool else data, grid.affine), tmp)
 
 # %% ../../nbs/00_core/05_space.ipynb #fc4d3446

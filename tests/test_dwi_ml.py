@@ -298,6 +298,17 @@ def test_a_model_of_the_order_and_the_arguments_of_dwi_ml():
     with pytest.raises(TypeError, match="MainModelAbstract takes no 'step_siz'. Did you mean 'step_size'"): Mine(nb_features=2, step_siz=1.)
 
 
+def test_a_data_loader_of_ones_own(objects):
+    "As dwi_ml's trainer makes it: each batch keeps its place, so that it has its own draws."
+    sampler, loader = objects["batch_sampler"], objects["batch_loader"]
+    made = list(torch.utils.data.DataLoader(objects["dataset"].training_set, batch_sampler=sampler, collate_fn=loader.load_batch_streamlines))
+    assert [batch.place for batch in made] == [("training", 0, i) for i in range(len(sampler))]
+    for (lines, ids_per_subj), ids in zip(made, sampler.batches("training", 0)):
+        again, again_per_subj = loader.load_batch_streamlines(ids)
+        assert torch.equal(lines.data, again.data) and ids_per_subj == again_per_subj
+    assert made[0].draws.split is not None
+
+
 def test_methods_of_classes():
     "Asked of the class, as scripts that resume do."
     for cls in (DWIMLBatchIDSampler, DWIMLBatchLoaderOneInput, DWIMLTrainerOneInput, Learn2TrackModel):

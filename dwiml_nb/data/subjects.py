@@ -67,6 +67,7 @@ class MultisubjectSubset(NamesOfDwiml, torch.utils.data.Dataset):
     def subjects(self) -> list: return [s.subj_id for s in self.data]
     def __len__(self): return len(self.data)
     def __getitem__(self, ids): return ids
+    def __getitems__(self, ids): return ids        # of a batch, which a DataLoader hands to `collate_fn`
     def __repr__(self):
         return printable(f"MultisubjectSubset({self.name}: {', '.join(self.subjects) or 'no subject'})")
 

@@ -313,10 +313,14 @@ def test_tck_headers_as_others_write_them(tmp_path):
     plain = tck(tmp_path / "a.tck").read_bytes()
     at = plain.index(b"END\n") + 4
     windows = plain[:at].replace(b"\n", b"\r\n").replace(b". %08d" % at, b". %08d" % (at + plain[:at].count(b"\n")))
-    for content in (windows + plain[at:], tck(tmp_path / "a.tck", header="comments: the END of\nEND: no\n").read_bytes(), tck(tmp_path / "a.tck", header=f"command_history: {'x'*3_000_000}\n").read_bytes(),
+    padded = plain[:at].replace(b". %08d" % at, b". %08d" % (at + 50)) + b"roi: seed x.nii\nEND\n".ljust(50, b"\0") + plain[at:]  # what an earlier, longer header left
+    strange = np.frombuffer(plain[at:], "<u4").copy(); strange[np.isnan(strange.view("<f4"))] = 0xFFC12345                        # another of the many NaNs
+    for content in (padded, plain[:at] + strange.tobytes(), windows + plain[at:], tck(tmp_path / "a.tck", header="comments: the END of\nEND: no\n").read_bytes(), tck(tmp_path / "a.tck", header=f"command_history: {'x'*3_000_000}\n").read_bytes(),
                     tck(tmp_path / "a.tck", name="float32le").read_bytes(), re.sub(rb"file: . \d+", b"file: .", plain), plain.replace(b"datatype", b"other   ")):
         (tmp_path / "b.tck").write_bytes(content)
         assert same(load_tractogram(tmp_path / "b.tck").lines.unbind(), LINES)
+    (tmp_path / "b.tck").write_bytes(b"mrtrix tracks    \n" + bytes(200))
+    with pytest.raises(DataProblem, match="the header has no END: it was never finished"): load_tractogram(tmp_path / "b.tck")
     (tmp_path / "b.tck").write_bytes(plain + plain)
     with pytest.raises(DataProblem, match=f"{len(plain)} bytes follow the closing row"): load_tractogram(tmp_path / "b.tck")
 
@@ -345,6 +349,11 @@ def test_names_that_do_not_say_what_is_compressed(folder):
         with pytest.raises(DataProblem, match=says): folder.create(name)
     for name, says in {"plain.nii.gz": "it is not compressed", "packed.nii": "it is compressed"}.items():
         with pytest.raises(DataProblem, match=says): folder.create(config=folder.config(files=name))
+
+
+def test_names_in_capitals(folder):
+    (folder.sub / "input.nii.gz").rename(folder.sub / "INPUT.NII.GZ"); trk(folder.sub / "A.TRK")
+    assert folder.create(config=folder.config("A.TRK", files="INPUT.NII.GZ")).reports[0].lines["lines"].kept == 3
 
 
 def test_trx_folders_are_told_how_to_pack(folder):

@@ -322,7 +322,7 @@ def tck_header(
     head = memoryview(data[:16 << 20])
     if bytes(head[:13]) != b'mrtrix tracks': raise ValueError("it does not begin as a .tck does")
     end,h = re.search(rb'\nEND[ \t\r]*(\n|$)', head), {}
-    if end is None: raise ValueError("the header has no END")
+    if end is None: raise ValueError("the header has no END: it was never finished, or cut short")
     for line in bytes(head[:end.start()]).decode('latin1').splitlines()[1:]:
         key,colon,value = line.partition(':')
         if colon: h.setdefault(key.strip(), []).append(value.strip())

@@ -65,7 +65,7 @@ def image_header(
     said:list=None, # Gets remarks on its place
 ) -> tuple: # `Grid`, number of features
     "The grid and number of features of an image, from its header."
-    if not str(path).endswith(('.nii', '.nii.gz')):
+    if not str(path).lower().endswith(('.nii', '.nii.gz')):
         raise DataProblem("this is not a NIfTI file", expected=".nii or .nii.gz", found=Path(path).name,
                           file=path)
     with naming("the image cannot be read", "a whole NIfTI file", "copy it again from its source.",

@@ -7,13 +7,12 @@ __all__ = ['Augmentation', 'draw_splits', 'split_lengths', 'draw_reverse', 'draw
            'displaced', 'Draws', 'draw', 'augment', 'real_ends']
 
 # %% ../../nbs/03_batch/06_augment.ipynb #324d3921
-import math
 from dataclasses import dataclass
-from numbers import Real
 import numpy as np
 import torch
 from torch import Tensor
 from fastcore.basics import patch
+from ..core.options import check_numbers
 from ..core.ragged import Ragged
 from ..core.lines import cut, lead_back_targets, reverse, split, unit, wandering_noise, white_noise
 
@@ -31,17 +30,10 @@ class Augmentation:
     split_ratio:float = 0. # Share of lines cut in two
 
     def __post_init__(self):
-        between = lambda v,least,most: isinstance(v, Real) and least <= v <= most and math.isfinite(v)
-        for name in ('split_ratio', 'reverse_ratio', 'off_track_ratio'):
-            if not between(getattr(self, name), 0, 1):
-                raise ValueError(f"{name} is a share between 0 and 1, found {getattr(self, name)!r}")
-        for name in ('off_track_mm', 'widen_mm'):
-            if not between(getattr(self, name), 0, math.inf):
-                raise ValueError(f"{name} is a length in mm, found {getattr(self, name)!r}")
-        for name in ('segment_mm', 'lead_mm', 'off_track_corr_mm'):
-            v = getattr(self, name)
-            if v is not None and not (between(v, 0, math.inf) and v > 0):
-                raise ValueError(f"{name} is a length in mm above 0, found {v!r}")
+        given = lambda *names: [(name, getattr(self, name)) for name in names]
+        check_numbers(*given('split_ratio', 'reverse_ratio', 'off_track_ratio'), least=0, most=1)
+        check_numbers(*given('off_track_mm', 'widen_mm'), least=0, unit='in mm')
+        check_numbers(*given('segment_mm', 'lead_mm', 'off_track_corr_mm'), above=0, none=True, unit='in mm')
 
     @property
     def nothing(self) -> bool:

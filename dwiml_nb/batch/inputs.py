@@ -80,7 +80,7 @@ class InputsAt:
         device='cpu', # Where the points are
         points:str='the streamlines', # What the points belong to, for the message
     ):
-        self.spec,self.device = spec, torch.device(device)
+        self.spec,self.device,self.subject_id = spec, torch.device(device), subset.subjects[subject]
         self.vectors = [o.vectors.to(self.device) for o in spec.inputs.values()]
         self.volumes = [[self.volume(subset, subject, g, grid, points) for g in groups[name]]
                         for name in spec.inputs]

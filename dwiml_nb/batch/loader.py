@@ -17,6 +17,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from ..core.dwi_ml import NamesOfDwiml
 from ..core.errors import DataProblem
+from ..core.options import check_numbers, check_seed
 from ..core.ragged import Ragged, as_ragged
 from ..core.sizes import is_near, refuse_far
 from ..core.space import need_right_angles, to_vox_matrix
@@ -24,7 +25,7 @@ from ..core.lines import compress, resample_nb_points, resample_step
 from .spec import spec_of
 from .inputs import InputsAt, groups_of_inputs, known_group, model_scale
 from .order import keyed_rng
-from .sampler import BatchIds, batch_words, check_whole
+from .sampler import BatchIds, batch_words
 from .augment import Augmentation, Draws, augment, displaced, draw, real_ends
 
 # %% ../../nbs/03_batch/07_loader.ipynb #da02c903
@@ -152,11 +153,9 @@ class DWIMLBatchLoader(NamesOfDwiml):
         lead_mm:float=None, # How far ahead the target aims; None: 5 mm
         seed:int=1234,
     ):
-        if not (0 <= noise_mm_forward < math.inf and 0 <= noise_mm_loss < math.inf):
-            raise ValueError("noise is a standard deviation in mm, "
-                             f"found {noise_mm_forward} and {noise_mm_loss}")
-        check_whole(0, seed=seed)
-        self.dataset,self.spec,self.seed = dataset, spec_of(model), int(seed)
+        check_numbers(('noise_mm_forward', noise_mm_forward), ('noise_mm_loss', noise_mm_loss),
+                      least=0, unit='in mm')
+        self.dataset,self.spec,self.seed = dataset, spec_of(model), check_seed(seed)
         self.streamline_group_name = known_group(streamline_group_name,
                                                  dataset.streamline_groups, 'streamlines')
         self.noise_mm_forward,self.noise_mm_loss,self.spaces,self.at_hand = (
@@ -374,8 +373,10 @@ def add_white_noise(self:DWIMLBatchLoader,
 # %% ../../nbs/03_batch/07_loader.ipynb #08284974
 @patch
 def add_noise_streamlines_forward(self:DWIMLBatchLoader, lines, ids_per_subj): # -> as `lines`
-    "Lines as the model sees them, with `noise_mm_forward`."
-    return self.add_white_noise(lines, ids_per_subj, self.noise_mm_forward, 'forward')
+    "Lines as the model sees them, with `noise_mm_forward`; always a copy."
+    noisy = self.add_white_noise(lines, ids_per_subj, self.noise_mm_forward, 'forward')
+    if noisy is not lines: return noisy
+    return lines.with_data(lines.data.clone()) if isinstance(lines, Ragged) else as_ragged(lines).unbind()
 
 @patch
 def add_noise_streamlines_loss(self:DWIMLBatchLoader, lines, ids_per_subj): # -> as `lines`

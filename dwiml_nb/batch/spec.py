@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LOSS_OPTIONS', 'MODEL_METHODS', 'GETTER_METHODS', 'ASKED', 'checked_points', 'InputSpec', 'ModelSpec',
-           'rows_of_outputs', 'checked_loss', 'not_written', 'is_written', 'arguments_of', 'spec_of']
+           'rows_of_outputs', 'checked_rows', 'checked_loss', 'not_written', 'is_written', 'arguments_of', 'spec_of']
 
 # %% ../../nbs/03_batch/00_spec.ipynb #092f586e
 import inspect
 import math
+import numpy as np
 from dataclasses import dataclass
 from numbers import Real
 import torch
@@ -117,15 +118,28 @@ def together(self:ModelSpec,
 
 # %% ../../nbs/03_batch/00_spec.ipynb #f9226e1d
 def rows_of_outputs(
-    outputs, # What `forward` returned: `Ragged`, tensor, list, or a tuple whose first one counts
+    outputs, # What `forward` returned: `Ragged`, tensor, list; of a tuple or dict the first one counts
 ) -> int:
     "How many rows a model's outputs have in all."
     if isinstance(outputs, Ragged): return len(outputs.data)
     if isinstance(outputs, Tensor): return outputs.shape[0] if outputs.ndim else 1
     if isinstance(outputs, tuple) and outputs: return rows_of_outputs(outputs[0])
-    return sum(rows_of_outputs(o) for o in outputs)
+    if isinstance(outputs, dict): outputs = list(outputs.values())[:1]
+    if isinstance(outputs, (list, tuple)): return sum(rows_of_outputs(o) for o in outputs)
+    raise TypeError("the rows behind a loss can be counted in tensors only, and forward returned "
+                    f"a {type(outputs).__name__}. Let compute_loss give (loss, n).")
 
 # %% ../../nbs/03_batch/00_spec.ipynb #a61a40df
+def checked_rows(
+    n, # What came with a loss
+) -> int:
+    "The number of rows behind a loss; means are weighted by it."
+    value = n.item() if hasattr(n, 'item') and np.size(n) == 1 else n
+    if isinstance(value, Real) and 1 <= value < math.inf and value == value//1: return int(value)
+    raise ValueError(f"compute_loss gave n = {value!r:.40}. Expected the number of rows that its loss is the "
+                     "mean of, a whole number >= 1. Leave out lines that count for nothing, or give the "
+                     "loss alone: then the rows of the outputs count.")
+
 def checked_loss(
     result, # What `compute_loss` returned
     outputs, # What `forward` returned
@@ -139,7 +153,7 @@ def checked_loss(
     if len(values) > 1 or values and not isinstance(values[0], dict):
         raise TypeError("compute_loss gives (loss, n), or (loss, n, values) with values by name; "
                         f"found {2 + len(values)} things, the third a {type(values[0]).__name__}.")
-    return loss.reshape(()), int(n), *(v for v in values if v)
+    return loss.reshape(()), checked_rows(n), *(v for v in values if v)
 
 # %% ../../nbs/03_batch/00_spec.ipynb #97d3217a
 LOSS_OPTIONS = ('average_results', 'ends')
@@ -167,6 +181,7 @@ def enter(self:ModelSpec,
 # %% ../../nbs/03_batch/00_spec.ipynb #91333440
 MODEL_METHODS = (
     'to', 'train', 'eval', 'training', 'parameters', 'state_dict', 'load_state_dict',  # `torch.nn.Module`
+    'named_parameters', 'register_forward_pre_hook', 'register_forward_hook',
     'double', 'device', 'compute_loss', 'set_context',
     'tracking_step', 'warm_up', 'select_state', 'get_tracking_directions',  # only to track
     'params_for_checkpoint', 'class_for_checkpoint', 'save_params_and_state', 'load_state',  # only to save

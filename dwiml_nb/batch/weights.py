@@ -6,6 +6,7 @@
 __all__ = ['LINE_WEIGHTS', 'WeightsOfKey', 'weight_function', 'weight_name', 'weights_of', 'Shares']
 
 # %% ../../nbs/03_batch/04_weights.ipynb #9748c693
+from functools import partial
 import numpy as np
 from ..core.errors import DataProblem
 from ..core.registry import Registry
@@ -61,6 +62,9 @@ def weight_name(
     "The name of the weights in a record: a key, a registered name, or the path of a function."
     if isinstance(weights, WeightsOfKey): return weights.key
     name = next((name for name,f in LINE_WEIGHTS.items() if f is weights), None)
+    if isinstance(weights, partial):
+        given = [*map(repr, weights.args), *(f'{k}={v!r}' for k,v in weights.keywords.items())]
+        return f"{weight_name(weights.func)}({', '.join(given)})"
     return name or f"{weights.__module__}.{getattr(weights, '__qualname__', type(weights).__qualname__)}"
 
 # %% ../../nbs/03_batch/04_weights.ipynb #078a26cb
@@ -73,9 +77,9 @@ def weights_of(
     "The weights of a subject's lines; an error where they cannot be used."
     n = int(subset.nb_streamlines(group)[subject])
     values = np.asarray(weights(subset, subject, group), np.float64)
-    def wrong(expected, found):
+    def wrong(expected, found, do="correct the function, or the data per streamline."):
         name = weight_name(weights)
-        return DataProblem(f"the weights of the lines, '{name}', cannot be used", expected, found,
+        return DataProblem(f"the weights of the lines, '{name}', cannot be used", expected, found, do,
                            subject=subset.subjects[subject], group=group)
     if values.shape not in ((n,), (n, 1)):
         raise wrong(f"one number for each of {n} lines", f"shape {values.shape}")
@@ -84,7 +88,10 @@ def weights_of(
     if len(bad):
         first = f"{values[bad[0]]} for line {bad[0]}"
         raise wrong("finite numbers of at least 0", f"{first}; {len(bad)} such lines")
-    if not 0 < values.sum() < np.inf: raise wrong("a finite sum above 0", values.sum())
+    if values.sum() == 0:
+        raise wrong("at least one weight above 0", f"0 for all {n} lines",
+                    "give some of its lines a weight, or take the subject out of the training list.")
+    if not values.sum() < np.inf: raise wrong("a finite sum", values.sum(), "divide the weights by a number.")
     return values
 
 # %% ../../nbs/03_batch/04_weights.ipynb #4e667569

@@ -7,6 +7,8 @@ __all__ = ['with_parts', 'with_defaults']
 
 # %% ../../nbs/00_core/14_options.ipynb #bee34d10
 import inspect
+import math
+from numbers import Real
 from fastcore.basics import copy_func
 from .errors import did_you_mean
 
@@ -96,6 +98,56 @@ def with_defaults(
     chain = chain_of(obj if isinstance(obj, type) else obj.__class__)
     options = put_together(chain[0], chain[1:]).parameters.values() if chain else ()
     return {**{p.name: p.default for p in options if p.default is not p.empty}, **params}
+
+# %% ../../nbs/00_core/14_options.ipynb #36defbf2
+def check_number(
+    name:str, # Of the argument, for the message
+    value, # What was given
+    least:float=None, # Smallest number that is right
+    above:float=None, # The number must be larger
+    most:float=None, # Largest number that is right
+    whole:bool=False, # Only whole numbers
+    none:bool=False, # None is right too
+    unit:str='', # For the message
+): # -> the number; as an int if it must be whole
+    "The number that was given, if it is finite and within its bounds."
+    if value is None and none: return None
+    if isinstance(value, Real) and not isinstance(value, bool) and abs(value) < math.inf:
+        fits = (least is None or value >= least) and (above is None or value > above)
+        if fits and (most is None or value <= most) and (not whole or value == value//1):
+            return int(value) if whole else value
+    bounds = [f"{sign} {bound:g}" for sign,bound in (('>', above), ('>=', least), ('<=', most))
+              if bound is not None]
+    words = ' '.join(o for o in ('a whole number' if whole else 'a number', ' and '.join(bounds), unit) if o)
+    raise ValueError(f"{name} is {words}{' or None'*none}, found {value!r:.80}")
+
+def check_numbers(
+    *values, # (name, value) pairs
+    **bounds, # As for `check_number`
+):
+    "Ask the same of several arguments."
+    for name,value in values: check_number(name, value, **bounds)
+
+# %% ../../nbs/00_core/14_options.ipynb #e384d40a
+def check_seed(
+    seed, # What was given
+    name:str='seed', # Of the argument, for the message
+) -> int:
+    "The seed, if numpy and torch can take it."
+    if isinstance(seed, Real) and not isinstance(seed, bool) and 0 <= seed < 2**64 and seed == seed//1:
+        return int(seed)
+    raise ValueError(f"{name} is a whole number from 0 to 2**64 - 1, found {seed!r:.80}")
+
+def wrong_name(
+    name, # Of an experiment, a group or a subject
+) -> str: # None: nothing
+    "What is wrong with a name."
+    if not isinstance(name, str): return f"a {type(name).__name__}"
+    if not name.strip(): return "an empty name"
+    if '/' in name: return "a name with '/' in it"
+    if name.startswith('.'): return "a name that begins with a dot"
+    if not name.isprintable(): return "a name with a character that cannot be shown"
+    if len(name.encode()) > 200: return f"a name of {len(name.encode())} bytes; 200 are the most"
 
 # %% ../../nbs/00_core/14_options.ipynb #e6b2f504
 def key_and_options(

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 from fastcore.basics import patch
+from ..core.errors import DataProblem
 from ..core.lines import directions
-from ..core.options import with_parts
+from ..core.options import check_number, check_numbers, with_parts
 from ..core.ragged import Ragged, as_ragged, rows_of
 from ..core.registry import Registry
-from .ends_starts import AxisStart, EndLogit, NoEnd, NoStart, sum_of
+from .ends_starts import AxisStart, EndLogit, NoEnd, NoStart, check_threshold, sum_of
 
 # %% ../../nbs/04_directions/01_base.ipynb #d89903ad
 class DirectionGetter(nn.Module):
@@ -36,6 +37,9 @@ class DirectionGetter(nn.Module):
         second_step_weight:float=0., # With an axis head: additional weight of the step after the first
     ):
         super().__init__()
+        check_number('dropout', dropout or 0., least=0, most=1)
+        check_numbers(('eos_weight', eos_weight), ('axis_weight', axis_weight),
+                      ('second_step_weight', second_step_weight), least=0)
         self.input_size,self.nb_columns = int(input_size), int(nb_columns or self.nb_columns)
         self.add_eos,self.eos_weight,self.axis_head = bool(add_eos), float(eos_weight), bool(axis_head)
         self.end = (self.end_part if add_eos else NoEnd)(self.nb_columns, eos_weight)
@@ -184,12 +188,30 @@ def stops_at(self:DirectionGetter,
     eos_threshold=None, # A probability, or 'max'; None is 0.5
 ) -> Tensor: # (M,) bool
     "Which lines end here."
+    check_threshold(eos_threshold)
     return self.end.stops(rows, eos_threshold)
 
 @patch(as_prop=True)
 def is_probabilistic(self:DirectionGetter) -> bool:
     "Whether the class has its own `prob_directions`."
     return self.__class__.prob_directions is not DirectionGetter.prob_directions
+
+# %% ../../nbs/04_directions/01_base.ipynb #633c0e33
+def check_directions(
+    dirs:Tensor, # (M, 3)
+    rows:Tensor, # (M, C) the raw outputs behind them
+    name:str, # Of the getter
+):
+    "Refuse directions that are NaN or infinite."
+    bad = ~dirs.isfinite().all(1)
+    if not bool(bad.any()): return
+    which = int(bad.nonzero()[0])
+    raise DataProblem(f"the direction getter '{name}' gave directions that are not numbers",
+                      expected="finite directions", found=f"{dirs[which].tolist()} in {int(bad.sum())} of "
+                      f"{len(bad)} rows; the outputs behind it are "
+                      f"{'finite' if bool(rows[which].isfinite().all()) else 'not finite either'}",
+                      do="look at the weights of the model, or at the getter's det_directions and "
+                         "prob_directions.")
 
 # %% ../../nbs/04_directions/01_base.ipynb #4dec3e6c
 @patch
@@ -209,5 +231,6 @@ def get_tracking_directions(self:DirectionGetter,
         dirs = self.prob_directions(mine, draws)
     else: raise ValueError(f"algo is 'det' or 'prob', found '{algo}'")
     dirs = self.start.directions(dirs, rows, previous_dirs)
+    check_directions(dirs, rows, self.key or self._get_name())
     if not self.add_eos: return dirs
     return dirs.masked_fill(self.stops_at(rows, eos_threshold)[:, None], float('nan'))

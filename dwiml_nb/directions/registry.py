@@ -15,6 +15,7 @@ from .sphere import SphereClassificationDG   # noqa: F401
 def direction_getter(
     dg_key:str, # One of `DIRECTION_GETTERS`
     input_size:int, # Features per row
+    /,
     **dg_args, # The getter's own arguments
 ) -> DirectionGetter:
     "The direction getter of that name."

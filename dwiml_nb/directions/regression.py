@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 from fastcore.basics import patch
+from ..core.options import check_numbers
 from ..core.ragged import Ragged
 from ..core.lines import unit
 from .base import DIRECTION_GETTERS, DirectionGetter
@@ -27,6 +28,8 @@ class CosineRegressionDG(DirectionGetter):
         **parts, # Options of the end and the start
     ):
         super().__init__(input_size, **parts)
+        check_numbers(('normalize_targets', normalize_targets),
+                      ('normalize_outputs', normalize_outputs or None), above=0, none=True)
         self.normalize_targets,self.normalize_outputs = normalize_targets,normalize_outputs
 
     def forward(self,

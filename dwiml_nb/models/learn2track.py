@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastcore.basics import patch
 from ..core.ragged import Ragged, as_ragged
 from ..core.lines import previous_directions
-from ..core.options import with_parts
+from ..core.options import check_number, with_parts
 from ..core.registry import class_path
 from .parts import (ModelWithDirectionGetter, ModelWithNeighborhood, ModelWithOneInput,
     ModelWithPreviousDirections)
@@ -34,7 +34,7 @@ class Learn2TrackModel(ModelWithOneInput, ModelWithPreviousDirections, ModelWith
         **parts, # Options of the input, the previous directions and the direction getter
     ):
         super().__init__(nb_features=nb_features, **parts)
-        self.embedding_dropout = nn.Dropout(dropout or 0.)
+        self.embedding_dropout = nn.Dropout(check_number('dropout', dropout or 0., least=0, most=1))
         size = self.computed_input_embedded_size + self.computed_prev_dirs_embedded_size
         self.rnn_model = StackedRNN(rnn_key, size, rnn_layer_sizes, use_skip_connection,
                                     use_layer_normalization, dropout)

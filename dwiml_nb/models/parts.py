@@ -117,6 +117,8 @@ class ModelWithDirectionGetter(MainModelAbstract):
         **parts, # For the other parts
     ):
         super().__init__(experiment_name=experiment_name, **parts)
+        if not isinstance(dg_args or {}, dict):
+            raise ValueError(f"dg_args are a dict: option -> value, found {dg_args!r:.80}")
         self.dg_key,self.dg_args,self.direction_getter = dg_key, dict(dg_args or {}), None
 
     def instantiate_direction_getter(self, input_size):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from ..core.errors import DataProblem, did_you_mean, need_file
 from ..core.files import read_json
+from ..core.options import wrong_name
 from .standardize import STANDARDIZATIONS
 
 # %% ../../nbs/01_study/03_config.ipynb #5bdf13d1
@@ -87,7 +88,7 @@ def is_name(
     value,
 ) -> bool:
     "Whether HDF5 can use a value as the name of a group or a dataset."
-    return isinstance(value, str) and value not in ('', '.', '..') and '/' not in value
+    return wrong_name(value) is None
 
 def wrong_values(
     name:str, # Group
@@ -183,8 +184,8 @@ def group_spec(
                                   found=repr(found), group=name)]
     bad = wrong_values(name, group)
     if not is_name(name):
-        bad.append(DataProblem(f"{name!r} cannot be the name of a group", expected="a word without '/'",
-                               group=name))
+        bad.append(DataProblem(f"{name[:80]!r} cannot be the name of a group", found=wrong_name(name),
+                               expected="a word without '/' that does not begin with a dot"))
     if bad: return None, bad
     spec,bad = (volume_spec if group['type'] == 'volume' else streamlines_spec)(name, group)
     if not spec.files:

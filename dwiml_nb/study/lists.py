@@ -9,6 +9,7 @@ __all__ = ['SUBSETS', 'read_subject_list', 'read_subject_lists']
 import os
 from ..core.errors import DataProblem, need_file
 from ..core.files import read_text
+from ..core.options import wrong_name
 
 # %% ../../nbs/01_study/04_lists.ipynb #56791529
 SUBSETS = ('training', 'validation', 'testing')
@@ -40,9 +41,10 @@ def read_subject_lists(
                                        expected="each subject in one list, once",
                                        found=f"in {seen[s]} and in {subset}",
                                        do="take it out of one of them.", subject=s))
-            if '/' in s or s in ('.', '..') or len(s.encode(errors='replace')) > 200:
-                bad.append(DataProblem("a subject id must be the name of a folder", found=s[:80],
-                                       subject=s[:80], expected="up to 200 bytes without '/'"))
+            if wrong := wrong_name(s):
+                bad.append(DataProblem("a subject id must be the name of a folder", found=wrong,
+                                       expected="a word without '/' that does not begin with a dot",
+                                       do="correct the list.", subject=repr(s)[:80]))
             seen.setdefault(s, subset)
     if not seen and not bad:
         bad.append(DataProblem("the three lists hold no subject at all", expected="at least one id"))

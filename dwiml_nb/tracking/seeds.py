@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..core.errors import DataProblem
+from ..core.options import check_number, check_seed
 from ..core.sizes import is_plain, need_memory
 from ..core.space import Grid, convert, inside
 
@@ -24,10 +25,8 @@ def seeds_from_mask(
     "Points drawn uniformly inside the mask."
     if npv is not None and nt is not None:
         raise ValueError("ask for seeds per voxel (npv) or in total (nt), not both")
-    wanted = npv if nt is None else nt
-    wanted = 1 if wanted is None else wanted
-    if not 1 <= wanted < 1 << 62 or int(wanted) != wanted:
-        raise ValueError(f"the number of seeds is a whole number >= 1, found {wanted}")
+    wanted = 1 if npv is None and nt is None else npv if nt is None else nt
+    wanted = check_number("the number of seeds", wanted, least=1, most=1 << 62, whole=True)
     mask = np.asarray(mask)
     mask = mask[..., 0] if mask.ndim == 4 and mask.shape[3] == 1 else mask
     if mask.ndim != 3:
@@ -36,9 +35,9 @@ def seeds_from_mask(
     if len(voxels) == 0:
         raise DataProblem("the seeding mask is empty", expected="voxels above 0",
                           found="none", do="check the mask's threshold and its group name.")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(check_seed(seed))
     if nt is not None: voxels = rng.permutation(voxels)
-    total = nt if nt is not None else wanted*len(voxels)
+    total = wanted if nt is not None else wanted*len(voxels)
     need_memory(100.*total, f"{total} seeds", "ask for fewer (npv, nt).")
     which = np.arange(total) % len(voxels) if nt is not None else np.repeat(np.arange(len(voxels)), wanted)
     points = voxels[which] + rng.random((total, 3))

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 from fastcore.basics import patch
+from ..core.options import check_number
 
 # %% ../../nbs/07_training/00_means.ipynb #7974f844
 class WeightedMean:
@@ -112,7 +113,8 @@ class BestEpochMonitor:
         patience:int=None, # Bad epochs in a row that end the training; None: never
         patience_delta:float=1e-6, # How much lower than the best a loss must be
     ):
-        self.patience,self.patience_delta = patience,patience_delta
+        self.patience = check_number('patience', patience, least=1, whole=True, none=True)
+        self.patience_delta = check_number('patience_delta', patience_delta)
         self.best_value,self.best_epoch,self.n_bad = None,None,0
 
     def update(self,

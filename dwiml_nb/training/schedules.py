@@ -7,6 +7,9 @@ __all__ = ['SCHEDULES', 'parse_learning_rates', 'cosine', 'cosine_warmup', 'sche
 
 # %% ../../nbs/07_training/03_schedules.ipynb #71641fff
 import math
+import numpy as np
+import torch
+from ..core.options import check_number
 from ..core.registry import Registry
 
 # %% ../../nbs/07_training/03_schedules.ipynb #bf0d3fab
@@ -15,7 +18,8 @@ def parse_learning_rates(
 ) -> list: # of floats, one per epoch
     "Learning rates as a list."
     if isinstance(rates, (int, float)): rates = [rates]
-    words = rates.split() if isinstance(rates, str) else list(rates)
+    try: words = rates.split() if isinstance(rates, str) else list(rates)
+    except TypeError: words = [rates]
     out = []
     for word in words:
         value,_,times = str(word).partition('*')
@@ -71,4 +75,6 @@ def rate_of_step(
 ) -> float:
     "The epoch's rate times the schedule's factor."
     factor = schedule_of(lr_schedule, max_epochs*per_epoch)(epoch*per_epoch + batch)
+    factor = factor.item() if isinstance(factor, (np.generic, torch.Tensor)) else factor
+    check_number(f"the factor of lr_schedule at batch {batch} of epoch {epoch}", factor, least=0)
     return rates[min(epoch, len(rates)-1)]*float(factor)

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
@@ -131,6 +132,7 @@ class ExperimentLogs(Sink):
         self.folder,self.phases = Path(folder),tuple(phases)
         self.batches,self.epochs = JSONLLog(self.folder/'batches.jsonl'),JSONLLog(self.folder/'epochs.jsonl')
 
+    def begin(self, record): self.folder.mkdir(exist_ok=True)         # somebody may have removed it
     def batch(self, row): self.batches.write(row)
     def epoch(self, row): self.epochs.write(row)
 
@@ -175,7 +177,8 @@ def list_of_sinks(
     sinks=(), # `Sink`s, or names of `SINKS`; or one of them
 ) -> list:
     "The sinks that were asked for, as they were."
-    return [sinks] if isinstance(sinks, (str, type, Sink)) else list(sinks or ())
+    if isinstance(sinks, Iterable) and not isinstance(sinks, (str, type, Sink)): return list(sinks)
+    return [] if sinks is None else [sinks]
 
 def sink_of(
     sink, # A `Sink`, or a name of `SINKS`
@@ -184,7 +187,7 @@ def sink_of(
     if isinstance(sink, str): return SINKS[sink]()
     if isinstance(sink, Sink): return sink
     raise TypeError("a sink is made from a child of Sink, or named. "
-                    f"Expected such an object or one of {list(SINKS)}; found {sink!r}.")
+                    f"Expected such an object or a name; found {sink!r}. {SINKS.choice()}")
 
 # %% ../../nbs/07_training/01_sinks.ipynb #f186425b
 COLUMNS_OF_DWI_ML = {'train_loss_monitor_per_epoch': 'train_loss',

@@ -9,6 +9,7 @@ __all__ = ['MODEL_CLASSES', 'MODEL_FILES', 'RENAMED', 'LEFT_OUT', 'bound_argumen
 # %% ../../nbs/05_models/00_base.ipynb #e8a04342
 import importlib
 import inspect
+import itertools
 import os
 import pickle
 import pkgutil
@@ -222,6 +223,19 @@ def read_model_folder(
             'params': read_json(folder/'parameters.json', dict), 'class': extra.get('class'),
             'namespaces': extra.get('namespaces', []), 'not_kept': extra.get('not_kept', {})}
 
+# %% ../../nbs/05_models/00_base.ipynb #254587fc
+def check_weights(
+    model:nn.Module,
+    file=None, # Where they come from
+):
+    "Refuse weights that are NaN or infinite."
+    names = [name for name,p in model.named_parameters() if not bool(p.detach().isfinite().all())]
+    if not names: return
+    raise DataProblem("the weights of the model are not all numbers", expected="finite weights", file=file,
+                      found=f"NaN or infinity in {', '.join(names[:5])}{', …'*(len(names) > 5)}",
+                      do="take another copy, or train again from an earlier one with a lower learning rate "
+                         "or clip_grad.")
+
 # %% ../../nbs/05_models/00_base.ipynb #d9e706c1
 @patch
 def load_state(self:MainModelAbstract,
@@ -246,7 +260,20 @@ def load_state(self:MainModelAbstract,
             "model_state.pkl is of another model than parameters.json: copy both again, from one folder."
         raise DataProblem("the weights do not fit this model", found="; ".join(lines) or str(e), file=file,
                           expected="the layers that its parameters.json describes", do=do) from e
+    check_weights(self, file)
     return self
+
+# %% ../../nbs/05_models/00_base.ipynb #f2614917
+def by_place(
+    cls:type,
+    params:dict, # name -> argument; those that are returned are taken out
+) -> list:
+    "The arguments that a constructor must get by their place."
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    more = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL and p.name in params), None)
+    first = itertools.takewhile(lambda p: p.name != more if more else p.kind is p.POSITIONAL_ONLY, parameters)
+    found = [params.pop(p.name) for p in list(first) if p.name in params]
+    return found + (list(params.pop(more)) if more else [])
 
 # %% ../../nbs/05_models/00_base.ipynb #f6161487
 RENAMED = {'nb_features_per_point': 'nb_features', 'input_embedding_size': 'input_embedded_size',
@@ -289,7 +316,7 @@ def load_model_from_params_and_state(cls:MainModelAbstract,
             raise DataProblem(f"{cls.__name__} takes no argument '{k}'.{did_you_mean(k, accepts)}", file=file,
                               expected=", ".join(accepts),
                               do="correct parameters.json, or use the version that wrote it.")
-    model = cls(**params)
+    model = cls(*by_place(cls, params), **params)
     for k,v in space.items(): setattr(model, k, v)
     return model.load_state(folder).eval()
 

@@ -17,6 +17,7 @@ from ..core.files import read_json, write_json
 from ..core.folders import whole_folder
 from ..core.options import with_defaults
 from ..core.registry import class_path
+from ..models.base import check_weights
 from ..models.embeddings import names_here
 
 # %% ../../nbs/07_training/02_checkpoints.ipynb #b8918449
@@ -47,6 +48,7 @@ def write_model(
     folder:Path, # Made if needed
 ):
     "A model in its own form."
+    check_weights(model)
     folder.mkdir(exist_ok=True)
     model.save_params_and_state(folder)
 
@@ -175,6 +177,8 @@ def load_weights(
     check_same('model', {'class': names[0]}, {'class': names[1]}, checkpoint.folder)
     check_same('model', kept['params'], model.params_for_checkpoint, checkpoint.folder, of=model)
     weights = load_tensors(checkpoint.folder/'model'/'model_state.pkl')
+    if not isinstance(weights, dict): weights = {f'a {type(weights).__name__}': None}
     shapes = lambda state: {k: list(v.shape) if hasattr(v, 'shape') else None for k,v in state.items()}
     check_same('model', *(shapes(names_here(o)) for o in (weights, model.state_dict())), checkpoint.folder)
     model.load_state_dict(weights)
+    check_weights(model, checkpoint.folder/'model'/'model_state.pkl')

@@ -7,12 +7,10 @@ __all__ = ['read_experiment', 'record_of_dwi_ml', 'experiment_model', 'track_fro
 
 # %% ../../nbs/08_runs/00_track.ipynb #ad878e5d
 from pathlib import Path
-import torch
 from ..core.errors import DataProblem, need_file, stand_in
 from ..core.files import check_outputs, read_json
 from ..core.folders import whole_folder
 from ..core.registry import trusting
-from ..core.sizes import device_named
 from ..core.space import convert
 from ..core.tractograms import Tractogram, save_tractogram, suffixes, tractogram_format
 from ..data.dataset import MultiSubjectDataset
@@ -20,6 +18,7 @@ from ..batch.loader import known_group
 from ..models.base import load_model
 from ..tracking.seeds import seeds_from_mask
 from ..tracking.tracker import Tracker
+from ..training.feed import choose_device
 
 # %% ../../nbs/08_runs/00_track.ipynb #470f50df
 def read_experiment(
@@ -54,7 +53,7 @@ def experiment_model(
         raise DataProblem("the experiment has no such model yet", expected=folder.name, file=folder,
                           do="train for at least one epoch, or take the other model (use_latest_epoch).")
     model = load_model(folder, trust)
-    return model.to(device_named(device or ('cuda' if torch.cuda.is_available() else 'cpu'))).eval()
+    return model.to(choose_device(device)).eval()
 
 # %% ../../nbs/08_runs/00_track.ipynb #1ebf3ca9
 def check_output(

@@ -6,14 +6,16 @@
 __all__ = ['mix64', 'line_draws', 'Walk', 'propagate', 'one_step']
 
 # %% ../../nbs/06_tracking/02_propagate.ipynb #8ccf9196
+import math
 from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
 from fastcore.basics import patch
+from ..core.errors import DataProblem
 from ..core.ragged import Ragged
 from ..core.sizes import need_memory
-from ..core.space import Grid, inside, need_right_angles
+from ..core.space import Grid, convert, inside, need_right_angles
 from ..core.lines import unit
 from ..core.volume import sample_nearest
 from ..batch.inputs import InputsAt, model_scale
@@ -35,6 +37,7 @@ def line_draws(
     k:int=4, # Draws per line
 ) -> Tensor: # (n, k) float64 in (0, 1)
     "Uniform numbers that depend on (seed, line, step) alone."
+    seed = seed - 2**64 if seed >= 2**63 else seed                     # the same 64 bits
     key = mix64(torch.tensor([seed], device=lines.device)*-7046029254386353131 + step)
     key = mix64(key + lines)[:, None]*-7046029254386353131 + torch.arange(1, k+1, device=lines.device)
     return ((mix64(key) >> 11) & ((1 << 53) - 1)).double().add(.5)/2**53
@@ -99,6 +102,42 @@ def leaving(self:Walk,
     code[out] = self.code('volume')
     return code
 
+# %% ../../nbs/06_tracking/02_propagate.ipynb #2a2d7609
+def not_numbers(
+    values, # Tensor, or a nest of tensors; anything else passes
+    allowed:float=None, # −inf, where that has a meaning
+) -> Tensor: # bool, of the first tensor with such values; None: there is none
+    "Where values are NaN or infinite."
+    if isinstance(values, (list, tuple)):
+        return next((found for o in values if (found := not_numbers(o, allowed)) is not None), None)
+    if not isinstance(values, Tensor) or not values.is_floating_point(): return None
+    if math.isfinite(total := values.sum().item()) or total == allowed: return None
+    bad = ~values.isfinite() if allowed is None else ~(values.isfinite() | (values == allowed))
+    return bad if bool(bad.any()) else None
+
+@patch
+def check_rows(self:Walk,
+    values, # What the model answered: a tensor, or a nest of tensors
+    positions:Tensor, # (n, 3) voxmm, where it was asked
+    what:str, # The values, in words
+    allowed:float=None, # As in `not_numbers`
+):
+    "Refuse answers that are no numbers, and say where, and whether the inputs there are."
+    bad = not_numbers(values, allowed)
+    if bad is None: return
+    of_line = bad.ndim and len(bad) == len(positions)
+    rows = bad.reshape(len(bad), -1).any(1) if of_line else torch.ones(len(positions), dtype=torch.bool)
+    inputs = self.inputs_at(positions[rows]/self.sizes)
+    place = [round(o, 1) for o in convert(positions[rows][:1].cpu(), self.grid, 'voxmm', 'rasmm')[0].tolist()]
+    image,do = ("finite", "look at the weights of the model, its tracking_step and get_tracking_directions.")
+    if not_numbers(inputs) is not None:
+        image,do = ("not finite either", "replace such values in the image (numpy.nan_to_num) and create the "
+                                         "study again, or keep lines away from there by a tracking mask.")
+    raise DataProblem(f"{what} are not all numbers", expected="finite numbers",
+                      found=f"NaN or infinity for {int(rows.sum())} of {len(positions)} lines, at "
+                      f"{place} mm (RAS) for one; the inputs there are {image}",
+                      do=do, subject=self.inputs_at.subject_id)
+
 # %% ../../nbs/06_tracking/02_propagate.ipynb #abaa3b0a
 @torch.inference_mode()
 def propagate(
@@ -135,7 +174,8 @@ def propagate(
         along = first_dirs[alive] if t == 0 and first_dirs is not None else None
         here,memory,state,stop,went = one_step(walk, here, memory, state, numbers[alive],
                                                -1 - t if backward else t, along)
-        for i,rule in enumerate(walk.stop_rules): stop,ruled[i] = answer_of(rule, walk, here, stop, ruled[i])
+        for i,rule in enumerate(walk.stop_rules):
+            stop,ruled[i] = answer_of(rule, walk, here.clone(), stop.clone(), ruled[i])
         if t == 0: first[alive] = went
         t += 1
         moved = (stop == 0) | (walk.keep_last_point & ((stop == walk.code('mask')) |
@@ -162,9 +202,11 @@ def one_step(
     "One step of every line."
     remembered = memory[:, :walk.spec.nb_previous_dirs]*walk.scale
     outputs,state = walk.model.tracking_step(walk.inputs(here), remembered.flatten(1), state)
+    walk.check_rows(outputs, here, "the model's outputs", allowed=-math.inf)
     draws = line_draws(walk.seed, numbers, t) if walk.algo == 'prob' else None
     dirs = walk.model.get_tracking_directions(outputs, walk.algo, walk.eos_threshold,
-                                              previous_dirs=memory[:, 0], draws=draws)
+                                              previous_dirs=memory[:, 0].clone(), draws=draws)
+    walk.check_rows(torch.where(dirs.isnan().all(1, keepdim=True), 0., dirs), here, "the model's directions")
     if first_dirs is not None:
         dirs = torch.where((first_dirs != 0).any(1, keepdim=True) & ~dirs.isnan(), first_dirs, dirs)
     eos = dirs.isnan().any(1)

@@ -6,6 +6,7 @@
 __all__ = ['STOP_REASONS', 'STOP_RULES', 'count_reasons', 'StopRule', 'select_rows', 'answer_of', 'stop_rules_of', 'reasons_with']
 
 # %% ../../nbs/06_tracking/01_stops.ipynb #e27f0fe3
+from collections.abc import Iterable
 from torch import Tensor
 from ..core.errors import DataProblem
 from ..core.registry import Registry
@@ -80,13 +81,14 @@ def stop_rules_of(
     rules=(), # Names of `STOP_RULES`, classes or objects; or one of them
 ) -> list: # of `StopRule`
     "The stop rules as objects."
-    rules = [rules] if isinstance(rules, (str, type, StopRule)) else list(rules or ())
+    several = isinstance(rules, Iterable) and not isinstance(rules, str)
+    rules = list(rules) if several else [] if rules is None else [rules]
     rules = [STOP_RULES[rule] if isinstance(rule, str) else rule for rule in rules]
     rules = [rule() if isinstance(rule, type) and issubclass(rule, StopRule) else rule for rule in rules]
     for rule in rules:
         if not isinstance(rule, StopRule):
-            raise TypeError(f"stop_rules are names, classes or objects of StopRule; found {rule!r}. "
-                            f"Registered: {', '.join(STOP_RULES)}.")
+            raise TypeError("stop_rules are names, classes or objects of StopRule; "
+                            f"found {rule!r}. {STOP_RULES.choice()}")
     return rules
 
 # %% ../../nbs/06_tracking/01_stops.ipynb #79ec85d8

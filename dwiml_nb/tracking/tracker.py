@@ -6,6 +6,7 @@
 __all__ = ['check_tracking_options', 'find_subject', 'peaks_group', 'Tracker', 'join_halves']
 
 # %% ../../nbs/06_tracking/03_tracker.ipynb #c9e1db7b
+from numbers import Real
 from typing import Literal
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from fastcore.basics import patch
 from ..core.dwi_ml import NamesOfDwiml
 from ..core.errors import DataProblem
 from ..core.files import progress
+from ..core.options import check_number, check_seed
 from ..core.ragged import Ragged
 from ..core.space import convert, fits_grid
 from ..core.lines import lengths_of, reverse
@@ -20,6 +22,7 @@ from ..core.volume import sample_nearest
 from ..core.tractograms import Tractogram
 from ..batch.spec import spec_of
 from ..batch.inputs import InputsAt, groups_of_inputs, known_group
+from ..directions.ends_starts import check_threshold
 from .seeds import checked_seeds
 from .stops import count_reasons, stop_rules_of
 from .propagate import Walk, propagate
@@ -28,14 +31,12 @@ from .propagate import Walk, propagate
 def check_tracking_options(step_mm, theta_deg, min_length_mm, max_length_mm, algo, batch_size):
     "Refuse options that no line could be tracked with."
     if algo not in ('det', 'prob'): raise ValueError(f"algo is 'det' or 'prob', found {algo!r}")
-    if not step_mm or step_mm < 0: raise ValueError("the model has no step_size: give step_mm, in mm.")
-    if not 0 <= min_length_mm <= max_length_mm:
-        raise ValueError("0 <= min_length_mm <= max_length_mm, "
-                         f"found {min_length_mm} and {max_length_mm}")
-    if not 0 < theta_deg <= 180:
-        raise ValueError(f"theta_deg is an angle above 0 and up to 180 degrees, found {theta_deg}")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size is a number of lines, at least 1, found {batch_size}")
+    if step_mm is None: raise ValueError("the model has no step_size: give step_mm, in mm.")
+    check_number('step_mm', step_mm, above=0, unit='in mm')
+    check_number('min_length_mm', min_length_mm, least=0, unit='in mm')
+    check_number('max_length_mm', max_length_mm, least=min_length_mm, unit='(min_length_mm) in mm')
+    check_number('theta_deg', theta_deg, above=0, most=180, unit='in degrees')
+    check_number('batch_size', batch_size, least=1, whole=True, none=True)
 
 # %% ../../nbs/06_tracking/03_tracker.ipynb #0cd32897
 def find_subject(
@@ -54,7 +55,7 @@ def peaks_group(
     first_direction:str, # 'peaks:GROUP'
 ) -> str:
     "The group named by `first_direction`."
-    kind,_,group = first_direction.partition(':')
+    kind,_,group = str(first_direction).partition(':')
     if kind != 'peaks' or not group:
         raise ValueError(f"first_direction is 'model' or 'peaks:GROUP', found {first_direction!r}")
     return group
@@ -81,11 +82,12 @@ class Tracker(NamesOfDwiml):
         stop_rules=None, # Further reasons to stop: names of `STOP_RULES`, classes or objects
     ):
         spec = spec_of(model)
-        step_mm = step_mm or spec.step_size
+        step_mm = spec.step_size if step_mm is None else step_mm
         check_tracking_options(step_mm, theta_deg, min_length_mm, max_length_mm, algo, batch_size)
         if not spec.can_track:
             raise TypeError(f"{spec.name} has no tracking_step(inputs, previous_dirs, state), "
                             "so it cannot track.")
+        if isinstance(eos_threshold, (str, Real)): check_threshold(eos_threshold)
         self.model,self.subset,self.subject,self.subj_id = model, *find_subject(dataset, subj_id), subj_id
         self.input_group_name,groups = input_group_name, groups_of_inputs(spec, input_group_name, dataset)
         self.grid = self.subset.grid(self.subject, next(iter(groups.values()))[0])
@@ -98,7 +100,7 @@ class Tracker(NamesOfDwiml):
         inputs_at = InputsAt(self.subset, self.subject, groups, spec, self.grid, model.device,
                              "the model's first input")
         self.walk = Walk(model, inputs_at, self.grid, mask, step_mm, theta_deg, algo, eos_threshold,
-                         keep_last_point, seed, tuple(stop_rules_of(stop_rules)))
+                         keep_last_point, check_seed(seed), tuple(stop_rules_of(stop_rules)))
 
 # %% ../../nbs/06_tracking/03_tracker.ipynb #824e2cf5
 @patch
@@ -177,6 +179,7 @@ def track_batch(self:Tracker,
     most = int(self.max_length_mm/self.step_mm + 1e-6) + 1
     k = max(1, self.walk.spec.nb_previous_dirs)
     first_dirs = None if self.peaks is None else sample_nearest(self.peaks, seeds/self.walk.sizes, outside=0.)
+    if first_dirs is not None: self.walk.check_rows(first_dirs, seeds, f"the {self.first_direction}")
     def on_second(*step):
         if on_end: on_end(int((step[2] != 0).sum()))
         if on_step: on_step(*step)

@@ -7,6 +7,7 @@ __all__ = ['log_values', 'default_graphs', 'split_outliers', 'draw_graph', 'plot
            'histogram', 'spread_of', 'histogram_figure', 'histogram_picture', 'figure_png']
 
 # %% ../../nbs/09_viz/05_plots.ipynb #c39a3f01
+import os
 import re
 from pathlib import Path
 import numpy as np
@@ -103,6 +104,16 @@ def plot_columns(
             figures.append(figure)
     return figures
 
+# %% ../../nbs/09_viz/05_plots.ipynb #401c3e8f
+def labels_of(
+    folders, # Of experiments
+) -> dict: # label -> folder
+    "A label for each experiment; one that is given twice counts once."
+    paths = list(dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders))
+    def tail(path, n): return '/'.join(path.parts[-n:])
+    def alone(path, n): return [tail(o, n) for o in paths].count(tail(path, n)) == 1
+    return {tail(path, next(n for n in range(1, 99) if alone(path, n))): path for path in paths}
+
 # %% ../../nbs/09_viz/05_plots.ipynb #7e0a3e68
 def plot_logs(
     experiments, # Folder of an experiment, or several
@@ -116,7 +127,7 @@ def plot_logs(
 ) -> list: # of matplotlib figures
     "The logs of experiments as figures for a file or a page."
     folders = [experiments] if isinstance(experiments, (str, Path)) else list(experiments)
-    tables = {Path(folder).name: read_logs(folder, which) for folder in folders}
+    tables = {label: read_logs(folder, which) for label,folder in labels_of(folders).items()}
     return plot_columns(tables, graphs, 'epoch' if which == 'epochs' else 'batch',
                         nb_plots_per_fig, xlim, ylims, fig_size, remove_outliers)
 
@@ -230,5 +241,3 @@ def figure_png(
     width = max(p.shape[1] for p in pictures)
     return to_png(np.concatenate([np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255)
                                   for p in pictures]))
-
-

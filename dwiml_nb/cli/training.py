@@ -27,6 +27,7 @@ def dwiml_resume_training_from_checkpoint(
     nb_cpu_processes:workers=None, # Instead of the run's
     device:device=None, # cpu, cuda; the first GPU if there is one
     allow_links:Param("Also follow links that lead out of the study's folder", action='store_true')=False,
+    other_data:bool=False, # Go on even if the study holds other data than the run was trained on
 ):
     "Go on with a training from its last checkpoint."
     logging.basicConfig(level=logging.INFO, format='%(message)s')
@@ -34,7 +35,7 @@ def dwiml_resume_training_from_checkpoint(
         trainer = trainer_from_folder(experiments_path, experiment_name, hdf5_file,
                                       new_patience=new_patience, new_max_epochs=new_max_epochs,
                                       nb_cpu_processes=nb_cpu_processes, device=device,
-                                      allow_links=allow_links)
+                                      allow_links=allow_links, other_data=other_data)
         print(f"resuming at epoch {trainer.epoch + 1} of {trainer.max_epochs}, "
               f"{trainer.phase} batch {trainer.batch + 1}")
         try: trainer.train_and_validate()

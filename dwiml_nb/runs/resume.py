@@ -46,7 +46,7 @@ def trainer_from_folder(
     hdf5_file=None, # Where the study is now, if it moved
     trust=(), # Packages and .py files whose classes the record may name
     allow_links:bool=False, # Also follow links that lead out of the study's folder
-    **kwargs, # new_patience, new_max_epochs, nb_cpu_processes, device
+    **kwargs, # Of `init_from_checkpoint`: new_max_epochs, new_patience, other_data, …
 ) -> DWIMLTrainer:
     "The trainer of a run, built again from its folder, ready to go on."
     checkpoint = read_checkpoint(Path(experiments_path)/experiment_name)

@@ -8,6 +8,7 @@ __all__ = ['TAKEN', 'NotFinite', 'descend', 'seed_batch', 'describe_batch', 'ref
 # %% ../../nbs/07_training/07_step.ipynb #6f737413
 import math
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 import torch
 from torch import Tensor
@@ -28,14 +29,40 @@ def descend(
 ) -> float: # The norm of the gradient before clipping
     "Backward, clip, step."
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    if loss.requires_grad: loss.backward()
     parameters = [p for p in parameters if p.grad is not None]
+    if not parameters:
+        raise DataProblem("the loss reaches no weight of the model, so nothing would be learnt",
+                          expected="a loss that is computed from what forward returned", found="no gradient",
+                          do="look for detach(), item(), no_grad() or numpy in forward and compute_loss.")
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if not torch.isfinite(norm):
         raise NotFinite("the gradient's norm is not finite", expected="a number", found=norm.item())
     if clip_grad: torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
     optimizer.step()
     return norm.item()
+
+# %% ../../nbs/07_training/07_step.ipynb #16dc9dbd
+@contextmanager
+def targets_kept(
+    model:torch.nn.Module,
+    loader, # Knows which batch is at hand
+):
+    "Within this, a forward pass that writes into the targets of the batch at hand is refused."
+    seen = []
+    def before(*_):
+        batch = loader.at_hand
+        seen[:] = [] if batch is None else [(batch.targets.data, batch.targets.data._version)]
+    def after(*_):
+        if all(data._version == version for data,version in seen): return
+        raise DataProblem("forward wrote into its lines, and they are the targets too",
+                          expected="targets that stay as they are", found="an operation in place (x -= …)",
+                          do="write x = x - … in forward, or hand it a copy in run_one_batch: "
+                             "add_noise_streamlines_forward gives one.")
+    hooks = [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
+    try: yield
+    finally:
+        for hook in hooks: hook.remove()
 
 # %% ../../nbs/07_training/07_step.ipynb #77711030
 def seed_batch(

@@ -213,7 +213,7 @@ def read_logs(
     experiment, # Folder of one experiment
     which:str='epochs', # 'epochs' or 'batches'
 ) -> dict: # column name -> list, None where a row has no such column
-    "A log of an experiment as columns."
+    "A log of an experiment as columns; they are empty before the first row."
     if which not in ('epochs', 'batches'):
         raise ValueError(f"an experiment has the logs 'epochs' and 'batches', not {which!r}")
     folder = Path(experiment)/'logs'
@@ -223,7 +223,8 @@ def read_logs(
                           do="give the folder {experiments_path}/{experiment_name}.")
     if theirs := sorted(folder.glob('*.npy')): return logs_of_dwi_ml(theirs) if which == 'epochs' else {}
     rows = read_rows(folder/f'{which}.jsonl')
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    at_least = {'epochs': ('epoch', 'train_loss', 'valid_loss'), 'batches': ('phase', 'epoch', 'batch', 'loss')}
+    names = list(dict.fromkeys(name for row in rows for name in row)) or at_least[which]
     return {name: [row.get(name) for row in rows] for name in names}
 
 # %% ../../nbs/07_training/01_sinks.ipynb #b65d1fa7

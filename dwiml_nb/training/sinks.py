@@ -223,7 +223,8 @@ def read_logs(
                           do="give the folder {experiments_path}/{experiment_name}.")
     if theirs := sorted(folder.glob('*.npy')): return logs_of_dwi_ml(theirs) if which == 'epochs' else {}
     rows = read_rows(folder/f'{which}.jsonl')
-    at_least = {'epochs': ('epoch', 'train_loss', 'valid_loss'), 'batches': ('phase', 'epoch', 'batch', 'loss')}
+    at_least = {'epochs': ('epoch', 'train_loss', 'valid_loss'),
+                'batches': ('phase', 'epoch', 'batch', 'loss')}
     names = list(dict.fromkeys(name for row in rows for name in row)) or at_least[which]
     return {name: [row.get(name) for row in rows] for name in names}
 

@@ -265,6 +265,7 @@ ATTRIBUTES['DWIMLTrainer'] |= {name: "`trainer.sinks`, which send rows elsewhere
 CALLED |= {
     'DWIMLTrainer': {
         'compute_batch_loss': "`trainer.run_one_batch(batch)`",
+        'run_model': "`trainer.run_one_batch(batch)`",
         'validate_one_batch': "`trainer.run_one_batch(batch)`, or a `Phase` of your own",
         'fix_parameters': "`trainer.back_propagation(loss)`",
         'estimate_nb_batches_per_epoch': "`trainer.nb_batches('training')`",
@@ -324,7 +325,7 @@ ARGUMENTS['Tracker'] = {
 def for_each(instead, *names): return dict.fromkeys(names, instead)
 
 DOOR = {                  # class or function of dwi_ml -> what to use instead
-    **for_each("`MultiSubjectDataset`", 'LazyMultisubjectDataset', 'prepare_multisubjectdataset',
+    **for_each("`MultiSubjectDataset`", 'LazyMultiSubjectDataset', 'prepare_multisubjectdataset',
                'prepare_dataset_one_subj'),
     **for_each("`MultiSubjectDataset.training`, a `dwiml_nb.data.subjects.MultisubjectSubset`",
                'MultisubjectSubset'),
@@ -338,10 +339,11 @@ DOOR = {                  # class or function of dwi_ml -> what to use instead
     **for_each("`create_study`", 'HDF5Creator'),
     **for_each("`STANDARDIZATIONS`", 'standardize_data'),
     **for_each("`DWIMLBatchIDSampler`", 'AbstractBatchSampler', 'BatchStreamlinesSampler',
-               'DWIMLBatchSampler', 'prepare_batch_sampler'),
+               'DWIMLBatchSampler', 'prepare_batch_sampler', 'prepare_batchsamplers_train_valid'),
     **for_each("`DWIMLBatchLoader`", 'AbstractBatchLoader', 'DWIMLAbstractBatchLoader'),
     **for_each("`DWIMLBatchLoaderOneInput`", 'BatchStreamlinesSamplerOneInput', 'BatchLoaderOneInput',
-               'prepare_batch_loader'),
+               'BatchStreamlinesSamplerOneInputAndPD', 'BatchStreamlinesSampler1IPV',
+               'prepare_batch_loader', 'prepare_batchloadersoneinput_train_valid'),
 }
 
 # %% ../../nbs/00_core/15_dwi_ml.ipynb #2bd228ac
@@ -377,14 +379,17 @@ DOOR |= {
     **for_each("`DWIMLTrainer`", 'DWIMLAbstractTrainer', 'AbstractTrainer'),
     **for_each("`DWIMLTrainerOneInput`", 'Learn2TrackTrainer'),
     **for_each("`DWIMLTrainerOneInput`; validation by tracking is not here yet",
-               'DWIMLTrainerOneInputWithGVPhase', 'TransformerTrainer'),
+               'DWIMLTrainerOneInputWithGVPhase', 'DWIMLTrainerForTracking',
+               'DWIMLTrainerForTrackingOneInput', 'TransformerTrainer'),
     **for_each("`DWIMLTrainer.train_and_validate`", 'run_experiment'),
     **for_each("`dwiml_nb.training.schedules.parse_learning_rates`", 'format_lr'),
-    **for_each("`read_logs`", 'BatchHistoryMonitor', 'TimeMonitor', 'IterTimer'),
+    **for_each("`read_logs`", 'BatchHistoryMonitor', 'ValueHistoryMonitor', 'TimeMonitor', 'IterTimer'),
+    **for_each("`BestEpochMonitor`", 'BestEpochMonitoring'),
+    **for_each("nothing in its place: progress bars and records say it", 'Timer', 'format_dict_to_str'),
     **for_each("`DataProblem`, which resuming an ended run raises", 'EarlyStoppingError'),
     **for_each("`Tracker`", 'DWIMLAbstractTracker', 'DWIMLTrackerOneInput',
                'DWIMLTrackerFromWholeStreamline', 'RecurrentTracker', 'TransformerTracker',
-               'DWIMLAbstractPropagator', 'DWIMLPropagatorOneInput'),
+               'DWIMLAbstractPropagator', 'DWIMLPropagatorOneInput', 'RecurrentPropagator'),
     **for_each("`dwiml_nb.tracking.propagate.propagate`", 'propagate_multiple_lines'),
     **for_each("`Tracker(tracking_mask_group='wm')`", 'TrackingMask', 'prepare_tracking_mask'),
     **for_each("`seeds_from_mask`", 'SeedGenerator', 'prepare_seed_generator'),

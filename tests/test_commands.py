@@ -52,7 +52,7 @@ def here(tmp_path_factory):
     model = Learn2TrackModel(nb_features=dataset.nb_features["input"], rnn_key="gru", rnn_layer_sizes=[4], step_size=2.0)
     DWIMLTrainerOneInput(model, folder / "experiments", "first", DWIMLBatchIDSampler(dataset, "bundles", batch_size_training=30), DWIMLBatchLoaderOneInput(dataset, model, "input", "bundles"),
                          max_epochs=1, max_batches_per_epoch_training=1, max_batches_per_epoch_validation=1, device="cpu").train_and_validate()
-    bids_phantom(folder / "bids")
+    bids_phantom(folder / "bids", n_subjects=3)
     shutil.copytree(folder / "subjects" / "sub-01", folder / "subjects" / "sub-09")
     (folder / "new.txt").write_text("sub-09")
     nonsense = folder / "nonsense"
@@ -74,7 +74,7 @@ def usual(here):
             "dwiml_hdf5_describe": [study],
             "dwiml_hdf5_check": [study],
             "dwiml_hdf5_extract_data": [study, "sub-01", "bundles", out / "a.trk", "-f"],
-            "dwiml_bids_sources": [here / "bids", out / "choice", "--volume", "input:model=csd,param=fod,frame=image", "--split", "split"],
+            "dwiml_bids_sources": [here / "bids" / "derivatives" / "tracking", out / "choice", "--volume", "input:model=csd,param=fod,frame=image", "--split", "split"],
             "dwiml_fit_sh": [*dwi, subjects / "sub-01" / "masks" / "brain.nii.gz", out / "sh.nii.gz", "--order", "4"],
             "dwiml_resume_training_from_checkpoint": [here / "experiments", "first", "--new_max_epochs", "2", "--device", "cpu"],
             "dwiml_visualize_logs": [experiment, "--save_figures", out / "figure"],
@@ -118,7 +118,7 @@ def no_work(here, monkeypatch):
 def outcome(name, words, capsys):
     "'done', 'reached', or the sentence; and the status."
     signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("20 s")))
-    signal.alarm(20)
+    signal.alarm(6)
     try:
         with warnings.catch_warnings(): run_command(command(name), [str(w) for w in words])
         status = 0

@@ -9,7 +9,7 @@ __all__ = ['read_seeds', 'eos_word', 'dwiml_track_from_model', 'dwiml_score']
 import numpy as np
 from .arguments import Number, angle, count, device, not_negative, positive, whole
 from .common import Param, call_parse
-from ..core.errors import DataProblem, naming
+from ..core.errors import DataProblem, naming, need_file
 from ..core.files import check_outputs, write_json
 from ..core.sizes import read_array
 from ..core.tractograms import load_tractogram
@@ -22,6 +22,7 @@ def read_seeds(
     path:str, # .npy, or text
 ) -> np.ndarray: # (n, 3) RAS mm
     "The points of a file, at least one."
+    need_file(path, "no such seeds", "give a .npy, or a text file of three numbers a line.")
     with naming("the seeds cannot be read", "three numbers a line, RAS mm", "correct the file.", file=path):
         seeds = read_array(path) if path.endswith('.npy') else np.loadtxt(path, ndmin=2)
         if seeds.ndim != 2 or seeds.shape[1] != 3 or not len(seeds):

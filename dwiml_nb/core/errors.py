@@ -109,6 +109,7 @@ def misnamed(
 ) -> tuple: # (what it is, what to do), or None
     "Whether a file is compressed and its name does not say so, or the other way round."
     try:
+        if not os.path.isfile(path): return None                                # a pipe would be waited for
         with open(path, 'rb') as f: packed = f.read(2)
         name = os.fspath(path)
     except (OSError, TypeError): return None

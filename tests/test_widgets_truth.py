@@ -314,6 +314,13 @@ def test_many_histograms_are_one_that_can_be_read():
     assert plots.histogram_picture({f"sub-{i}": np.array([]) for i in range(9)}).axes[0].get_title() == "9 groups without values"
 
 
+def test_a_figure_shows_itself_where_nobody_imported_pyplot():
+    from IPython.core.formatters import PNGFormatter
+    columns = {"epoch": [0, 1], "train_loss": [2., 1.], "valid_loss": [2., 1.]}
+    for figure in (plots.plot_columns({"run": columns})[0], plots.histogram_picture({"a": np.arange(9.)})):
+        assert PNGFormatter()(figure).startswith(b"\x89PNG")
+
+
 def test_save_picture_saves_files_and_replaces_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     viewer = viewers.PictureViewer(Scene("5 of 9 lines of a/b, over x").add_lines([np.eye(3, dtype="f4") * 30]), (120, 90))

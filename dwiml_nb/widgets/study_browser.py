@@ -78,6 +78,10 @@ class StudyBrowser(Panel):
         picture = {None: '', 'look': self.viewer and self.viewer.still(),
                    'plot_lengths': self.lengths and picture_html(self.lengths, 'lengths')}[self.shown[0]]
         return f'{self.heading.value}{html_table(rows[:most + 1])}{more}{picture}'
+    def close(self):
+        "Close the viewer too."
+        if self.viewer is not None: self.viewer.close()
+        super().close()
     def __repr__(self): return f"StudyBrowser({self.dataset.path.name}, {self.subset}, {self.choice})"
 
 # %% ../../nbs/11_widgets/01_study_browser.ipynb #a158c59d

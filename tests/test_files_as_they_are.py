@@ -39,6 +39,7 @@ from dwiml_nb.study.create import create_study
 from dwiml_nb.study.lists import read_subject_list
 from dwiml_nb.study.schema import open_study
 from dwiml_nb.study.volumes_in import load_labels
+from dwiml_nb.training.checkpoints import read_checkpoint
 from dwiml_nb.widgets.viz import viz
 
 AFFINE = np.array([[-2.0, 0, 0, 20], [0, 2, 0, -18], [0, 0, 2, -10], [0, 0, 0, 1]])
@@ -527,6 +528,7 @@ def test_files_that_are_there_by_name_only(folder, tmp_path, what):
     (tmp_path / "truth").mkdir()
     for name, use in {"config.json": lambda: folder.create(config=tmp_path / "config.json"), "scoring.json": lambda: score_tractogram(LINES, tmp_path), "truth/scoring.json": lambda: score_tractogram(LINES, tmp_path),
                       "parameters_latest.json": lambda: read_experiment(tmp_path)}.items(): lacking(tmp_path / name, use)
+    for name in ("params.json", "state.pt"): lacking(tmp_path / "checkpoint" / name, lambda: read_checkpoint(tmp_path))
     (tmp_path / "model").mkdir()
     for name in ("parameters.json", "model_type.txt"): (tmp_path / "model" / name).write_text("{}")
     for name in ("model_state.pkl", "parameters.json", "model_class.json"): lacking(tmp_path / "model" / name, lambda: load_model(tmp_path / "model"))

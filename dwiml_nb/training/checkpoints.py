@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 import torch
-from ..core.errors import DataProblem
+from ..core.errors import DataProblem, need_file, stand_in
 from ..core.files import read_json, write_json
 from ..core.folders import whole_folder
 from ..core.options import with_defaults
@@ -89,6 +89,8 @@ def read_checkpoint(
         raise DataProblem("this training of dwi_ml cannot go on here: its state is a pickle of dwi_ml's "
                           "objects, which is not read", file=folder,
                           do=f"begin a new one with its weights: load_model('{folder/'model'}').")
+    for name in CHECKPOINT_FILES:
+        if stand_in(folder/name): need_file(folder/name, "the checkpoint cannot be read")
     missing = [name for name in CHECKPOINT_FILES if not (folder/name).is_file()]
     if missing:
         raise DataProblem("the checkpoint has missing files", expected=", ".join(CHECKPOINT_FILES),

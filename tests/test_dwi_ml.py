@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import dwiml_nb.all as door
+from dwiml_nb.batch.augment import draw_splits, split_lengths
 from dwiml_nb.batch.loader import DWIMLBatchLoaderOneInput
 from dwiml_nb.batch.sampler import BatchIds, DWIMLBatchIDSampler
 from dwiml_nb.cli.common import anno_parser
@@ -372,6 +373,15 @@ def test_a_run_of_a_model_for_dwi_ml_resumes(objects):
     again = trainer_from_folder(folder.parent, folder.name, device="cpu")
     assert all(torch.equal(a, b) for a, b in zip(again.model.state_dict().values(), trainer.model.state_dict().values(), strict=True))
     assert again.epoch == 1
+
+
+def test_what_differs_on_purpose(toy):
+    "Batches of even sizes; short lines are not cut, and none is lost."
+    sizes = [batch.nb_streamlines for batch in DWIMLBatchIDSampler(toy, "bundles", batch_size_training=100).batches("training")]
+    assert sum(sizes) == toy.training.total_nb_streamlines("bundles") and max(sizes) - min(sizes) <= 1 and min(sizes) > 50
+    lengths = torch.tensor([12]*50 + [13]*50)
+    at = draw_splits(lengths, 1., np.random.default_rng(0))
+    assert not at[:50].any() and at[50:].all() and int(split_lengths(lengths, at).sum()) >= int(lengths.sum())
 
 
 # ---- what the tables promise of this library

@@ -393,6 +393,14 @@ def test_sheared_grids_are_refused_where_axes_are_walked(folder, tmp_path):
     with h5py.File(path, "r+") as f:
         for g in ("input", "lines"): f["s1"][g].attrs["affine"] = LEANING
     assert any("sheared" in p.problem for p in check_study(path).problems)
+    world = load_tractogram(extract_data(path, "s1", "lines", tmp_path / "vox.trk")).lines.data
+    with h5py.File(path, "r+") as f:  # the same in millimetres along its axes, as dipy has them
+        f["s1/lines"].attrs["space"] = "Space.VOXMM"
+        f["s1/lines/data"][...] = f["s1/lines/data"][()] * Grid(LEANING, SHAPE).voxel_sizes
+    assert np.allclose(load_tractogram(extract_data(path, "s1", "lines", tmp_path / "voxmm.trk")).lines.data, world, atol=1e-3)
+    with h5py.File(path, "r+") as f:
+        f["s1/lines"].attrs["space"] = "Space.VOX"
+        f["s1/lines/data"][...] = f["s1/lines/data"][()] / Grid(LEANING, SHAPE).voxel_sizes
     dataset = MultiSubjectDataset(path).load_data()
     sampler, loader = DWIMLBatchIDSampler(dataset, "lines"), DWIMLBatchLoader(dataset, ModelSpec(), "lines")
     with pytest.raises(DataProblem, match=f"subject s1, group lines: {says}"): loader.load_batch_streamlines(next(iter(sampler)))

@@ -368,7 +368,9 @@ def stored_to_vox(
     if space == 'rasmm' and origin == 'corner': half[:3, 3] = -grid.affine[:3, :3] @ [.5, .5, .5]
     if space in ('vox', 'voxmm') and origin == 'center':
         half[:3, 3] = .5*(grid.voxel_sizes if space == 'voxmm' else 1)
-    matrix = to_vox_matrix(grid, space) @ half @ flip
+    # on a sheared grid, others mean plain multiples of the voxel sizes
+    known = np.diag([*1/grid.voxel_sizes, 1.]) if space == 'voxmm' else to_vox_matrix(grid, space)
+    matrix = known @ half @ flip
     return None if np.array_equal(matrix, np.eye(4)) else matrix
 
 # %% ../../nbs/01_study/05_schema.ipynb #d3b70f9a

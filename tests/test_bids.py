@@ -162,6 +162,20 @@ def test_other_programs_name_them_otherwise(tmp_path):
     plain = Tree(tmp_path/'p', people=['01'], names=())
     plain.refused('no tractogram at all', split=None, training='01')
 
+def test_names_that_say_nothing_as_bids_does(tmp_path):
+    tree = Tree(tmp_path/'t', people=['01'], names=())
+    (tree/'sub-01'/'tracks').mkdir()
+    for name in ('AF_left', 'AF_right', 'CC_1', 'sub-01__AF_L', 'sub-01__CST_L'):
+        save_tractogram(Tractogram(Ragged.from_list([LINE]), GRID), tree/'sub-01'/('tracks' if 'sub' not in name else 'dwi')/f'{name}.trk')
+    ask = dict(split=None, training='01')
+    tree.refused('no tractogram answers', '--streamlines bundles:suffix=L', **ask)
+    tree.refused('differ in name', 'AF_L, CST_L', '--entities name', streamlines={'suffix': 'L'}, tract='none', **ask)
+    assert tree.labels(tmp_path/'a.hdf5', streamlines={'suffix': 'L'}, entities='name')[1] == [('AF_L',), ('CST_L',)]
+    assert tree.labels(tmp_path/'b.hdf5', streamlines={'suffix': '*', 'datatype': 'tracks'}, entities='name')[1] == [('AF_left',), ('AF_right',), ('CC_1',)]
+    assert len(tree.labels(tmp_path/'c.hdf5', streamlines={'suffix': 'L', 'name': '*'}, tract='none')[1]) == 0
+    shutil.rmtree(tree/'sub-01'/'dwi'); (tree/'sub-01'/'dwi').mkdir()
+    tree.refused("--entities name", **ask)
+
 def test_a_choice_that_nobody_can_answer_is_told_at_once(tree):
     ask = dict(split=None, training='01')
     tree.refused('subject sub-01, group input', 'no file with suffix dwimap, param fa', 'not param fa', volumes={'input': {'param': 'fa'}}, **ask)

@@ -24,7 +24,7 @@ from ..core.folders import claim_folder
 from ..core.phantom import write_phantom
 from ..core.tractograms import is_tractogram
 from .entities import (answers, bids_name, differing, files_below, find_entities, is_readable,
-                                     left_open, wanted)
+                                     left_open, twins, wanted)
 from .config import VolumeSpec, as_list, raise_problems, read_config
 from .describe import columns, html_table
 from .lists import SUBSETS
@@ -351,7 +351,7 @@ def tractograms(
     "The names of the tractograms that answer a query."
     query = {'suffix': 'tractogram', **(query or {})}
     if there is None: there = all_names(derivatives)
-    names = [n for n in there if is_readable(n.path) and answers(n, query)]
+    names = [n for n in there if is_tractogram(n.path) and answers(n, query)]
     if not names: raise no_tractogram(there, query, derivatives)
     return names
 
@@ -365,7 +365,8 @@ def no_tractogram(
     suffixes = sorted({n.suffix for n in others if n.suffix and n.says('sub')})
     wrong = next((k for k,v in query.items() if not any(answers(n, {k: v}) for n in others)), None)
     words = ', '.join(sorted({n.says(wrong) or 'none' for n in others})[:12]) if wrong else ''
-    do = ("name them as BIDS does, or write a config with paths." if not suffixes else
+    do = ("take them by their names: suffix '*' and entities 'name' (--streamlines 'bundles:suffix=*' "
+          "--entities name), or write a config with paths." if not suffixes else
           "correct the query." if wrong != 'suffix' else
           f"say their suffix: {' or '.join(suffixes[:4])} (--streamlines bundles:suffix={suffixes[0]}).")
     return DataProblem("no tractogram answers the query",
@@ -393,10 +394,13 @@ def distinguishing(
 ) -> dict: # entity -> words, 'none' for names that do not say
     "In what the tractograms of one subject differ."
     by_subject = {}
-    for n in names: by_subject.setdefault((n.says('sub'), n.says('ses')), []).append(n)
+    for n in names:
+        folder = next((p for p in n.path.parents if p.name.startswith(('sub-', 'ses-'))), None)
+        by_subject.setdefault(folder, []).append(n)
     odd = {}
     for few in by_subject.values():
         for k,words in differing(few, {}).items(): odd.setdefault(k, set()).update(words)
+        if same := twins(few): odd.setdefault('name', set()).update(n.name for n in same)
     return {k: sorted(words) for k,words in odd.items()}
 
 def label_entities(
@@ -405,13 +409,14 @@ def label_entities(
     entities=None, # Those that become labels or groups; None: those that say what a tractogram holds
 ) -> list: # of entities, the first one is in each name that is taken
     "Which entities tell the tractograms of a subject apart."
-    odd,said = distinguishing(names), dict.fromkeys(k for n in names for k in n.entities)
+    odd,said = distinguishing(names), dict.fromkeys([*(k for n in names for k in n.entities), 'name'])
     if unknown := [k for k in as_list(entities) if k not in said]:
         raise DataProblem(f"no tractogram's name has '{unknown[0]}'.{did_you_mean(unknown[0], said)}",
                           expected=', '.join(k for k in said if k not in ('sub', 'ses')), found=unknown[0])
     labels = (as_list(entities) if entities is not None else
               [k for k in CONTENT if len({n.says(k) for n in names}) > 1 or k in CONTENT[:2] and k in said])
-    if others := {k: w for k,w in odd.items() if k not in labels and k not in left_open(query)}:
+    told = (*left_open(query), *labels, *((*said, 'suffix') if 'name' in labels else ()))
+    if others := {k: w for k,w in odd.items() if k not in told}:
         k,words = next(iter(others.items()))
         one = next(w for w in words if w != 'none')
         label = f", or make it a label (entities, --entities {' '.join([*labels, k])})"*(k in said)

@@ -457,7 +457,7 @@ NUMBERS = {
     "spec": (lambda d, m, **o: ModelSpec(**o), ["step_size", "nb_points", "compress_lines"]),
     "monitor": (lambda d, m, **o: BestEpochMonitor(**o), ["patience"]),
     "getter": (lambda d, m, **o: direction_getter("cosine-regression", 4, **o), ["dropout", "eos_weight", "axis_weight", "second_step_weight", "normalize_targets", "normalize_outputs"]),
-    "model": (lambda d, m, **o: learner(d, **o), ["dropout", "step_size"]),
+    "model": (lambda d, m, **o: learner(d, **o), ["dropout", "step_size", "nb_features", "nb_previous_dirs"]),
 }
 
 
@@ -507,6 +507,20 @@ def test_a_feature_of_rounding_noise_is_no_error():
     image = np.random.default_rng(0).normal(3, 1, (6, 6, 6, 2)).astype(np.float32)
     image[..., 1] = 1e-9*image[..., 0]
     for how in ("all", "independent"): assert np.isfinite(standardized(image, np.ones((6, 6, 6), bool), how)[0]).all()
+
+
+def test_a_stored_volume_beyond_single_precision(study, tmp_path):
+    "As another program may write it: never an infinity that nobody sees."
+    import h5py
+    copy = tmp_path/"study.hdf5"
+    shutil.copy(study, copy)
+    with h5py.File(copy, "r+") as f:
+        group = f["sub-01/input"]
+        values = group["data"][()].astype(np.float64)
+        values[3, 3, 3, 0] = 1e300
+        del group["data"]
+        group["data"] = values
+    with pytest.raises(DataProblem, match=r"subject sub-01, group input.*single precision cannot.*Found: 1e\+300"): MultiSubjectDataset(copy).load_data()
 
 
 # ---- figures, records, names

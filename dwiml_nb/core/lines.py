@@ -243,7 +243,7 @@ def resample_step(
     step:float, # mm between points; the real spacing is length/(n-1): at least this, if the line is that long
 ) -> Ragged:
     "Equidistant points, `max(2, ceil(length/step))` a line."
-    if not step > 0: raise ValueError(f"a step size is a positive number of mm, found {step}")
+    if not 0 < step < np.inf: raise ValueError(f"a step size is a positive number of mm, found {step}")
     lengths = lengths_of(lines)
     wanted = (lengths.float()/step).ceil().long().clamp(min=2)
     return points_along(lines, torch.where(lines.lengths > 1, wanted, lines.lengths), lengths)
@@ -279,7 +279,8 @@ def compress(
     max_segment_mm:float=10., # Kept points lie no further apart than this, unless they already did
 ) -> Ragged: # Some of the points; always the ends
     "Fewer points, the same shape within a tolerance. Gradients flow to the points kept."
-    if not tolerance_mm > 0: raise ValueError(f"a tolerance is a positive number of mm, found {tolerance_mm}")
+    if not 0 < tolerance_mm < np.inf:
+        raise ValueError(f"a tolerance is a positive number of mm, found {tolerance_mm}")
     data,offsets = lines.numpy()
     kept,nb_kept = np.empty(len(data), np.bool_), np.empty(len(lines), np.int64)
     data = np.ascontiguousarray(data, data.dtype if data.dtype in (np.float32, np.float64) else np.float32)
@@ -378,6 +379,7 @@ def white_noise(
     generator:torch.Generator=None, # CPU generator; the draw is the same on every device
 ) -> Ragged:
     "Every point displaced on its own."
+    if not 0 <= sigma_mm < np.inf: raise ValueError(f"noise is a number of mm, 0 at least, found {sigma_mm}")
     draw = torch.randn(lines.data.shape, generator=generator).clamp(-2, 2)
     return lines.with_data(lines.data + sigma_mm*draw.to(lines.data))
 

@@ -122,7 +122,14 @@ class MRIData(NamesOfDwiml):
     def read(self) -> Tensor:
         "The values, a copy."
         with told_of(self.file, self.name):
-            return torch.from_numpy(self.rows.all().astype(np.float32, copy=False))
+            stored = self.rows.all()
+            with np.errstate(over='ignore'): values = stored.astype(np.float32, copy=False)
+            if values is not stored and np.isfinite(values).sum() < np.isfinite(stored).sum():
+                raise DataProblem("the volume holds values that single precision cannot",
+                                  expected="magnitudes up to 3.4e38",
+                                  found=f"{np.nanmax(np.abs(stored)):.3g}",
+                                  do="divide the image by a number and create the study again.")
+            return torch.from_numpy(values)
     def over_map(self) -> Tensor: # None if the file is no float32 map
         "The values, as a view of the file."
         mapped = self.rows.mapped() if self.rows.dtype == np.float32 else None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 from fastcore.basics import patch
-from ..core.options import key_and_options, options_of, refuse_unknown
+from ..core.options import check_number, key_and_options, options_of, refuse_unknown
 from ..core.registry import Registry
 from ..core.volume import neighborhood_vectors
 from ..batch.spec import InputSpec
@@ -57,7 +57,8 @@ class NNEmbedding(Embedding):
         super().__init__()
         if not output_size:
             raise ValueError("nn_embedding needs an embedded size: how many features should leave?")
-        self.input_size,self.output_size = int(input_size), int(output_size)
+        self.output_size = check_number('the embedded size', output_size, least=1, whole=True)
+        self.input_size = int(input_size)
         self.linear = nn.Linear(self.input_size, self.output_size)
     def forward(self, x): return F.relu(self.linear(x))
 

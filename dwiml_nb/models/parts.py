@@ -8,7 +8,7 @@ __all__ = ['LooksAround', 'ModelWithNeighborhood', 'ModelWithOneInput', 'ModelWi
 # %% ../../nbs/05_models/02_parts.ipynb #e35ac393
 from typing import Literal
 from torch import Tensor
-from ..core.options import with_parts
+from ..core.options import check_number, with_parts
 from ..core.ragged import Ragged
 from ..core.lines import previous_directions, unit
 from ..core.volume import neighborhood_vectors
@@ -56,7 +56,7 @@ class ModelWithOneInput(LooksAround):
         **parts, # For the other parts
     ):
         super().__init__(experiment_name=experiment_name, **parts)
-        self.nb_features = None if nb_features is None else int(nb_features)
+        self.nb_features = check_number('nb_features', nb_features, least=1, whole=True, none=True)
         self.input_embedding_key,self.input_embedded_size = input_embedding_key,input_embedded_size
         self.nb_cnn_filters,self.kernel_size = nb_cnn_filters,kernel_size
         self.computed_input_embedded_size = None
@@ -83,7 +83,8 @@ class ModelWithPreviousDirections(MainModelAbstract):
         **parts, # For the other parts
     ):
         super().__init__(experiment_name=experiment_name, **parts)
-        self.nb_previous_dirs,self.normalize_prev_dirs = int(nb_previous_dirs or 0), bool(normalize_prev_dirs)
+        self.nb_previous_dirs = check_number('nb_previous_dirs', nb_previous_dirs or 0, least=0, whole=True)
+        self.normalize_prev_dirs = bool(normalize_prev_dirs)
         self.prev_dirs_embedding_key = prev_dirs_embedding_key or 'no_embedding'
         self.prev_dirs_embedding = self.prev_dirs_embedded_size = None
         self.computed_prev_dirs_embedded_size = 0

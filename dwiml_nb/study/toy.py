@@ -9,6 +9,7 @@ __all__ = ['digests', 'as_it_was', 'toy_study']
 import hashlib
 from pathlib import Path
 from ..core.folders import check_ours
+from ..core.options import check_seed
 from ..core.phantom import write_phantom
 from .create import check_target, create_study
 from .lists import SUBSETS
@@ -36,7 +37,7 @@ def toy_study(
     **options, # Anything that `create_study` takes, for instance step_size=0.5
 ) -> Path: # study.hdf5
     "Make the toy study in a folder; files that it did not make stay."
-    root,study = Path(folder)/'subjects', Path(folder)/'study.hdf5'
+    root,study,seed = Path(folder)/'subjects', Path(folder)/'study.hdf5', check_seed(seed)
     options = {'overwrite': as_it_was(study), **options}
     check_ours(root, 'write_phantom')
     if study.parent.is_dir(): check_target(study, {}, options['overwrite'])

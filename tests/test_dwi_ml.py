@@ -209,6 +209,17 @@ def test_older_arguments_of_dwi_ml(tmp_path):
     with pytest.raises(DataProblem, match="takes no argument 'start_from_copy_prev'"): load_model(tmp_path)
 
 
+@pytest.mark.parametrize("change, says", [(dict(dg_key="gaussian"), "unknown direction getter 'gaussian'"), (dict(neighborhood_radius=[1., 3.]), "TypeError"),
+                                          (dict(rnn_layer_sizes=None), "no model can be built with these arguments")], ids=str)
+def test_arguments_that_make_no_model_are_told(tmp_path, change, says):
+    "A getter that is not here yet, or a value that makes no sense: one sentence with the file."
+    shutil.copytree(DATA/"dwi_ml_models"/"l2t_lstm", tmp_path/"model")
+    file = tmp_path/"model"/"parameters.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(DataProblem, match=says) as told: load_model(tmp_path/"model")
+    assert str(file) in str(told.value)
+
+
 # ---- names in scripts
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 from ..core.dwi_ml import NamesOfDwiml, refuse_arguments
-from ..core.errors import DataProblem, did_you_mean, need_file, stand_in
+from ..core.errors import DataProblem, did_you_mean, naming, need_file, stand_in
 from ..core.files import read_json, write_json
 from ..core.folders import whole_folder, write_folder
 from ..core.options import no_rest, options_of
@@ -288,7 +288,10 @@ def params_of_today(
     params:dict, # Of a `parameters.json` by dwi_ml
 ) -> dict:
     "The same as dwi_ml 1.0 writes them."
-    return {RENAMED.get(k, k): v for k,v in params.items() if v or k not in LEFT_OUT}
+    params = {RENAMED.get(k, k): v for k,v in params.items() if v or k not in LEFT_OUT}
+    far = params.get('neighborhood_radius')                 # once a list of distances, all equally far apart
+    if not isinstance(far, list) or far != [far[0]*(i + 1) for i in range(len(far))]: return params
+    return {**params, 'neighborhood_radius': len(far), 'neighborhood_resolution': far[0]}
 
 # %% ../../nbs/05_models/00_base.ipynb #cc36e03d
 @patch(cls_method=True)
@@ -316,7 +319,9 @@ def load_model_from_params_and_state(cls:MainModelAbstract,
             raise DataProblem(f"{cls.__name__} takes no argument '{k}'.{did_you_mean(k, accepts)}", file=file,
                               expected=", ".join(accepts),
                               do="correct parameters.json, or use the version that wrote it.")
-    model = cls(*by_place(cls, params), **params)
+    with naming("no model can be built with these arguments", file=file,
+                do="correct parameters.json, or use the version that wrote it."):
+        model = cls(*by_place(cls, params), **params)
     for k,v in space.items(): setattr(model, k, v)
     return model.load_state(folder).eval()
 

@@ -120,7 +120,7 @@ def test_a_trainer_that_read_an_older_checkpoint_undoes_nothing(dataset, folder)
     stale = make(dataset, folder, resume=True, new_max_epochs=2)
     make(dataset, folder, resume=True, new_max_epochs=4).train_and_validate()
     logs = {p: p.read_bytes() for p in (folder/"run"/"logs").iterdir()}
-    with pytest.raises(DataProblem, match="Expected: its checkpoint of epoch 1, training batch 0. Found: one of epoch 4, training batch 0. To do: .*init_from_checkpoint"): stale.train_and_validate()
+    with pytest.raises(DataProblem, match="Expected: its checkpoint of epoch 2 after 0 training batches. Found: one of epoch 5 after 0 training batches. To do: .*init_from_checkpoint"): stale.train_and_validate()
     assert place(folder) == (4, "training", 0) and logs == {p: p.read_bytes() for p in (folder/"run"/"logs").iterdir()}
 
 
@@ -196,7 +196,7 @@ def test_what_cannot_be_made_again_is_told(dataset, folder):
     on = make(dataset, folder, resume=True, new_max_epochs=4)
     with pytest.warns(UserWarning) as told: on.train_and_validate()
     words = [str(w.message) for w in told]
-    assert any("the rows of 3 of 3 epochs are gone" in w for w in words) and any("the model of epoch 0 is gone, and only one with a loss below -1" in w for w in words)
+    assert any("the rows of 3 of 3 epochs are gone" in w for w in words) and any("the model of epoch 1 is gone, and only one with a loss below -1" in w for w in words)
     assert read_logs(folder/"run")["epoch"] == [3]
 
 
@@ -321,7 +321,7 @@ def test_weights_that_are_no_numbers_are_not_kept(dataset, tmp_path):
 
 @pytest.mark.parametrize("factor", [NAN, -1.0, INF, "x"])
 def test_factors_of_a_schedule(dataset, tmp_path, factor):
-    with pytest.raises(ValueError, match="the factor of lr_schedule at batch 0 of epoch 0 is a number >= 0"):
+    with pytest.raises(ValueError, match="the factor of lr_schedule at training batch 1 of epoch 1 is a number >= 0"):
         make(dataset, tmp_path, lr_schedule=lambda iteration: factor).train_and_validate()
 
 

@@ -293,7 +293,7 @@ def check_not_stale(
     "Refuse to go on from a checkpoint that is no longer the latest one."
     found = where(checkpoint.state)
     if json.dumps(found, default=repr) == json.dumps(known, default=repr): return
-    words = lambda o: f"epoch {o['epoch']}, {o['phase']} batch {o['batch']}"
+    words = lambda o: f"epoch {o['epoch'] + 1} after {o['batch']} {o['phase']} batches"
     raise DataProblem("another trainer has trained this experiment since this one read it",
                       expected=f"its checkpoint of {words(known)}", found=f"one of {words(found)}",
                       do=f"make the trainer again with {resume}(…): it goes on from there.",
@@ -317,8 +317,9 @@ def mend(self:Experiment,
     if place == (best + 1, 0, 0):
         row = {'epoch': best, 'train_loss': None, 'valid_loss': monitor.best_value}
         return self.write_best(model, {**row, **rows.get(best, {})})
-    warnings.warn(f"{self.folder/'best_model'}: the model of epoch {best} is gone, and only one with a loss "
-                  f"below {monitor.best_value:.6g} takes its place. Restore it from a copy if there is one.",
+    warnings.warn(f"{self.folder/'best_model'}: the model of epoch {best + 1} is gone, and only one with a "
+                  f"loss below {monitor.best_value:.6g} takes its place. "
+                  "Restore it from a copy if there is one.",
                   stacklevel=2)
 
 # %% ../../nbs/07_training/08_run.ipynb #c7636cbc

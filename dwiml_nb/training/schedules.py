@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from ..core.options import check_number
 from ..core.registry import Registry
+from ..batch.sampler import batch_words
 
 # %% ../../nbs/07_training/03_schedules.ipynb #bf0d3fab
 def parse_learning_rates(
@@ -76,5 +77,5 @@ def rate_of_step(
     "The epoch's rate times the schedule's factor."
     factor = schedule_of(lr_schedule, max_epochs*per_epoch)(epoch*per_epoch + batch)
     factor = factor.item() if isinstance(factor, (np.generic, torch.Tensor)) else factor
-    check_number(f"the factor of lr_schedule at batch {batch} of epoch {epoch}", factor, least=0)
+    check_number(f"the factor of lr_schedule at {batch_words('training', epoch, batch)}", factor, least=0)
     return rates[min(epoch, len(rates)-1)]*float(factor)

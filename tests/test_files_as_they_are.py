@@ -36,6 +36,7 @@ from dwiml_nb.models.base import load_model
 from dwiml_nb.runs.track import read_experiment
 from dwiml_nb.study.check import check_study
 from dwiml_nb.study.create import create_study
+from dwiml_nb.study.grow import add_subjects
 from dwiml_nb.study.lists import read_subject_list
 from dwiml_nb.study.schema import open_study
 from dwiml_nb.study.volumes_in import load_labels
@@ -550,6 +551,17 @@ def test_a_broken_link_in_a_bids_tree_is_no_missing_tract(folder):
     (folder.sub / "s1_tract-CST_tractogram.trk").symlink_to(".git/annex/objects/CST.trk")
     with pytest.raises(DataProblem, match="CST_tractogram.trk: no such file: a link of git-annex"): folder.create(query)
     assert any("git-annex" in w and "It is left out" in w for w in folder.create(query, skip_missing=True).warnings)
+
+
+def test_a_subject_of_a_grown_study_that_is_a_pointer(folder):
+    path = folder.create().path
+    image(folder.root / "subjects" / "s2" / "input.nii.gz")
+    with can_be_made_again(): add_subjects(path, folder.root / "subjects", ["s2"])
+    own = folder.root / "study.subjects" / "s2.hdf5"
+    for make in (lambda: own.write_text("/annex/objects/MD5E-s9--0\n"), lambda: own.symlink_to("../.git/annex/objects/s2")):
+        own.unlink(); make()
+        with pytest.raises(DataProblem, match="s2.hdf5: the file that holds this subject cannot be read: a .* of git-annex"): MultiSubjectDataset(path).load_data()
+        assert any("git-annex" in p.problem for p in check_study(path).problems)
 
 
 # ---- file systems without locks

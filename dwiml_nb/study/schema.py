@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from pathlib import Path, PurePath
 import h5py
 import numpy as np
-from ..core.errors import DataProblem, did_you_mean, naming, need_file
+from ..core.errors import DataProblem, did_you_mean, naming, need_file, stand_in
 from ..core.files import parse_json
 from ..core.space import Grid, to_vox_matrix
 from .files import (DataFile, HeldFiles, OwnLock, changed_file, hdf5_descriptor, open_hdf5,
@@ -151,6 +151,13 @@ def check_place(
                       subject=subject, group=group or None, file=dataset.file.filename)
 
 # %% ../../nbs/01_study/05_schema.ipynb #22ab4fe8
+def tell_stand_in(
+    path, # Of a subject's own file
+):
+    "Raise if a file is there by name only."
+    if stand_in(path): need_file(path, "the file that holds this subject cannot be read")
+
+# %% ../../nbs/01_study/05_schema.ipynb #3138d752
 def opened_link(
     parent, # HDF5 file or group
     name:str, # In it
@@ -160,13 +167,16 @@ def opened_link(
     if links_allowed.get(): return parent[name]
     holder = Path(parent.file.filename)
     if not stays_inside(link, holder):
+        if not Path(link.filename).is_absolute(): tell_stand_in(holder.resolve().parent/link.filename)
         raise DataProblem("a link leads out of the study", found=f"{name}, a link to {link.filename}",
                           expected="a file of the study's own folder (….subjects), as add_subjects writes it",
                           file=holder,
                           do="if you trust who made the study: allow_links=True (--allow_links).")
     target = holder.resolve().parent/link.filename
     if not target.is_file(): raise KeyError(f"{link.filename} is missing")
-    with h5py.File(target, 'r') as file:                                # no further links: HDF5 would follow
+    try: file = open_hdf5(target)
+    except OSError: tell_stand_in(target); raise
+    with file:                                                          # no further links: HDF5 would follow
         name_there = link.path.strip('/')
         if '/' in name_there or not isinstance(file.get(name_there, getlink=True), h5py.HardLink):
             raise KeyError(f"{link.filename} does not hold {link.path}")

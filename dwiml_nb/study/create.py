@@ -159,7 +159,7 @@ def assemble(
         write_root(f, lists, config, options)
         for s,part in progress(parts.items(), 'assembling', unit='subject'):
             with open_hdf5(part) as p:
-                copy_object(p[s], f, s, check)
+                p.copy(p[s], f, s)                        # as it is, contiguous: nothing leaves HDF5
                 if copies: save_copies(p[s], copies)
             check()
     open_study(path).close()

@@ -36,6 +36,7 @@ def standardize(
     data, # (X, Y, Z, F) float32
     mask, # (X, Y, Z) bool, at least one voxel
     per_feature:bool=False, # Each feature by itself
+    out=None, # Where to put them, `data` itself perhaps; a new array when not given
 ) -> tuple: # (X, Y, Z, F) float32, numbers of the features that are constant in the mask
     "Values with mean 0 and standard deviation 1 in the mask."
     need_voxels(mask)
@@ -47,10 +48,15 @@ def standardize(
     if per_feature:
         mean,std = values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)
         mean,std = mean.astype(np.float32), std.astype(np.float32)
-    else: mean,std = values.mean(), values.std()
+    else:
+        mean = values.mean()
+        values -= mean; values *= values                                   # as `values.std()`, in its memory
+        std = np.sqrt(values.mean())
+    del values
     if (low := (std < 1e-6) & (lowest != highest)).any():              # more than noise beside the others?
-        check_scale(largest, bool((values.std(axis, dtype=np.float64)*low > 1e-4*largest).any()))
-    out = data - mean
+        spread = data[mask].std(axis, dtype=np.float64)
+        check_scale(largest, bool((spread*low > 1e-4*largest).any()))
+    out = np.subtract(data, mean, out=out)
     out /= np.maximum(std, np.float32(1e-6))
     if constant.any(): out[..., constant] = 0
     return out.astype(np.float32, copy=False), np.flatnonzero(constant).tolist()
@@ -78,7 +84,7 @@ class All(Standardization):
     "One mean and deviation for the whole stack."
     per_feature = False
     def apply(self, data, mask) -> tuple:
-        out,constant = standardize(data, mask, self.per_feature)
+        out,constant = standardize(data, mask, self.per_feature, out=data)
         said = (f"features {constant} are constant in the mask and were set to 0; "
                 "if they matter, keep them in a group with standardization none")
         return out, [said] if constant else []
@@ -139,8 +145,7 @@ def standardized(
     problem = f"the standardisation '{name}' gave what cannot be stored"
     if out.shape != shape: raise DataProblem(problem, f"values of shape {shape}", f"shape {out.shape}")
     out = out.astype(np.float32, copy=False)
+    if np.isfinite(out).all(): return out, remarks
     bad = int((~np.isfinite(out)).any(-1).sum())
-    if bad:
-        raise DataProblem(problem, "finite numbers", f"NaN or infinite values in {bad} voxels",
-                          "look at the function, and at zeros and negative values in the image.")
-    return out, remarks
+    raise DataProblem(problem, "finite numbers", f"NaN or infinite values in {bad} voxels",
+                      "look at the function, and at zeros and negative values in the image.")

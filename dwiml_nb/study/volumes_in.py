@@ -34,7 +34,8 @@ def load_volume(
                 file=path):
         data = np.asanyarray(nib.load(path).dataobj, dtype=np.float32)
     data = data[..., None] if data.ndim == 3 else data
-    if bad := int((~np.isfinite(data)).any(-1).sum()):
+    if not np.isfinite(data).all():
+        bad = int((~np.isfinite(data)).any(-1).sum())
         raise DataProblem("the image holds NaN or infinite values", expected="finite numbers",
                           found=f"{bad} voxels that are not", file=path,
                           do="find out why, or replace them (numpy.nan_to_num) on purpose.")
@@ -69,9 +70,11 @@ def default_mask(
     data, # (X, Y, Z, F)
 ) -> np.ndarray: # (X, Y, Z) bool
     "Voxels where every feature that is not zero everywhere is non-zero; if there are none, where any is."
-    alive = (data != 0).any((0, 1, 2))
-    mask = ((data if alive.all() else data[..., alive]) != 0).all(-1) & alive.any()
-    return mask if mask.any() else (data != 0).any(-1)
+    there = data != 0
+    alive = there.any((0, 1, 2))
+    mask = (there if alive.all() else there[..., alive]).all(-1) & alive.any()
+    return mask if mask.any() else there.any(-1)
+
 
 def union_mask(
     paths, # Mask images

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 
-MODULES = ('volume', 'lines', 'reading', 'batch', 'study', 'gpu')
+MODULES = ('volume', 'lines', 'reading', 'batch', 'study', 'dwi_ml', 'gpu')
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

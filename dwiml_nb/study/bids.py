@@ -6,7 +6,7 @@
 __all__ = ['PHANTOM_NAMES', 'WORDS', 'CONTENT', 'bids_phantom', 'some_of', 'plain_cell', 'read_table', 'table_among',
            'participants_file', 'read_participants', 'bare_id', 'by_bare_id', 'meant', 'session_column', 'row_of',
            'session_rows', 'inner_folders', 'people_folders', 'rows_by_person', 'bids_subjects', 'refuse_leaks',
-           'split_of_column', 'ids_meant', 'split_of_lists', 'all_names', 'tractograms', 'no_tractogram', 'words_of',
+           'split_of_column', 'ids_meant', 'split_of_lists', 'all_names', 'no_tractogram', 'tractograms',
            'distinguishing', 'label_entities', 'volume_group', 'words_taken', 'streamlines_groups', 'bids_config',
            'BidsSources', 'unanswered', 'mixed', 'all_mixed', 'bids_sources']
 
@@ -343,18 +343,6 @@ def all_names(
     people = [p for p in sorted(Path(derivatives).glob('sub-*')) if p.is_dir()]
     return [bids_name(p) for person in people for p in files_below(person)]
 
-def tractograms(
-    derivatives, # Derivatives folder
-    query=None, # Of the tractograms; all of them when not given
-    there=None, # From `all_names`; looked for when not given
-) -> list: # of `BidsName`s
-    "The names of the tractograms that answer a query."
-    query = {'suffix': 'tractogram', **(query or {})}
-    if there is None: there = all_names(derivatives)
-    names = [n for n in there if is_tractogram(n.path) and answers(n, query)]
-    if not names: raise no_tractogram(there, query, derivatives)
-    return names
-
 def no_tractogram(
     there, # `BidsName`s of all files
     query:dict, # That none of them answers
@@ -376,15 +364,18 @@ def no_tractogram(
                        do=do if others else f"give the folder that holds them{inner_folders(derivatives)}.",
                        file=derivatives)
 
-def words_of(
+# %% ../../nbs/01_study/13_bids.ipynb #f90d9034
+def tractograms(
     derivatives, # Derivatives folder
-    entity:str, # For instance 'tract'
     query=None, # Of the tractograms; all of them when not given
-) -> tuple: # list of words, sorted; list of the names that have none
-    "All words that an entity has in the names of the tractograms."
-    names = tractograms(derivatives, query)
-    return (sorted({w for n in names if (w := n.says(entity)) is not None}),
-            [n.path.name for n in names if n.says(entity) is None])
+    there=None, # From `all_names`; looked for when not given
+) -> list: # of `BidsName`s
+    "The names of the tractograms that answer a query."
+    query = {'suffix': 'tractogram', **(query or {})}
+    if there is None: there = all_names(derivatives)
+    names = [n for n in there if is_tractogram(n.path) and answers(n, query)]
+    if not names: raise no_tractogram(there, query, derivatives)
+    return names
 
 # %% ../../nbs/01_study/13_bids.ipynb #131084e7
 CONTENT = ('tract', 'bundle', 'hemi', 'label') # Entities that say what a tractogram holds

@@ -468,6 +468,7 @@ def test_a_command_says_what_to_use(name, capsys):
     ours = COMMANDS[name].strip("`")
     for option, here in OPTIONS[name].items():
         parser = anno_parser(command(ours))
+        assert not (here.startswith("nothing") and option in parser._option_string_actions), f"{ours} has {option}"
         if not option.startswith("--") or option in parser._option_string_actions: continue
         with pytest.raises(SystemExit) as e: parser.error(f"unrecognized arguments: {option}")
         assert e.value.code == 2 and f"About dwi_ml's {option}: {told(here)}" in capsys.readouterr().err

@@ -463,11 +463,11 @@ OPTIONS = {               # command of dwi_ml -> its option -> what to use inste
         '-v': 'nothing in its place: epochs are always told'},
     'dwiml_visualize_logs': {
         **same('--save_to_csv', '--save_figures', '--graph', '--nb_plots_per_fig', '--xlim', '--fig_size',
-               '--remove_outliers'),
+               '--remove_outliers', '-f'),
         '--ylims': '`--graph`: its last two words are ymin and ymax',
         '--show_now': '`plot_logs` in a notebook',
         '--allow_missing': '`--graph` with the logs that there are',
-        '-f': 'nothing in its place: figures are drawn again', '-v': 'nothing in its place'},
+        '-v': 'nothing in its place: names of files are always told'},
 }
 
 # %% ../../nbs/00_core/15_dwi_ml.ipynb #9f4ac9c9

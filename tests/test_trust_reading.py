@@ -217,6 +217,23 @@ def test_claims_are_judged_before_a_copy(study):
     with pytest.raises(DataProblem, match="claims more than the file holds|no room"): repack_study(study, study.with_name("one.hdf5"))
 
 
+def test_groups_of_many_names_and_deep_groups(study):
+    "Forty groups, each of which holds the next one under two names: 2^40 ways through them."
+    with h5py.File(study, "r+") as f:
+        groups = [f.create_group(f"many/g{i}") for i in range(30)]
+        for a, b in zip(groups, groups[1:]): a["x"], a["y"] = b, h5py.SoftLink(b.name)
+        f["sub-01/many"] = groups[0]
+        del f["many"]
+        for i, g in enumerate(groups[:-1]): del g["y"]; g["y"] = g["x"]
+    start = time.perf_counter()
+    describe_study(study), check_study(study)
+    with h5py.File(repack_study(study, study.with_name("one.hdf5"))) as f: assert f["sub-01/many/x/y"] == f["sub-01/many/y/x"]
+    with h5py.File(study, "r+") as f: f.create_group("sub-01/" + "/".join("d" * 2000))
+    for way in ("describe", "repack"):
+        with pytest.raises(DataProblem, match="too deep|already"): WAYS[way](study)
+    assert not check_study(study).ok and time.perf_counter() - start < 10
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, "{" * 5000, "-" * 3_000_000, "(" * 9000 + ")" * 9000, "[1, 2]", "'a'"])
 def test_a_config_that_exhausts_its_reader(text):
     for key in ("groups_config", "groups_config_json"): assert study_config({key: text}) is None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from ..core.dwi_ml import NamesOfDwiml
-from ..core.errors import DataProblem
+from ..core.errors import DataProblem, printable
 from ..core.lines import lengths_of
 from ..core.ragged import Ragged, rows_of
 from ..core.space import Grid, convert
@@ -103,8 +103,8 @@ class SFTData(NamesOfDwiml):
     def __len__(self): return self.nb_streamlines
     def __repr__(self):
         where = 'lazy' if self.is_lazy else 'in memory'
-        return (f"SFTData({self.name}: {self.nb_streamlines} streamlines, {self.nb_stored_points} points, "
-                f"dps {self.dps_keys}, {where})")
+        return printable(f"SFTData({self.name}: {self.nb_streamlines} streamlines, {self.nb_stored_points} "
+                         f"points, dps {self.dps_keys}, {where})")
     def __getstate__(self): return {**self.__dict__, **(dict(spans_kept=None) if self.is_lazy else {})}
 
 # %% ../../nbs/02_data/02_streamlines.ipynb #70329772

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 from ..core.dwi_ml import NamesOfDwiml
-from ..core.errors import DataProblem
+from ..core.errors import DataProblem, printable
 from ..core.sizes import free_memory
 from ..core.space import Grid
 from ..study.files import OwnLock
@@ -148,5 +148,5 @@ class MRIData(NamesOfDwiml):
         # a device that is full or missing is no fault of the file
         return self.cache.get(self.name, device, self.read)
     def __repr__(self):
-        return (f"MRIData({self.name}: {self.grid}, {self.nb_features} features, "
-                f"{'lazy' if self.is_lazy else 'in memory'})")
+        return printable(f"MRIData({self.name}: {self.grid}, {self.nb_features} features, "
+                         f"{'lazy' if self.is_lazy else 'in memory'})")

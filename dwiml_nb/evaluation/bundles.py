@@ -13,7 +13,7 @@ import torch
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-from ..core.errors import DataProblem, did_you_mean, html_text, naming, need_file, stand_in
+from ..core.errors import DataProblem, did_you_mean, html_text, naming, need_file, printable, stand_in
 from ..core.files import read_json
 from ..core.ragged import Ragged, as_ragged
 from ..core.sizes import need_memory, refuse_far
@@ -32,7 +32,7 @@ class Reference:
     tail:np.ndarray # (K, X*Y*Z) bool
     length_mm:np.ndarray # (K, 2) shortest and longest true line
 
-    def __repr__(self): return f"Reference({', '.join(self.names)}; {self.grid})"
+    def __repr__(self): return printable(f"Reference({', '.join(self.names)}; {self.grid})")
 
 # %% ../../nbs/10_evaluation/00_bundles.ipynb #0256016a
 def find_scoring(

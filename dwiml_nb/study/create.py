@@ -100,17 +100,20 @@ def copy_object(
     name:str, # Its name there
     check=lambda: None, # Raises when writing has failed
     above=(), # Where the groups that hold it lie in the file
+    known=None, # Where what was copied lies in the file -> the copy
 ):
-    "Copy whatever it is, a group with all that is in it."
-    if isinstance(source, h5py.Dataset): return copy_dataset(source, parent, name, check)
-    if not isinstance(source, h5py.Group): return parent.file.copy(source, parent, name)
-    about = h5py.h5o.get_info(source.id)
+    "Copy whatever it is, a group with all that is in it; what has two names has two names again."
+    if not isinstance(source, (h5py.Dataset, h5py.Group)): return parent.file.copy(source, parent, name)
+    about,known = h5py.h5o.get_info(source.id), {} if known is None else known
     if (at := (about.fileno, about.addr)) in above:
         raise DataProblem(f"the links of group {source.name} lead round in a circle", do="remove the link.",
                           file=source.file.filename)
-    target = parent.create_group(name)
-    copy_attributes(source, target)
-    for key in source: copy_object(followed(source, key), target, key, check, (*above, at))
+    if at in known: parent[name] = known[at]; return
+    if isinstance(source, h5py.Dataset): copy_dataset(source, parent, name, check); known[at] = parent[name]
+    else:
+        target = known[at] = parent.create_group(name)
+        copy_attributes(source, target)
+        for key in source: copy_object(followed(source, key), target, key, check, (*above, at), known)
 
 def followed(
     group, # HDF5 group

@@ -29,8 +29,8 @@ from .parts import StudyOptions, parts_folder, steady_hdf5
 from .config import VolumeSpec, raise_problems, read_config
 from .files import open_hdf5
 from .lists import SUBSETS
-from .schema import (allowing_links, attr_value, attr_words, found_in, group_grid, group_kind,
-                                   open_study, study_config, subject_in)
+from .schema import (allowing_links, attr_value, attr_words, check_links, found_in, group_grid,
+                                   group_kind, open_study, study_config, subject_in)
 from .sources import attempt, check_alike, check_sources
 
 # %% ../../nbs/01_study/12_grow.ipynb #ac00a451
@@ -271,6 +271,7 @@ def datasets_of(
     "All datasets of a group."
     found = [group] if isinstance(group, h5py.Dataset) else []
     if isinstance(group, h5py.Group):
+        check_links(group)
         group.visititems(lambda _,o: found.append(o) if isinstance(o, h5py.Dataset) else None)
     return found
 

@@ -10,6 +10,7 @@ __all__ = ['VIEWS', 'MOST_DOTS', 'View', 'view_from', 'Frame', 'frame_of', 'pain
 import io
 from dataclasses import dataclass
 import numpy as np
+from ..core.errors import printable
 from .scene import LineSet, Scene, Slices
 from .theme import INK, PAPER, QUIET, rgba
 
@@ -210,7 +211,7 @@ def label(
     pen,font,(w,h) = ImageDraw.Draw(picture), ImageFont.load_default(14), frame.size
     def write(at, text, anchor, fill=INK):
         pen.text(at, text, fill=fill, anchor=anchor, font=font, stroke_width=2, stroke_fill='white')
-    rows = wrapped(title, font, w - 12)
+    rows = wrapped(title := printable(title, ''), font, w - 12)
     free = font.getlength(title) < w/2 - 20
     for side,at,anchor in (('left', (6, h/2), 'lm'), ('right', (w - 6, h/2), 'rm'),
                            ('top', (w/2, 4 if free else 4 + 18*len(rows)), 'ma'),

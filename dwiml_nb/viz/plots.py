@@ -12,7 +12,7 @@ import re
 from functools import partial
 from pathlib import Path
 import numpy as np
-from ..core.errors import did_you_mean
+from ..core.errors import did_you_mean, html_text
 from ..training.sinks import read_logs
 from .painter import to_png
 from .theme import PALETTE, matplotlib_style, plotly_style
@@ -214,13 +214,13 @@ def histogram_figure(
                 (edges[1:] + edges[:-1])/2)
     if len(counts) <= len(PALETTE):
         for name,n in counts.items():
-            figure.add_bar(x=x, y=n, name=name, opacity=.65 if len(counts) > 1 else 1)
+            figure.add_bar(x=x, y=n, name=html_text(name), opacity=.65 if len(counts) > 1 else 1)
         return figure.update_layout(xaxis_title=xlabel, yaxis_title='count')
     table,sentence = spread_of(groups, counts)
     for name,n,fill in zip(('lowest', '5 %', 'median', '95 %', 'highest'), table, [None] + ['tonexty']*4):
         line = dict(shape='hvh', color=PALETTE[0], width=2 if name == 'median' else .5)
         figure.add_scatter(x=x, y=n, name=name, mode='lines', line=line, fill=fill)
-    title = dict(text=sentence, font_size=12)
+    title = dict(text=html_text(sentence), font_size=12)
     return figure.update_layout(xaxis_title=xlabel, yaxis_title='count', title=title)
 
 # %% ../../nbs/09_viz/05_plots.ipynb #71f4ef02

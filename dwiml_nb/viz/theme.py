@@ -92,6 +92,7 @@ def matplotlib_style() -> dict:
             'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': QUIET,
             'axes.labelcolor': INK, 'axes.titlesize': 'medium',
             'axes.grid': True, 'grid.color': '#e2e6ea', 'grid.linewidth': .6,
+            'text.parse_math': False,                             # a name may have two dollar signs
             'text.color': INK, 'xtick.color': QUIET, 'ytick.color': QUIET,
             'legend.frameon': False, 'lines.linewidth': 1.6, 'figure.facecolor': PAPER}
 

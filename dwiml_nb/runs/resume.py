@@ -6,7 +6,6 @@
 __all__ = ['PARTS', 'trainer_from_folder']
 
 # %% ../../nbs/08_runs/01_resume.ipynb #886b4a02
-from pathlib import Path
 from ..core.errors import DataProblem
 from ..core.options import chain_of, put_together
 from ..core.registry import class_named, trusting
@@ -15,6 +14,7 @@ from ..batch.sampler import DWIMLBatchIDSampler
 from ..batch.loader import DWIMLBatchLoader
 from ..models.base import MainModelAbstract
 from ..training.checkpoints import Checkpoint, check_whole, other_version, read_checkpoint
+from ..training.run import Experiment
 from ..training.trainer import DWIMLTrainer
 
 # %% ../../nbs/08_runs/01_resume.ipynb #cd75633f
@@ -49,7 +49,7 @@ def trainer_from_folder(
     **kwargs, # Of `init_from_checkpoint`: new_max_epochs, new_patience, other_data, …
 ) -> DWIMLTrainer:
     "The trainer of a run, built again from its folder, ready to go on."
-    checkpoint = read_checkpoint(Path(experiments_path)/experiment_name)
+    checkpoint = read_checkpoint(Experiment(experiments_path, experiment_name).folder)
     check_whole(checkpoint)
     kept = checkpoint.params
     do = ("in the notebook or script that defines it, build the model and call "

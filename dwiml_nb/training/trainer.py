@@ -292,14 +292,14 @@ def go_through(self:DWIMLTrainer,
     bar = progress(self.batches(name, epoch, self.batch), f"epoch {epoch+1}/{self.max_epochs} {name}",
                    total=self.nb_batches(name, epoch) - self.batch, unit='batch')
     began = time.perf_counter()
-    with targets_kept(self.model, self.batch_loader):
-        for batch in bar:
-            if self.control.stop_requested: break
-            seed_batch(self.seed, name, epoch, self.batch, self.device)
-            with torch.set_grad_enabled(learn is not None): row = step(self.batch_loader.hand_out(batch))
-            began,seconds = time.perf_counter(), time.perf_counter() - began
-            self.count_batch(phase, row, len(batch.lines.data), seconds)
-            bar.set_postfix(loss=f"{self.sums[name, 'loss'].mean:.4g}", refresh=False)
+    for batch in bar:
+        if self.control.stop_requested: break
+        seed_batch(self.seed, name, epoch, self.batch, self.device)
+        with torch.set_grad_enabled(learn is not None), targets_kept(self.model, self.batch_loader):
+            row = step(self.batch_loader.hand_out(batch))
+        began,seconds = time.perf_counter(), time.perf_counter() - began
+        self.count_batch(phase, row, len(batch.lines.data), seconds)
+        bar.set_postfix(loss=f"{self.sums[name, 'loss'].mean:.4g}", refresh=False)
 
 @patch
 def count_batch(self:DWIMLTrainer,
@@ -527,7 +527,7 @@ def init_from_checkpoint(cls:DWIMLTrainer,
     **kwargs, # Further arguments of a child class
 ) -> DWIMLTrainer:
     "A trainer that goes on where the checkpoint of an experiment was written."
-    checkpoint = read_checkpoint(Path(experiments_path)/experiment_name)
+    checkpoint = read_checkpoint(Experiment(experiments_path, experiment_name).folder)
     check_whole(checkpoint)
     kept = checkpoint.params['trainer']
     name = kept['class'].rpartition('.')[2]

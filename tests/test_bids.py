@@ -1,4 +1,5 @@
 """BIDS derivatives as people have them: tables by hand, ids spelled otherwise, sessions, names with more entities, links whose content is elsewhere."""
+import re
 import shutil
 
 import nibabel as nib
@@ -61,7 +62,7 @@ def test_any_way_of_writing_a_table_gives_the_same_lists(tree):
             'UTF-16': TABLE.encode('utf-16'), 'Latin-1': TABLE.replace('20', 'Zoé').encode('latin-1'), 'closing tab': TABLE.replace('\n', '\t\n'),
             'missing cell': TABLE.replace('split', 'split\tnote').replace('training', 'training\tyes'), 'blanks': TABLE.replace('training', 'training ').replace('sub-02', ' sub-02 '),
             'blank lines': TABLE.replace('\n', '\n\n') + '\t\n\n', 'capitals in the header': TABLE.replace('participant_id', 'Participant_ID'), 'capitals': TABLE.replace('sub-', 'SUB-'),
-            'no zeros': TABLE.replace('sub-0', ''), 'quoted by R': '\n'.join('\t'.join(f'"{c}"' for c in r.split('\t')) for r in TABLE.splitlines()),
+            'no zeros': TABLE.replace('sub-0', ''), 'as floats': re.sub(r'sub-0(\d)', r'\1.0', TABLE), 'quoted by R': '\n'.join('\t'.join(f'"{c}"' for c in r.split('\t')) for r in TABLE.splitlines()),
             'a quotation mark begins a cell': TABLE.replace('20', '"left handed').replace('40', '"5 mm'), 'cells too many': TABLE.replace('20\ttraining', '20\ttraining\textra\tcells'),
             'no-break space': TABLE.replace('sub-01', 'sub-01\u00a0'), 'other words': TABLE.replace('training', 'Train').replace('validation', 'VAL').replace('testing', 'test')}.items():
         assert tree.lists(text) == WANT, name
@@ -82,6 +83,7 @@ def test_tables_that_cannot_be_read(tree):
     tree.refused('lists nobody', table='participant_id\tsplit\n')
     tree.refused('lists nobody', table='')
     tree.refused('not a text file', table=bytes(100))
+    tree.refused('row.names=FALSE', table='participant_id\tsplit\n1\tsub-01\ttraining\n2\tsub-02\ttesting\n')
     tree.refused('two columns have one name', table=TABLE.replace('age', 'split'))
     tree.refused("no column 'splt'", "Did you mean 'split'?", table=TABLE, split='splt')
     tree.refused('names no subset', 'n/a', table=TABLE.replace('training', 'n/a').replace('validation', 'n/a').replace('testing', 'n/a'))

@@ -96,6 +96,10 @@ def read_table(
                           else "two columns have one name", found=', '.join(header),
                           expected=f"columns between tabs, one of them {key}",
                           do="put tabs between the columns, or correct the first line.", file=path)
+    if len(rows) > 1 and all(len(r) == len(header) + 1 and r[-1] for r in rows):
+        raise DataProblem("each row has one cell more than there are columns", expected=', '.join(header),
+                          found=', '.join(rows[0]), file=path,
+                          do="leave out the names of rows (in R: row.names=FALSE), or name the column.")
     long = [r[header.index(key)] for r in rows if any(r[len(header):])]
     table = [dict(zip(header, r + ['']*len(header))) for r in rows]
     return [{k: v for k,v in r.items() if k} for r in table], [
@@ -134,7 +138,7 @@ def bare_id(
     kind:str='sub', # Or 'ses'
 ) -> str:
     "What the ways to write one id have in common."
-    bare = re.sub(rf'^{kind}([-_]|(?=\d))', '', word.lower())
+    bare = re.sub(rf'^{kind}([-_]|(?=\d))', '', re.sub(r'^(\d+)\.0$', r'\1', word.lower()))
     return bare.lstrip('0') or bare[:1]
 
 @lru_cache(maxsize=8)

@@ -46,11 +46,14 @@ class Settled:
         self.function,self.seconds,self.timer = function,seconds,None
     def __call__(self):
         "Call the function soon, and once."
-        if self.timer is not None: self.timer.cancel()
+        self.cancel()
         try: loop = asyncio.get_running_loop()
         except RuntimeError: return self.flush()
         if in_cell(): return self.flush()
         self.timer = loop.call_later(self.seconds, self.flush)
+    def cancel(self):
+        "Do not call it, unless it is asked for again."
+        if self.timer is not None: self.timer.cancel()
     def flush(self):
         "Call the function now."
         self.timer = None
@@ -374,13 +377,14 @@ class LiveViewer(Viewer):
     def close(self): self.stage.close(); super().close()
 
     def on_pointer(self, event):
-        "Fewer lines while dragging; a click picks."
+        "Fewer lines while dragging, and no still; a click picks."
         down = event.type == 'pointer_down'
+        if down: self.renewal.cancel()
+        else: self.renewal()
         for buffer in self.stage.lines: buffer.show_lines(self.lines_while_dragging if down else None)
         if down: self.pressed_at = event.x, event.y
         elif np.hypot(event.x - self.pressed_at[0], event.y - self.pressed_at[1]) < 3:
             self.point_at(event.x, event.y)
-        else: self.renewal()
         self.stage.redraw()
 
     def point_at(self, x:float, y:float):

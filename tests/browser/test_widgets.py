@@ -124,6 +124,8 @@ def test_batch_preview_turns_with_the_mouse(notebook):
     drawn = frames()
     page.wait_for_timeout(2000)
     assert frames() == drawn, "an idle canvas draws nothing"
+    still = lambda: output(page, 1).locator("[class^=dwiml-still] img").get_attribute("src")
+    kept = still()
     before, box = pixels(canvas), canvas.bounding_box()
     page.mouse.move(box["x"] + 300, box["y"] + 225)
     page.mouse.down()
@@ -131,6 +133,7 @@ def test_batch_preview_turns_with_the_mouse(notebook):
     page.mouse.up()
     wait_until(lambda: (pixels(canvas) != before).any(2).mean() > .02)
     shot(widget, "batch_preview_turned")
+    wait_until(lambda: still() != kept)  # what a saved notebook shows has been turned, too
     turned = pixels(canvas)
     widget.get_by_role("button", name="Next batch").click()
     page.wait_for_function("() => document.body.innerText.includes('batch 2 of')")

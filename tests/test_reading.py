@@ -3,6 +3,7 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import threading
@@ -24,6 +25,7 @@ from dwiml_nb.study.files import HeldFiles
 from dwiml_nb.study.describe import describe_study
 from dwiml_nb.study.lists import SUBSETS
 from dwiml_nb.study.schema import StudyFile
+from dwiml_nb.study.toy import toy_study
 
 WAYS = {'map': dict(lazy=True), 'pread': dict(lazy=True, read_mode='pread'), 'eager': {}}
 AFFINE = np.diag([2., 2, 2, 1])
@@ -393,3 +395,22 @@ def test_a_file_that_cannot_be_mapped_is_read(tmp_path, monkeypatch):
 def test_read_modes_have_names(tmp_path):
     with pytest.raises(DataProblem, match="Did you mean 'pread'"): MultiSubjectDataset(write_study(tmp_path/'study.hdf5'), read_mode='read')
     assert StudyFile(tmp_path/'study.hdf5').read_mode == 'map'
+
+
+# ---- attributes that are not what they should be
+
+@pytest.fixture(scope='module')
+def toy(tmp_path_factory): return toy_study(tmp_path_factory.mktemp('toy'))
+
+
+@pytest.mark.parametrize('key,value,says', [
+    ('affine', np.arange(1000.), 'not a 4x4 matrix'), ('affine', np.ones((8, 4)), 'not a 4x4 matrix'), ('affine', np.eye(4)[:3], 'not a 4x4 matrix'),
+    ('affine', np.arange(16, dtype='i1'), 'not a 4x4 matrix|inverted|last row'), ('affine', 'diagonal', 'damaged'), ('affine', np.full((4, 4), np.nan), 'inverted'),
+    ('type', ['volume']*50, 'missing'), ('type', np.arange(40), 'missing'), ('dimensions', np.arange(5000), None), ('space', ['Space.VOX', 'Space.VOX'], 'space'), ('origin', np.zeros(9), 'origin')])
+def test_an_attribute_of_another_form_is_never_believed(toy, tmp_path, key, value, says):
+    "h5py writes past the end of an array that is too small for an attribute: its size is looked at first."
+    path = tmp_path/'study.hdf5'; shutil.copy(toy, path)
+    with h5py.File(path, 'r+') as f: f[f"sub-02/{'bundles' if key in ('dimensions', 'space', 'origin') else 'input'}"].attrs[key] = value
+    try: MultiSubjectDataset(path, lazy=True).load_data()
+    except DataProblem as e: assert says and re.search(says, str(e)), e
+    else: assert says is None

@@ -17,8 +17,8 @@ from .volumes import VolumeCache
 from ..study.config import raise_problems
 from ..study.describe import html_table, columns
 from ..study.lists import SUBSETS
-from ..study.schema import (StudyFile, allowing_links, attr_value, attr_words, group_kind, members,
-                                   study_config)
+from ..study.schema import (StudyFile, allowing_links, attr_value, attr_words, group_kind, hard_link,
+                                   members, reached, study_config)
 from ..study.sources import check_alike, is_oblique
 
 # %% ../../nbs/02_data/04_dataset.ipynb #2f789d21
@@ -40,7 +40,7 @@ def read_subject(
     "The chosen groups of one subject. One error tells all that is missing."
     group = file.open(subject)
     bad,wanted = [], {**{g: 'volume' for g in volume_groups}, **{g: 'streamlines' for g in streamline_groups}}
-    groups = members(group)
+    groups = {g: reached(group, g) for g in wanted if hard_link(group, g) is not None}
     for g,kind in wanted.items():
         if group_kind(groups.get(g)) == kind: continue
         there = groups_of(group)[kind == 'streamlines']
@@ -104,14 +104,15 @@ class MultiSubjectDataset(NamesOfDwiml):
     @property
     def hdf5_file(self): return self.file.path
 
-    def choose_groups(self, volume_groups, streamline_groups):
+    def choose_groups(self, volume_groups, streamline_groups, nb_features=None):
         "Use these groups, in this order."
         self.volume_groups,self.streamline_groups = list(volume_groups), list(streamline_groups)
-        self.nb_features = ByName(self.features_of(volume_groups))
+        self.nb_features = ByName(nb_features or self.features_of(volume_groups))
     def features_of(self, volume_groups) -> dict: # group -> int
         "Number of features of volume groups, from the first subject."
-        return {g: SubjectData(self.file, self.first_subject, [g], []).volumes[g].nb_features
-                for g in volume_groups}
+        if not volume_groups: return {}
+        first = SubjectData(self.file, self.first_subject, volume_groups, [])
+        return {g: v.nb_features for g,v in first.volumes.items()}
 
     @property
     def path(self) -> Path: return self.file.path
@@ -178,9 +179,9 @@ def load_data(self:MultiSubjectDataset,
                          subject=s, file=self.path)):
                 made[s] = read_subject(self.file, s, volumes, lines, self.cache)
         except DataProblem as e: bad += getattr(e, 'problems', [e])
-    raise_problems(bad + check_agreement(made.values(), self.features_of(volumes), self.path),
-                   f"the study {self.path}")
-    self.choose_groups(volumes, lines)
+    nb_features = self.nb_features if volumes == self.volume_groups else self.features_of(volumes)
+    raise_problems(bad + check_agreement(made.values(), nb_features, self.path), f"the study {self.path}")
+    self.choose_groups(volumes, lines, nb_features)
     self.cache.clear()
     if not self.lazy:
         for s in progress(made.values(), 'loading study', unit='subject'): s.load()
@@ -194,9 +195,13 @@ def load_data(self:MultiSubjectDataset,
 @patch
 def tell_frame(self:MultiSubjectDataset):
     "Warn once that image axes are assumed, if that matters."
+    oblique = {}                                                               # many subjects, few affines
+    def turned(grid):
+        key = grid.affine.tobytes()
+        if key not in oblique: oblique[key] = is_oblique(grid)
+        return oblique[key]
     unsaid = {s.subj_id: g for subset in self.subsets.values() for s in subset.data
-              for g,v in s.volumes.items()
-              if v.frame is None and v.nb_features > 1 and is_oblique(v.grid)}
+              for g,v in s.volumes.items() if v.frame is None and v.nb_features > 1 and turned(v.grid)}
     if unsaid:
         warnings.warn(f"{self.path.name}: the grid of {', '.join(unsaid)} is oblique and group "
                       f"'{next(iter(unsaid.values()))}' does not say which axes its directions use. "

@@ -14,10 +14,10 @@ from ..core.dwi_ml import NamesOfDwiml
 from ..core.errors import DataProblem, printable
 from ..core.lines import lengths_of
 from ..core.ragged import Ragged, rows_of
-from ..core.space import Grid, convert
+from ..core.space import convert
 from ..core.tractograms import Tractogram
 from ..study.line_tables import check_stored
-from ..study.schema import StudyFile, members, stored_to_vox
+from ..study.schema import StudyFile, identifiers, placed_grid, wrapped
 from .stored import StoredRows, lines_outside, pick_lines, told_of
 
 # %% ../../nbs/02_data/02_streamlines.ipynb #dd9adbc4
@@ -62,15 +62,14 @@ class SFTData(NamesOfDwiml):
         self.file,self.name = file, name
         with told_of(file, name):
             if group is None: group = file.open(name)
-            self.grid = Grid(group.attrs['affine'], group.attrs['dimensions'])
-            self.matrix = stored_to_vox(group.attrs, self.grid)
-            inside = members(group)
-            if 'data_per_streamline' in inside:
-                inside |= {f'data_per_streamline/{k}': d
-                           for k,d in members(inside.pop('data_per_streamline')).items()}
+            self.grid,self.matrix = placed_grid(group)
+            inside = identifiers(group)
+            if isinstance(dps := inside.pop('data_per_streamline', None), h5py.h5g.GroupID):
+                inside |= {f'data_per_streamline/{k}': d for k,d in identifiers(wrapped(dps)).items()}
             self.parts = {k: StoredRows(file, f'{name}/{k}', d)
-                          for k,d in inside.items() if isinstance(d, h5py.Dataset)}
-            check_stored(inside['lengths'])    # from here on, the number of lines is believed
+                          for k,d in inside.items() if isinstance(d, h5py.h5d.DatasetID)}
+            # from here on, the number of lines is believed
+            if self.parts['lengths'].address == -1: check_stored(wrapped(inside['lengths']))
             self.check_header()
         self.rows,self.nb_streamlines = self.parts['data'], len(self.parts['lengths'])
         self.nb_stored_points = len(self.rows)
@@ -135,7 +134,7 @@ def load(self:SFTData):
     "Bring points and data per streamline into memory."
     with told_of(self.file, self.name):
         self.spans_kept = self.spans()
-        self.points = as_vox(self.rows.all(), self.matrix)
+        self.points = as_vox(self.rows.all(np.float32 if self.matrix is None else None), self.matrix)
         self.dps_kept = {k: self.parts[f'data_per_streamline/{k}'].all() for k in self.dps_keys}
 
 # %% ../../nbs/02_data/02_streamlines.ipynb #07102070

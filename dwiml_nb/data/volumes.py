@@ -15,9 +15,8 @@ from torch.utils.data import get_worker_info
 from ..core.dwi_ml import NamesOfDwiml
 from ..core.errors import DataProblem, printable
 from ..core.sizes import free_memory
-from ..core.space import Grid
 from ..study.files import OwnLock
-from ..study.schema import StudyFile, attr_value, members
+from ..study.schema import StudyFile, placed_grid, quick_attr, reached
 from .stored import StoredRows, told_of
 
 # %% ../../nbs/02_data/01_volumes.ipynb #8adc0042
@@ -98,12 +97,11 @@ class MRIData(NamesOfDwiml):
                                                       None)
         with told_of(file, name):
             if group is None: group = file.open(name)
-            self.rows = StoredRows(file, f'{name}/data', members(group)['data'])
+            self.rows = StoredRows(file, f'{name}/data', reached(group, 'data').id)
             if len(self.rows.shape) != 4:
                 raise DataProblem("a volume has four axes", expected="(X, Y, Z, F)", found=self.rows.shape)
-            self.grid,self.nb_features = (Grid(group.attrs['affine'], self.rows.shape[:3]),
-                                          int(self.rows.shape[3]))
-            self.frame = attr_value(group.attrs, 'frame')    # None in files by dwi_ml: they mean image axes
+            self.grid,self.nb_features = placed_grid(group, self.rows.shape[:3])[0], int(self.rows.shape[3])
+            self.frame = quick_attr(group, 'frame')    # None in files by dwi_ml: they mean image axes
         if not lazy: self.load()
 
     @property

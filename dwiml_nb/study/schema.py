@@ -92,8 +92,8 @@ def open_study(
                       file=path, do="create the study again.")
 
 # %% ../../nbs/01_study/05_schema.ipynb #34d5a23f
-WRAPPERS = {h5py.h5d.DatasetID: lambda found: h5py.Dataset(found, readonly=True), h5py.h5g.GroupID: h5py.Group,
-            h5py.h5t.TypeID: h5py.Datatype}
+WRAPPERS = {h5py.h5d.DatasetID: lambda found: h5py.Dataset(found, readonly=True),
+            h5py.h5g.GroupID: h5py.Group, h5py.h5t.TypeID: h5py.Datatype}
 
 def wrapped(
     found, # Identifier of a group, dataset or named type
@@ -121,11 +121,12 @@ def quick_attr(
     "An attribute, quickly where it has the expected form."
     try: attr = h5py.h5a.open(obj.id, key.encode())
     except KeyError: return None
-    # h5py writes beyond an array that is too small: here, there is room for as many numbers as there are bytes
+    # h5py writes beyond an array that is too small: here is room for as many numbers as there are bytes
     size,n = attr.get_storage_size(), math.prod(shape or ())
     try:
         if size != ONE_TEXT if shape is None else not n <= size <= 8*n: raise ValueError
-        out,kind = (np.empty((), TEXT), TEXT_TYPE) if shape is None else (np.full(size, np.nan), NUMBER_TYPE)
+        out,kind = np.empty((), TEXT), TEXT_TYPE
+        if shape is not None: out,kind = np.full(size, np.nan), NUMBER_TYPE
         attr.read(out, kind)
         if shape is None: return out[()].decode('utf-8', 'surrogateescape')
         if np.isfinite(out).sum() == n: return out[:n].reshape(shape)

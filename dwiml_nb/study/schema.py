@@ -54,7 +54,7 @@ def missing_names(
     "Which of ten thousand names a group lacks."
     there = {}
     group.id.links.iterate(lambda name,link: there.update({name: link.type}), info=True)
-    hard = {name.decode(errors='surrogateescape') for name,kind in there.items() if kind == h5py.h5l.TYPE_HARD}
+    hard = {n.decode(errors='surrogateescape') for n,kind in there.items() if kind == h5py.h5l.TYPE_HARD}
     return [n for n in names if '/' in n or n not in hard and n not in group]
 
 # %% ../../nbs/01_study/05_schema.ipynb #27dc7140

@@ -17,6 +17,7 @@ from dwiml_nb.batch.sampler import DWIMLBatchIDSampler
 from dwiml_nb.batch.spec import ModelSpec
 from dwiml_nb.cli.tracking import dwiml_track_from_model
 from dwiml_nb.core.errors import DataProblem
+from dwiml_nb.core.phantom import write_phantom
 from dwiml_nb.core.registry import Registry
 from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.directions.base import DIRECTION_GETTERS, DirectionGetter
@@ -25,6 +26,7 @@ from dwiml_nb.models.base import MainModelAbstract, load_model
 from dwiml_nb.models.learn2track import Learn2TrackModel
 from dwiml_nb.runs.resume import trainer_from_folder
 from dwiml_nb.study.config import read_config
+from dwiml_nb.study.grow import add_subjects, repack_study
 from dwiml_nb.study.lists import read_subject_lists
 from dwiml_nb.study.standardize import standardized
 from dwiml_nb.study.toy import toy_study
@@ -219,6 +221,20 @@ def test_a_copy_of_the_study_is_the_study(dataset, folder, tmp_path):
         warnings.simplefilter("error")
         trainer_from_folder(folder, "run", copy, new_max_epochs=2, device="cpu")
         make(MultiSubjectDataset(copy, lazy=True, read_mode="pread").load_data(load_testing=False), folder, resume=True, new_max_epochs=2)
+
+
+def test_a_study_that_has_grown(dataset, folder, tmp_path):
+    "By a testing subject, and repacked: the same run goes on. By a training subject: it would be another run."
+    more = write_phantom(tmp_path/"more", n_subjects=5)
+    for subset in ("testing", "training"):
+        study = tmp_path/f"{subset}.hdf5"
+        shutil.copy(dataset.path, study)
+        add_subjects(study, more, **{subset: ["sub-05"]})
+        if subset == "testing": repack_study(study)
+        again = lambda: trainer_from_folder(folder, "run", study, new_max_epochs=2, device="cpu")
+        if subset == "testing": assert again().epoch == 1
+        else:
+            with pytest.raises(DataProblem, match="another study .training subjects.*Found: sub-05=120"): again()
 
 
 def test_a_run_of_before_resumes_with_a_warning(dataset, folder):

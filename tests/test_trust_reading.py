@@ -27,6 +27,7 @@ from dwiml_nb.core.volume import neighborhood_vectors
 from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.data.extract import extract_data
 from dwiml_nb.evaluation.bundles import Scores, score_tractogram, scores_table
+from dwiml_nb.models.learn2track import Learn2TrackModel
 from dwiml_nb.study.check import check_study
 from dwiml_nb.study.check_apart import check_apart
 from dwiml_nb.study.config import read_config
@@ -348,7 +349,8 @@ def test_lines_that_only_leave_the_volume_are_fine():
 
 def test_sizes_that_no_machine_has():
     lines = Ragged.from_list([torch.tensor([[0.0, 0, 0], [100, 0, 0]])] * 100)
-    for ask in (lambda: resample_step(lines, 1e-9), lambda: resample_nb_points(lines, 10**9), lambda: seeds_from_mask(np.ones((9, 9, 9)), np.eye(4), npv=10**12), lambda: seeds_from_mask(np.ones((9, 9, 9)), np.eye(4), nt=10**15)):
+    for ask in (lambda: resample_step(lines, 1e-9), lambda: resample_nb_points(lines, 10**9), lambda: seeds_from_mask(np.ones((9, 9, 9)), np.eye(4), npv=10**12), lambda: seeds_from_mask(np.ones((9, 9, 9)), np.eye(4), nt=10**15),
+                lambda: Learn2TrackModel(4, rnn_layer_sizes=[10**7])):
         with pytest.raises(DataProblem, match="there is no memory for"): ask()
     for kind, radius, resolution in (("grid", 1000, 1.0), ("axes", 10**9, 1.0), ("grid", float("inf"), 1.0), ("axes", float("nan"), 1.0), ("axes", 1, float("inf")), ("axes", 1, float("nan"))):
         with pytest.raises(ValueError, match="a neighbourhood"): neighborhood_vectors(kind, radius, resolution)

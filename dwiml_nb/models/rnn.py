@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastcore.basics import patch
 from ..core.options import check_number, hands_on, key_and_options, options_of, refuse_unknown
 from ..core.ragged import Ragged, packing_order
+from ..core.sizes import need_memory
 from ..core.registry import Registry
 
 # %% ../../nbs/05_models/03_rnn.ipynb #41c1bae4
@@ -132,6 +133,8 @@ class StackedRNN(nn.Module):
         self.dropout = nn.Dropout(dropout or 0.)
         beside = self.input_size*bool(use_skip_connection)
         below = [self.input_size, *(size + beside for size in self.layer_sizes)]
+        need_memory(sum(16.*size*(size + n) for size,n in zip(self.layer_sizes, below)),
+                    f"layers of {self.layer_sizes}", "take smaller layers.")
         for i,size in enumerate(self.layer_sizes):
             self.add_module(f'rnn_{i}', make(below[i], size, **options))
             if use_layer_normalization: self.add_module(f'layer_norm_{i}', nn.LayerNorm(size))

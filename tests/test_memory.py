@@ -3,15 +3,19 @@
 What counts is memory of one's own (RssAnon): pages of a mapped file belong to the system, which shares them and takes them back.
 The short form always runs; DWIML_SLOW=1 runs 10,000 batches of a 4 GiB study. `python tests/test_memory.py` prints the curve.
 """
+import ctypes
+import gc
 import json
 import os
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import h5py
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -20,6 +24,7 @@ from dwiml_nb.batch.loader import DWIMLBatchLoaderOneInput
 from dwiml_nb.batch.sampler import DWIMLBatchIDSampler
 from dwiml_nb.batch.spec import ModelSpec
 from dwiml_nb.data.dataset import MultiSubjectDataset
+from dwiml_nb.study.create import create_study
 from dwiml_nb.study.lists import SUBSETS
 
 MIB = 2**20
@@ -95,6 +100,33 @@ def check_flat(curve, warm_up, most=50*MIB):
 def test_memory_is_flat(tmp_path, read_mode):
     curve = walk(write_study(tmp_path/'study.hdf5', 96*MIB), 240, 8, read_mode)
     check_flat(curve, 80)
+    shutil.rmtree(tmp_path)
+
+def highest_while(do):
+    "How far this process's own memory rises above where it was, in bytes."
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), 'malloc_trim'): libc.malloc_trim(0)
+    base,highest,done = of_process('self')[0], [0], threading.Event()
+    def watch():
+        while not done.is_set(): highest[0] = max(highest[0], of_process('self')[0] - base); time.sleep(2e-4)
+    watcher = threading.Thread(target=watch); watcher.start()
+    try: do()
+    finally: done.set(); watcher.join()
+    return highest[0]
+
+@pytest.mark.parametrize('how', ['none', 'all'])
+def test_creation_holds_a_subject_at_most_twice(tmp_path, how):
+    "Whatever is done to a volume, and however many subjects there are."
+    values = np.random.default_rng(0).random((*GRID, 28), np.float32)
+    for s in 'ab':
+        (tmp_path/s).mkdir()
+        nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path/s/'sh.nii')
+    config = {'input': {'type': 'volume', 'files': 'sh.nii', 'standardization': how}}
+    make = lambda ids: create_study(tmp_path, tmp_path/'study.hdf5', config, ids, overwrite=True)
+    size = values.nbytes
+    del values
+    make(['a'])
+    for ids in (["a"], ["a", "b"]): assert highest_while(lambda ids=ids: make(ids)) < 2.1*size + 4*MIB
     shutil.rmtree(tmp_path)
 
 @pytest.mark.slow

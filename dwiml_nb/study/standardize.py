@@ -40,7 +40,8 @@ def standardize(
 ) -> tuple: # (X, Y, Z, F) float32, numbers of the features that are constant in the mask
     "Values with mean 0 and standard deviation 1 in the mask."
     need_voxels(mask)
-    values,axis = data[mask],0 if per_feature else None
+    values = data.reshape(-1, data.shape[-1])[mask.reshape(-1)]        # data[mask] would list three axes
+    axis = 0 if per_feature else None
     lowest,highest = values.min(axis),values.max(axis)
     constant = np.broadcast_to(lowest == highest, data.shape[-1:])
     largest = float(max(-lowest.min(), highest.max()))

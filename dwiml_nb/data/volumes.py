@@ -8,6 +8,7 @@ __all__ = ['exact_device', 'VolumeCache', 'MRIData']
 # %% ../../nbs/02_data/01_volumes.ipynb #9098e3f4
 from collections import OrderedDict
 from numbers import Real
+import h5py
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from ..core.dwi_ml import NamesOfDwiml
 from ..core.errors import DataProblem, printable
 from ..core.sizes import free_memory
 from ..study.files import OwnLock
-from ..study.schema import StudyFile, placed_grid, quick_attr, reached
+from ..study.schema import StudyFile, hard_link, placed_grid, quick_attr, reached
 from .stored import StoredRows, told_of
 
 # %% ../../nbs/02_data/01_volumes.ipynb #8adc0042
@@ -97,7 +98,9 @@ class MRIData(NamesOfDwiml):
                                                       None)
         with told_of(file, name):
             if group is None: group = file.open(name)
-            self.rows = StoredRows(file, f'{name}/data', reached(group, 'data').id)
+            found = (h5py.h5o.open(group.id, b'data') if hard_link(group, 'data')
+                     else reached(group, 'data').id)
+            self.rows = StoredRows(file, f'{name}/data', found)
             if len(self.rows.shape) != 4:
                 raise DataProblem("a volume has four axes", expected="(X, Y, Z, F)", found=self.rows.shape)
             self.grid,self.nb_features = placed_grid(group, self.rows.shape[:3])[0], int(self.rows.shape[3])

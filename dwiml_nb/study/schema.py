@@ -119,8 +119,8 @@ def quick_attr(
     shape:tuple=None, # Of the numbers that are expected; None: one string
 ): # -> str or float64 array; anything else as `attr_value` gives it; None where it is absent
     "An attribute, quickly where it has the expected form."
-    try: attr = h5py.h5a.open(obj.id, key.encode())
-    except KeyError: return None
+    if not h5py.h5a.exists(obj.id, key.encode()): return None
+    attr = h5py.h5a.open(obj.id, key.encode())
     # h5py writes beyond an array that is too small: here is room for as many numbers as there are bytes
     size,n = attr.get_storage_size(), math.prod(shape or ())
     try:
@@ -129,7 +129,8 @@ def quick_attr(
         if shape is not None: out,kind = np.full(size, np.nan), NUMBER_TYPE
         attr.read(out, kind)
         if shape is None: return out[()].decode('utf-8', 'surrogateescape')
-        if np.isfinite(out).sum() == n: return out[:n].reshape(shape)
+        # the last number is there, and none after it
+        if not np.isnan(out[n - 1]) and (size == n or np.isnan(out[n])): return out[:n].reshape(shape)
     except (OSError, TypeError, ValueError): pass
     return attr_value(obj.attrs, key)                                          # in another form
 

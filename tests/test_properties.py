@@ -117,8 +117,12 @@ def test_spaces_and_back(seed, a, b):
     grid = Grid(np.block([[rng.normal(size=(3, 3)) + 3 * np.eye(3), rng.normal(size=(3, 1)) * 50], [np.zeros((1, 3)), np.ones((1, 1))]]), (9, 8, 7))
     points = torch.tensor(rng.normal(size=(5, 3)) * 20)
     torch.testing.assert_close(convert(convert(points, grid, a, b), grid, b, a), points, atol=1e-8, rtol=0)
-    mm = lambda space: (convert(points, grid, 'rasmm', space)[0] - convert(points, grid, 'rasmm', space)[1])
-    torch.testing.assert_close(mm('voxmm') / torch.tensor(grid.voxel_sizes), mm('vox'))
+    step = lambda grid, space: convert(points, grid, "rasmm", space).diff(dim=0)
+    torch.testing.assert_close(step(grid, "voxmm").norm(dim=1), step(grid, "rasmm").norm(dim=1))
+    affine = grid.affine.copy()
+    affine[:3, :3] = np.linalg.qr(affine[:3, :3])[0] * rng.uniform(0.5, 3, 3)  # axes at right angles
+    square = Grid(affine, (9, 8, 7))
+    torch.testing.assert_close(step(square, "voxmm") / torch.tensor(square.voxel_sizes), step(square, "vox"))
 
 
 @quick

@@ -194,7 +194,15 @@ def test_a_picture_that_draws_fewer_lines_says_so(monkeypatch):
 
 # ---- the training
 
-def test_an_interrupted_wait_leaves_the_dashboard_right(dashboard):
+@pytest.fixture
+def ctrl_c():
+    "Ctrl-C interrupts, also in a job that a shell began in the background."
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+def test_an_interrupted_wait_leaves_the_dashboard_right(dashboard, ctrl_c):
     "Python 3.11 marks a thread as ended when its join is interrupted."
     board = dashboard(pause=.02, max_epochs=1000)
     board.start()

@@ -19,11 +19,14 @@ from pathlib import Path
 def printable(
     text, # Anything; its `str` is taken
     keep:str='\n\t', # Characters without a picture of their own that may stay
-    most:int=None, # Characters; what is longer is cut, and says so
+    most:int=None, # Characters; what is longer is cut in its middle, and says so
 ) -> str:
     "The text with every character written out that a terminal would obey and not show."
     text = str(text)
-    if most is not None and len(text) > most: text = f"{text[:most]}… ({len(text) - most} characters more)"
+    if most is not None and len(text) > most:
+        end = most//3                                     # of a worker's message the last line says it
+        cut = f"… ({len(text) - most} characters) …"
+        text = text[:most - end] + cut + text[len(text) - end:]
     if text.isprintable(): return text
     seen = lambda c: c.isprintable() or c in keep or unicodedata.category(c) == 'Zs'
     return ''.join(c if seen(c) else c.encode('unicode_escape').decode() for c in text)

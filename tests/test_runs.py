@@ -170,6 +170,7 @@ def test_a_file_system_without_locks_is_told_once(dataset, folder, monkeypatch):
     monkeypatch.setattr(control, "told_of", set())
     def no_locks(*args): raise OSError(errno.ENOLCK, "No locks available")
     monkeypatch.setattr(fcntl, "lockf", no_locks)
+    monkeypatch.setattr(fcntl, "fcntl", no_locks)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for epochs in (2, 3): make(dataset, folder, resume=True, new_max_epochs=epochs).train_and_validate()
@@ -627,3 +628,108 @@ def test_a_cell_does_not_replace_what_the_library_registered():
 def test_a_registry_without_entries():
     with pytest.raises(ValueError, match="unknown thing 'a'. No thing has been registered. One of yours"): Registry("thing")["a"]
     with pytest.raises(TypeError, match="found 5. (No stop rule has been registered|It is one of)"): stop_rules_of(5)
+
+
+# ---- the folder of a run is its trainer's
+
+def while_training(dataset, folder, do):
+    "What came of the training in whose first batch something was done to its folder; and what `do` returned."
+    trainer, done = make(dataset, folder, resume=True, new_max_epochs=2), []
+    trainer.control.on_batch_end.append(lambda row: done or done.append(do(folder/"run")))
+    try: trainer.train_and_validate()
+    except (DataProblem, RuntimeError) as e: return str(e), done[0]
+    return trainer.control.state, done[0]
+
+
+@pytest.mark.parametrize("look", [lambda run: shutil.copytree(run, run.parent/"copy"), lambda run: (run/".lock").read_bytes()], ids=["copied", "read"])
+def test_a_folder_that_is_copied_stays_locked(dataset, folder, look):
+    assert while_training(dataset, folder, lambda run: (look(run), locked_elsewhere(run))[1]) == ("ended", True)
+
+
+def replaced(run): run.rename(run.parent/"away"); shutil.copytree(run.parent/"away", run)
+
+
+@pytest.mark.parametrize("do", [lambda run: (run/".lock").unlink(), lambda run: run.rename(run.parent/"away"), replaced, shutil.rmtree], ids=["lock deleted", "moved", "replaced", "removed"])
+def test_a_folder_that_was_taken_away_is_not_written_to(dataset, folder, do):
+    told, _ = while_training(dataset, folder, do)
+    assert "moved, removed or replaced while it was trained, or its .lock was deleted" in told
+    if (folder/"run").exists(): assert place(folder) == (1, "training", 0)
+
+
+def test_who_deletes_a_lock_to_train_is_the_one_that_trains(dataset, folder):
+    def second(run):
+        (run/".lock").unlink()
+        make(dataset, folder, resume=True, new_max_epochs=3).train_and_validate()
+    told, _ = while_training(dataset, folder, second)
+    assert "was deleted" in told and place(folder) == (3, "training", 0)
+
+
+def test_a_checkpoint_by_itself_is_a_short_run(dataset, folder, tmp_path):
+    new = make(dataset, tmp_path, "new")
+    new.save_checkpoint()
+    assert place(tmp_path, "new") == (0, "training", 0)
+    new.train_and_validate()
+    stale, other = (make(dataset, folder, resume=True, new_max_epochs=3) for _ in range(2))
+    told, _ = while_training(dataset, folder, lambda run: pytest.raises(RuntimeError, stale.save_checkpoint))
+    assert told == "ended" and place(folder) == (2, "training", 0)
+    with pytest.raises(DataProblem, match="another trainer has trained this experiment"): other.save_checkpoint()
+
+
+@pytest.mark.parametrize("name", [".lock", "logs/epochs.jsonl", "logs/batches.jsonl"])
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_a_pipe_in_an_experiment_is_not_waited_for(dataset, folder, name, kind):
+    import os
+    file = folder/"run"/name
+    file.unlink()
+    os.mkfifo(file) if kind == "pipe" else file.mkdir()
+    with pytest.raises(DataProblem, match=file.name): make(dataset, folder, resume=True, new_max_epochs=2).train_and_validate()
+    assert file.exists()
+
+
+# ---- records that somebody edited
+
+def optimiser(change): return lambda state: state["optimizer"].update(change(state["optimizer"]))
+def of_weights(change): return optimiser(lambda o: {"state": {k: change(v) for k, v in o["state"].items()}})
+def options(**new): return optimiser(lambda o: {"param_groups": [{**g, **new} for g in o["param_groups"]]})
+
+
+STATES = {
+    "epoch": lambda s: s.update(epoch=-1), "epoch is": lambda s: s.update(epoch=True), "batch": lambda s: s.update(batch=-3), "batch is a number": lambda s: s.update(batch=10**9),
+    "best_value": lambda s: s["monitor"].update(best_value=NAN), "best_epoch": lambda s: s["monitor"].update(best_epoch=99), "n_bad": lambda s: s["monitor"].update(n_bad=-1),
+    "seconds": lambda s: s["spent"].update(seconds=NAN), "points": lambda s: s["spent"].update(points="many"), "KeyError: 'seconds'": lambda s: s.update(spent={}),
+    "weight of": lambda s: s.update(sums={"training": {"loss": [NAN, NAN]}}),
+    "exp_avg of the optimiser": of_weights(lambda v: {**v, "exp_avg": v["exp_avg"]*NAN}),
+    "lr": options(lr=NAN), "betas": options(betas=(NAN, NAN)), "weight_decay": options(weight_decay="x"),
+    "another optimiser": optimiser(lambda o: {"param_groups": [{k: v for k, v in g.items() if k != "betas"} for g in o["param_groups"]]}),
+}
+
+
+@pytest.mark.parametrize("words", STATES)
+def test_states_that_cannot_be(dataset, folder, words):
+    file = folder/"run"/"checkpoint"/"state.pt"
+    state = torch.load(file, weights_only=True)
+    STATES[words](state)
+    torch.save(state, file)
+    with pytest.raises(DataProblem, match=f"the state of the run cannot be used.*{words}"): make(dataset, folder, resume=True, new_max_epochs=2)
+
+
+@pytest.mark.parametrize("value", [[], {}, {"bundles": None}, {"bundles": ["a"]}, "x"], ids=repr)
+def test_fingerprints_that_are_none(dataset, folder, value):
+    file = folder/"run"/"checkpoint"/"params.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "fingerprint": value}))
+    with pytest.raises(DataProblem, match="the fingerprint of the run's data cannot be read"): make(dataset, folder, resume=True, new_max_epochs=2)
+    make(dataset, folder, resume=True, new_max_epochs=2, other_data=True)
+
+
+@pytest.mark.parametrize("row", ["{}", '{"epoch": "x", "phase": "training", "batch": 0}', '{"epoch": null, "phase": [1], "batch": 3}'])
+@pytest.mark.parametrize("name", ["epochs", "batches"])
+def test_rows_that_are_none(dataset, folder, name, row):
+    with open(folder/"run"/"logs"/f"{name}.jsonl", "a") as f: f.write(row + "\n")
+    with pytest.raises(DataProblem, match=f"{name}.jsonl: a row of the log is not one of a training"): make(dataset, folder, resume=True, new_max_epochs=2).train_and_validate()
+
+
+@pytest.mark.parametrize("name, value", [("nb_features", NAN), ("nb_features", "x"), ("nb_features", 1e30), ("rnn_key", []), ("rnn_layer_sizes", -1), ("dg_key", []), ("nb_previous_dirs", INF)])
+def test_parameters_that_make_no_model(folder, name, value):
+    file = folder/"run"/"best_model"/"parameters.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    with pytest.raises(DataProblem, match=r"parameters.json: no model can be built with these arguments"): load_model(folder/"run"/"best_model")

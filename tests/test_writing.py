@@ -1,6 +1,7 @@
 """What is created, replaced and removed: nothing that exists goes unasked, whatever it is, whenever it appeared, and two outputs are never one file."""
 import errno
 import os
+import shutil
 import socket
 import stat
 import threading
@@ -267,6 +268,50 @@ def test_studies_write_over_nothing_they_read(sources, study, tmp_path):
     assert tree(tmp_path) == before and h5py.is_hdf5(study)
 
 
+def test_what_is_read_on_the_way_is_not_written_over(sources, tmp_path):
+    "Sources behind the config, files behind a grown study, masks behind a scoring configuration: also by a link."
+    root = tmp_path / "in"
+    shutil.copytree(sources, root)
+    (tmp_path / "study.json").symlink_to(root / "a" / "fa.nii.gz")
+    before = tree(tmp_path)
+    with pytest.raises(DataProblem, match="the copy of its config would replace what it is made from"): create_study(root, tmp_path / "study", CONFIG, ["a"], ["b"], overwrite=True)
+    assert tree(tmp_path) == before
+    (tmp_path / "study.json").unlink()
+    study = create_study(root, tmp_path / "study", CONFIG, ["a"], ["b"]).path
+    create_study(root, study, tmp_path / "study.json", ["a"], ["b"], overwrite=True)
+    add_subjects(study, root, ["c"])
+    part = next((tmp_path / "study.subjects").glob("c*"))
+    for name in ("hard", "soft"):
+        os.link(part, tmp_path / "hard.trk") if name == "hard" else (tmp_path / "soft.trk").symlink_to(part)
+        before = part.read_bytes()
+        with pytest.raises(DataProblem, match="would replace what it is made from"): extract_data(study, "c", "lines", tmp_path / f"{name}.trk", overwrite=True)
+        assert part.read_bytes() == before
+
+
+@pytest.mark.parametrize("read", ["best_model/model_state.pkl", "parameters_latest.json", "study.hdf5", "linked"])
+def test_tracking_writes_over_nothing_it_reads(sources, tmp_path, read):
+    study = create_study(sources, tmp_path / "study.hdf5", CONFIG, ["a"], ["b"]).path
+    add_subjects(study, sources, ["c"])
+    run, out = tmp_path / "run", tmp_path / "out.trk"
+    (run / "best_model").mkdir(parents=True); (run / "best_model" / "model_state.pkl").write_text("weights")
+    write_json({"dataset": {"hdf5_file": str(study)}, "loader": {"params": {"input_group_name": "fa"}}}, run / "parameters_latest.json")
+    out.symlink_to({"study.hdf5": study, "linked": next((tmp_path / "study.subjects").glob("c*"))}.get(read, run / read))
+    before = tree(tmp_path)
+    with pytest.raises(DataProblem, match="the tractogram would replace what it is made from"): track_from_model(run, "a", out, "fa", overwrite=True)
+    assert tree(tmp_path) == before
+
+
+def test_scores_and_tables_write_over_nothing_they_read(tmp_path):
+    root = write_phantom(tmp_path / "subjects", n_subjects=1)
+    bundle, truth = next(root.glob("sub-01/bundles/*.trk")), root / "sub-01" / "truth"
+    os.link(truth / "scoring.json", tmp_path / "hard.json")
+    before = tree(tmp_path)
+    for out in (truth / "scoring.json", tmp_path / "hard.json", next(truth.glob("*.nii.gz"))):
+        with pytest.raises(SystemExit, match="would replace what it is made from"): dwiml_score(str(bundle), str(root / "sub-01"), str(out), overwrite=True)
+    assert tree(tmp_path) == before
+    with pytest.raises(DataProblem, match="the table would replace what it is made from"): export_csv(logs(tmp_path), path=tmp_path / "logs" / "epochs.jsonl")
+
+
 def test_repacking_onto_itself(sources, tmp_path):
     "Under whatever name, it is repacking in place; over a file that it links to, it is refused."
     study = create_study(sources, tmp_path / "study.hdf5", CONFIG, ["a"], ["b"]).path
@@ -399,6 +444,22 @@ def test_neighbours_of_a_model_folder_stay(tmp_path):
     (tmp_path / "file").write_text("precious")
     with pytest.raises(DataProblem, match="cannot be replaced by a folder"): model.save_params_and_state(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_model_replaces_a_model_only(tmp_path, monkeypatch):
+    model, mine = Learn2TrackModel(4, rnn_layer_sizes=[4], step_size=1.), tmp_path / "mine"
+    mine.mkdir(); (mine / "parameters.json").write_text("years of work")
+    before = tree(tmp_path)
+    with pytest.raises(DataProblem, match="other files.*parameters.json"): model.save_params_and_state(mine)
+    assert tree(tmp_path) == before
+    model.save_params_and_state(tmp_path / "model")
+    weights = tmp_path / "model" / "model_state.pkl"
+    weights.unlink(); weights.mkdir(); (weights / "work").write_text("years")
+    with pytest.raises(DataProblem, match="other files.*model_state.pkl"): model.save_params_and_state(tmp_path / "model")
+    assert (weights / "work").exists()
+    (tmp_path / "here").mkdir(); monkeypatch.chdir(tmp_path / "here")
+    for name in (".", "..", "", "./"):
+        with pytest.raises(DataProblem, match="a name of its own|other files"): model.save_params_and_state(name)
 
 
 def test_what_a_live_process_writes_is_not_tidied_away(tmp_path):

@@ -13,7 +13,7 @@ from ..core.errors import DataProblem, naming, need_file
 from ..core.files import check_outputs, write_json
 from ..core.sizes import read_array
 from ..core.tractograms import load_tractogram
-from ..evaluation.bundles import score_tractogram
+from ..evaluation.bundles import files_of_reference, score_tractogram
 from ..runs.track import track_from_model
 from .common import plain_problems, switch
 
@@ -86,7 +86,8 @@ def dwiml_score(
 ):
     "Tractometer-style scores of a tractogram."
     with plain_problems():
-        check_outputs({'the scores': out}, [tractogram, reference], overwrite)
+        read = [tractogram, reference, *files_of_reference(reference)] if out else []
+        check_outputs({'the scores': out}, read, overwrite)
         lines = load_tractogram(tractogram)
         try: scores = score_tractogram(lines, reference)
         except DataProblem as e:

@@ -63,6 +63,9 @@ def folder_to_write(
 ) -> Path: # The same, or where its link leads
     "Where a folder will be, if it can be written there."
     place = place_of(folder)
+    if place.name in ('', '..'):
+        raise DataProblem("a folder is written under a name of its own, which this path does not end in",
+                          expected="for instance models/best", found=str(folder), do="give it a name.")
     if os.path.lexists(place) and not place.is_dir():
         raise DataProblem("this cannot be replaced by a folder", expected="a folder, or a name that is free",
                           found="a file", file=folder, do="choose another name.")
@@ -89,7 +92,7 @@ def write_folder(
     parts:dict, # file or folder name -> function that writes it
 ):
     "Write a folder anew as a whole, or leave it as it was."
-    new = partial_name(place_of(folder))
+    new = partial_name(folder_to_write(folder))
     try:
         for _ in write_folder_steps(folder, parts, new): pass
     except BaseException:                                             # a full disk, Ctrl-C

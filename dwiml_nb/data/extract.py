@@ -16,6 +16,7 @@ from ..core.tractograms import TRACTOGRAM_FORMATS, save_tractogram, suffixes, tr
 from .dataset import groups_of
 from .streamlines import SFTData
 from .volumes import MRIData
+from ..study.create import linked_files
 from ..study.lists import SUBSETS
 from ..study.volumes_in import whole_labels
 from ..study.schema import StudyFile, allowing_links, attr_words
@@ -97,7 +98,7 @@ def extract_data(
 ) -> Path:
     "Write a group of a study to a file."
     path = Path(out)
-    check_outputs({'what is extracted': path}, [hdf5_file], overwrite)
+    check_outputs({'what is extracted': path}, [hdf5_file, *linked_files(Path(hdf5_file))], overwrite)
     data = open_group(hdf5_file, subject, group, allow_links)
     known = (*IMAGES, '.npy') if isinstance(data, MRIData) else (*TRACTOGRAM_FORMATS, '.npy', *IMAGES)
     if not path.name.lower().endswith(known):

@@ -192,7 +192,9 @@ def save_params_and_state(self:MainModelAbstract,
 ):
     "Save the model's arguments, class and weights in a folder."
     folder = Path(folder)
-    others = sorted(p.name for p in folder.iterdir() if p.name not in MODEL_FILES) if folder.is_dir() else []
+    there = list(folder.iterdir()) if folder.is_dir() else []
+    others = sorted(p.name for p in there if p.name not in MODEL_FILES or not p.is_file())
+    if not (folder/'model_type.txt').is_file(): others = sorted(p.name for p in there)    # not a model
     if others:
         raise DataProblem("this folder holds other files, which saving a model would remove", file=folder,
                           expected="a new folder, or one with a model in it", found=", ".join(others[:5]),

@@ -13,6 +13,7 @@ from ..core.folders import whole_folder
 from ..core.registry import trusting
 from ..core.space import convert
 from ..core.tractograms import Tractogram, save_tractogram, suffixes, tractogram_format
+from ..study.create import linked_files
 from ..data.dataset import MultiSubjectDataset
 from ..batch.loader import known_group
 from ..models.base import load_model
@@ -69,6 +70,16 @@ def check_output(
                           do=f"save a {suffixes(lambda o: o.keeps_dps)}, or leave out save_seeds.")
     check_outputs({'the tractogram': out_tractogram}, inputs, overwrite)
 
+def files_of_run(
+    experiment_path, # Folder of an experiment
+    study=None, # Path; None: it is not known
+) -> list: # of Paths
+    "The files that tracking may read: those of the experiment, the study, and what that links to."
+    folders = [Path(experiment_path), *(whole_folder(Path(experiment_path)/name) for name in
+                                        ('best_model', 'checkpoint', 'checkpoint/model'))]
+    own = [p for folder in folders if folder for p in folder.rglob('*') if p.is_file()]
+    return own if study is None else [*own, Path(study), *linked_files(Path(study))]
+
 # %% ../../nbs/08_runs/00_track.ipynb #1dde8162
 def track_from_model(
     experiment_path, # Folder of an experiment
@@ -93,8 +104,9 @@ def track_from_model(
     with trusting(trust):
         check_output(out_tractogram, save_seeds, overwrite, [hdf5_file])
         record = read_experiment(experiment_path)
+        study = hdf5_file or record['dataset']['hdf5_file']
+        check_output(out_tractogram, save_seeds, overwrite, files_of_run(experiment_path, study))
         model = experiment_model(experiment_path, use_latest_epoch, device)
-    study = hdf5_file or record['dataset']['hdf5_file']
     dataset = MultiSubjectDataset(study, lazy=True, allow_links=allow_links)
     dataset.load_data(subj_id=subj_id)
     input_group_name = input_group_name or record['loader']['params']['input_group_name']

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PIECE', 'DISK_FULL', 'write_root', 'copy_attributes', 'copy_dataset', 'copy_object', 'followed', 'save_copies',
            'assemble', 'points_ratio', 'planned_group', 'StudyPlan', 'plan_study', 'StudySummary', 'check_target',
-           'is_its_copy', 'check_room', 'links_of', 'kept_parts', 'told_plainly', 'finished_parts', 'linked_files',
-           'remove_linked', 'check_copies', 'copies_folder', 'write_study', 'create_study']
+           'is_its_copy', 'check_sources_stay', 'check_room', 'links_of', 'kept_parts', 'told_plainly',
+           'finished_parts', 'linked_files', 'remove_linked', 'check_copies', 'copies_folder', 'write_study',
+           'create_study']
 
 # %% ../../nbs/01_study/11_create.ipynb #bfecf07e
 import errno
@@ -311,6 +312,18 @@ def is_its_copy(
     "Whether a study is made again from the copy of the config beside it."
     return not isinstance(config, dict) and same_place(config, path.with_suffix('.json'))
 
+def check_sources_stay(
+    path:Path, # The study
+    sources:Sources,
+):
+    "Refuse to write the study, or the copy of its config, over a file that it is made from."
+    outputs = {'the study': path, 'the copy of its config': path.with_suffix('.json')}
+    there = {what: o for what,o in outputs.items() if o.exists()}                  # often none
+    named = lambda src: (src.files, src.masks, src.matrix, src.labels)
+    files = [p for src in sources.subjects.values() for found in named(src) for o in found.values()
+             for p in (o if isinstance(o, list) else [o])] if there else []
+    check_outputs(there, files, overwrite=True)
+
 def check_room(
     folder, # Where the study goes
     needed:int, # bytes, at least
@@ -488,6 +501,7 @@ def create_study(
     path = check_target(hdf5_file, config, overwrite, [p for p in lists if isinstance(p, (str, os.PathLike))])
     with trusting(trust):
         sources = check_sources(root, config, *lists, skip_missing)
+        check_sources_stay(path, sources)
         if save_intermediate: check_copies(sources)
         if dry_run: return plan_study(path, sources, options)
         check_room(path.parent, sources.volume_bytes//(2 if volume_dtype == 'float16' else 1)*2)

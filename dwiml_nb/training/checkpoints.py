@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT_FILES', 'find_checkpoint', 'write_model', 'checkpoint_parts', 'Checkpoint', 'load_tensors',
-           'read_checkpoint', 'differences', 'check_same', 'load_weights']
+           'read_checkpoint', 'check_state', 'check_options', 'differences', 'check_same', 'load_weights']
 
 # %% ../../nbs/07_training/02_checkpoints.ipynb #a5e21e87
 import json
@@ -15,7 +15,7 @@ import torch
 from ..core.errors import DataProblem, need_file, stand_in
 from ..core.files import read_json, write_json
 from ..core.folders import whole_folder
-from ..core.options import with_defaults
+from ..core.options import check_number, check_numbers, with_defaults
 from ..core.registry import class_path
 from ..models.base import check_weights
 from ..models.embeddings import names_here
@@ -140,6 +140,32 @@ def other_version(
         told = record['versions']['dwiml_nb']
     return (f"use the version of dwiml_nb that wrote it ({told}; this is {version('dwiml_nb')}), "
             "restore a copy of the folder, or train from the start.")
+
+# %% ../../nbs/07_training/02_checkpoints.ipynb #41b2b323
+def check_state(
+    state:dict, # Of a checkpoint, with all its parts
+):
+    "Refuse a place, a clock, a best epoch or an optimiser that cannot be; the error says which."
+    spent,best = state['spent'],state['monitor']
+    check_numbers(*((name, state[name]) for name in ('epoch', 'batch')), ('n_bad', best['n_bad']),
+                  least=0, whole=True)
+    check_numbers(*((name, spent[name]) for name in ('seconds', 'points')), least=0)
+    check_number('best_value', best['best_value'], none=True)
+    check_number('best_epoch', best['best_epoch'], least=0, most=state['epoch'], whole=True, none=True)
+    for name,values in state['optimizer']['state'].items():
+        bad = [k for k,v in values.items() if isinstance(v, torch.Tensor) and not bool(v.isfinite().all())]
+        if bad: raise ValueError(f"{bad[0]} of the optimiser is NaN or infinite for weight {name}")
+
+def check_options(
+    optimizer:torch.optim.Optimizer, # With its state
+    before:list, # Its groups of options before it got the state
+):
+    "Refuse options that are not those of the optimiser."
+    for group,options in zip(optimizer.param_groups, before):
+        for name,value in options.items():
+            if name not in group: raise ValueError(f"the state is of another optimiser: it has no {name}")
+            pairs = (zip(value, group[name]) if isinstance(value, tuple) else [(value, group[name])])
+            check_numbers(*((name, now) for was,now in pairs if isinstance(was, float)))
 
 # %% ../../nbs/07_training/02_checkpoints.ipynb #2da1486a
 def differences(

@@ -25,7 +25,7 @@ from ..core.registry import Registry, all_trusted, class_path
 from ..data.fingerprint import fingerprint
 from ..batch.weights import WeightsOfKey
 from .checkpoints import Checkpoint, check_same, checkpoint_parts, write_model
-from .control import only_one
+from .control import check_held, only_one
 from .means import BestEpochMonitor, Sums, WeightedMean
 from .optimizers import OPTIMIZERS, torch_optimizers
 from .schedules import SCHEDULES
@@ -41,7 +41,7 @@ class Experiment:
         if not isinstance(name, str):
             raise DataProblem("an experiment has a name", expected="a word", found=repr(name)[:80])
         self.experiments_path,self.name,self.is_being_made = Path(experiments_path),name,False
-        self.fingerprint = None                                        # of the data, once it was taken
+        self.fingerprint,self.lock = None,None        # of the data, once it was taken; the one held
 
     @property
     def folder(self) -> Path:
@@ -90,7 +90,13 @@ def write_checkpoint(self:Experiment,
     folder=None, # The experiment's when not given
 ):
     "Write `checkpoint/` as a whole."
+    if folder is None: self.check_held()
     write_folder(Path(folder or self.folder)/'checkpoint', checkpoint_parts(model, state, params))
+
+@patch
+def check_held(self:Experiment):
+    "Refuse to write if the folder is no longer the one that was locked."
+    if self.lock: check_held(self.folder, self.lock)
 
 @patch
 def write_best(self:Experiment,
@@ -98,6 +104,7 @@ def write_best(self:Experiment,
     row:dict, # Of its epoch
 ):
     "Keep an epoch's model as `best_model/`."
+    self.check_held()
     write_folder(self.folder/'best_model', {'.': lambda path: write_model(model, path)})
     losses = {name: row[name] for name in ('epoch', 'train_loss', 'valid_loss')}
     write_json(losses, self.folder/'best_epoch_losses.json')
@@ -136,7 +143,7 @@ def create(self:Experiment,
     made = self.experiments_path/f'.{self.name}.being_made'
     made.mkdir(parents=True, exist_ok=True)
     with ExitStack() as within:
-        try: within.enter_context(only_one(made))
+        try: within.enter_context(self.locked(made))
         except FileNotFoundError: self.check_new(resume); raise   # another one has just made it
         try:
             self.check_new(resume)
@@ -148,9 +155,19 @@ def create(self:Experiment,
 @contextmanager
 def in_use(self:Experiment):
     "Hold the folder's lock, and remove what a process left that was killed while it wrote."
-    with only_one(self.folder):
+    with self.locked(self.folder):
         remove_partials(self.folder, below=True)
         yield
+
+@patch
+@contextmanager
+def locked(self:Experiment,
+    folder, # The experiment's, under this name
+):
+    "Hold the lock of the folder, and remember which one it is."
+    with only_one(folder) as self.lock:
+        try: yield
+        finally: self.lock = None
 
 # %% ../../nbs/07_training/08_run.ipynb #5684a2dc
 def lines_per_subject(
@@ -257,6 +274,11 @@ def check_same_data(
                       f"fingerprint of its data. It goes on with {file}; see to it that these are the same.",
                       stacklevel=2)
         return
+    if not isinstance(kept, dict) or not kept or not all(isinstance(o, dict) for o in kept.values()):
+        raise DataProblem("the fingerprint of the run's data cannot be read", found=repr(kept)[:80],
+                          expected="group, subject and word", file=checkpoint.folder/'params.json',
+                          do="restore a copy of the folder, or go on without it: other_data=True, "
+                             "--other_data.")
     looked_at = [(g, s) for g in kept for s in kept[g]]
     other = [(g, s) for g,s in looked_at if found.get(g, {}).get(s) != kept[g][s]]
     if not other: return

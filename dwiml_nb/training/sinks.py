@@ -17,8 +17,9 @@ from collections.abc import Iterable
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from ..core.errors import DataProblem, naming
-from ..core.files import atomic_file, parse_json
+from ..core.errors import DataProblem, naming, need_file
+from ..core.files import atomic_file, check_outputs, file_to_write, parse_json
+from ..core.folders import folder_to_write
 from ..core.registry import Registry
 
 # %% ../../nbs/07_training/01_sinks.ipynb #fdeac84b
@@ -45,7 +46,8 @@ def read_rows(
 ) -> list: # of dicts; none if there is no such file
     "All whole rows of a log."
     path = Path(path)
-    lines = path.read_bytes().split(b'\n') if path.exists() else [b'']
+    there = path.exists()
+    lines = need_file(path, "the log cannot be read").read_bytes().split(b'\n') if there else [b'']
     rows = []
     for i,line in enumerate(lines[:-1]):                  # what follows the last line end is torn, or nothing
         try: rows.append(line_to_row(line.decode()))
@@ -67,7 +69,8 @@ class JSONLLog:
         row:dict, # What to keep
     ):
         "Append one row; it is in the kernel's hands when this returns."
-        if self.fd is None: self.fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        if self.fd is None:
+            self.fd = os.open(file_to_write(self.path), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         line = row_to_line(row).encode()
         if os.write(self.fd, line) != len(line):
             raise OSError(f"{self.path}: a row was written in part. Is the disk full?")
@@ -132,7 +135,7 @@ class ExperimentLogs(Sink):
         self.folder,self.phases = Path(folder),tuple(phases)
         self.batches,self.epochs = JSONLLog(self.folder/'batches.jsonl'),JSONLLog(self.folder/'epochs.jsonl')
 
-    def begin(self, record): self.folder.mkdir(exist_ok=True)         # somebody may have removed it
+    def begin(self, record): folder_to_write(self.folder).mkdir(exist_ok=True)  # somebody may have removed it
     def batch(self, row): self.batches.write(row)
     def epoch(self, row): self.epochs.write(row)
 
@@ -140,8 +143,10 @@ class ExperimentLogs(Sink):
         place:tuple, # First batch that will be trained again, as `row_position`
     ):
         "Drop every row from `place` on."
-        self.batches.keep(lambda row: row_position(row, self.phases) < place)
-        self.epochs.keep(lambda row: row['epoch'] < place[0])
+        told = "a row of the log is not one of a training", "epoch, phase and batch", "remove the row."
+        with naming(*told, file=self.batches.path):
+            self.batches.keep(lambda row: row_position(row, self.phases) < place)
+        with naming(*told, file=self.epochs.path): self.epochs.keep(lambda row: row['epoch'] < place[0])
 
     def flush(self):
         "Put both logs on the disk."
@@ -236,7 +241,9 @@ def export_csv(
 ) -> Path:
     "Write a log as CSV."
     columns = read_logs(experiment, which)
-    path = Path(path) if path else Path(experiment)/'logs'/f'{which}.csv'
+    logs = Path(experiment)/'logs'
+    path = Path(path) if path else logs/f'{which}.csv'
+    check_outputs({'the table': path}, logs.glob('*.jsonl'), overwrite=True)
     with atomic_file(path) as tmp, open(tmp, 'w', newline='') as f:
         writer = csv.writer(f)
         writer.writerow(columns)

@@ -24,8 +24,8 @@ from ..core.files import progress
 from ..core.options import check_number, check_numbers, check_seed, options_of
 from ..core.registry import class_path
 from ..batch.spec import spec_of
-from .checkpoints import (Checkpoint, check_same, check_whole, load_weights, other_version,
-                                           read_checkpoint)
+from .checkpoints import (Checkpoint, check_options, check_same, check_state, check_whole,
+                                           load_weights, other_version, read_checkpoint)
 from .control import TrainingControl, stop_on_signals
 from .feed import Phase, check_columns, choose_device, feed
 from .means import BestEpochMonitor, Row, Sums
@@ -381,6 +381,7 @@ def epoch_row(
 @patch
 def end_epoch(self:DWIMLTrainer) -> dict: # its row
     "Judge the epoch, keep the best model, send the row, step to the next epoch."
+    self.experiment.check_held()
     row = epoch_row(self.epoch, self.phases, self.sums)
     loss = row['train_loss'] if row['valid_loss'] is None else row['valid_loss']
     row['is_best'] = self.monitor.update(loss, self.epoch)
@@ -422,6 +423,8 @@ def save_checkpoint(self:DWIMLTrainer,
     folder=None, # The experiment's folder when not given
 ):
     "Write `checkpoint/` as a whole, after the end of the epoch if all its phases are done."
+    if folder is None and self.experiment.lock is None:                 # called by itself, not within a run
+        with self.running(): return self.save_checkpoint()
     row = self.end_epoch() if self.phase is None else None
     saved = is_there(self.known, self.epoch, self.phase, self.batch)
     if self.runner and self.is_over and saved: return                  # a loop that goes on after the end
@@ -501,10 +504,16 @@ def load_state(self:DWIMLTrainer,
     with naming("the state of the run cannot be used", do=other_version(checkpoint.folder),
                 file=checkpoint.folder):
         torch.set_num_threads(check_number('num_threads', threads, least=1, most=1024, whole=True))
+        check_state(state)
+        before = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state['optimizer'])
+        check_options(self.optimizer, before)
         self.begin_epoch(state['epoch'])
         self.phase,self.batch,self.spent = state['phase'],state['batch'],dict(state['spent'])
+        most = self.nb_batches(self.phase, self.epoch) if self.batch else 0
+        check_number('batch', self.batch, least=0, most=most)
         self.sums,self.known = sums_again(state),where(state)
+        check_numbers(*((f'weight of {name}', mean.weight) for name,mean in self.sums.items()), least=0)
         self.monitor.load_state(state['monitor'])
         torch.set_rng_state(state['torch_rng'])
 

@@ -206,6 +206,10 @@ def one_step(
     draws = line_draws(walk.seed, numbers, t) if walk.algo == 'prob' else None
     dirs = walk.model.get_tracking_directions(outputs, walk.algo, walk.eos_threshold,
                                               previous_dirs=memory[:, 0].clone(), draws=draws)
+    if not isinstance(dirs, Tensor) or dirs.shape != here.shape:
+        raise DataProblem("get_tracking_directions answered something else than a direction for each line",
+                          expected=f"a tensor {tuple(here.shape)}",
+                          found=tuple(dirs.shape) if isinstance(dirs, Tensor) else f"a {type(dirs).__name__}")
     walk.check_rows(torch.where(dirs.isnan().all(1, keepdim=True), 0., dirs), here, "the model's directions")
     if first_dirs is not None:
         dirs = torch.where((first_dirs != 0).any(1, keepdim=True) & ~dirs.isnan(), first_dirs, dirs)

@@ -1,4 +1,5 @@
 """What is read is data: a study stays in its folder, arrays are numbers, sizes are judged before memory is taken, and what is shown is not obeyed."""
+import bz2
 import json
 import os
 import pickle
@@ -17,11 +18,11 @@ import torch
 from dwiml_nb.batch.loader import DWIMLBatchLoader
 from dwiml_nb.batch.spec import ModelSpec
 from dwiml_nb.core.errors import DataProblem, did_you_mean, html_text, printable
-from dwiml_nb.core.files import read_json
+from dwiml_nb.core.files import parse_json, read_json
 from dwiml_nb.core.lines import resample_nb_points, resample_step
 from dwiml_nb.core.ragged import Ragged
 from dwiml_nb.core.sizes import device_named, far_points, read_array
-from dwiml_nb.core.space import Grid
+from dwiml_nb.core.space import Grid, grid_of, open_image
 from dwiml_nb.core.tractograms import Tractogram, load_tractogram, save_tractogram
 from dwiml_nb.core.volume import neighborhood_vectors
 from dwiml_nb.data.dataset import MultiSubjectDataset
@@ -37,6 +38,7 @@ from dwiml_nb.study.grow import add_subjects, repack_study
 from dwiml_nb.study.lists import SUBSETS
 from dwiml_nb.study.schema import open_study, study_config
 from dwiml_nb.study.sources import tractogram_header
+from dwiml_nb.study.volumes_in import load_labels
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.tracking.seeds import seeds_from_mask
 
@@ -265,6 +267,25 @@ def test_trx_sizes_and_headers(tmp_path):
     with pytest.raises(DataProblem): tractogram_header(tmp_path / "bomb.trx")
 
 
+@pytest.mark.parametrize("name, values", [("offsets.float32", [0, 4.6, 9]), ("offsets.2.uint32", [0, 5, 9, 9]), ("groups/g.float32", [.7, 1.2]), ("groups/g.bit", [0, 1]), ("groups/g.2.uint32", [0, 1]), ("dps/x/w.float32", [8, 9])])
+def test_trx_numbers_of_lines_are_whole_and_said_once(tmp_path, name, values):
+    kind = "bool" if name.endswith("bit") else name.split(".")[-1]
+    save_tractogram(Tractogram(Ragged.from_list([torch.rand(5, 3), torch.rand(4, 3)]), Grid(np.eye(4), (6, 6, 6)), {"w": np.array([1.0, 2.0])}), tmp_path / "w.trx")
+    with zipfile.ZipFile(tmp_path / "w.trx", "a" if "/" in name else "r") as z:
+        members = {n: z.read(n) for n in z.namelist() if "/" in name or not n.startswith("offsets")}
+    with zipfile.ZipFile(tmp_path / "a.trx", "w") as z:
+        for n, v in {**members, name: np.array(values, kind).tobytes()}.items(): z.writestr(n, v)
+    with pytest.raises(DataProblem, match="no type of whole numbers|has 2 columns|is there twice"): load_tractogram(tmp_path / "a.trx")
+
+
+@pytest.mark.parametrize("change", [{"NB_STREAMLINES": 2.9}, {"NB_VERTICES": -9}, {"NB_STREAMLINES": float("nan")}, {"DIMENSIONS": [6.5, 6, 6]}, {"DIMENSIONS": [-6, 6, 6]}])
+def test_trx_counts_are_whole(tmp_path, change):
+    path = trx_with(tmp_path / "a.trx", "note.txt", b"")
+    with zipfile.ZipFile(path) as z: h = json.loads(z.read("header.json"))
+    for read in (load_tractogram, tractogram_header):
+        with pytest.raises(DataProblem, match="cannot be read"): read(trx_with(path, "header.json", json.dumps({**h, **change})))
+
+
 @pytest.mark.parametrize("array", [np.array([{}], object), np.array(["a"]), np.zeros(3, [("x", "f4")]), np.zeros(2, complex), np.zeros(2, "M8[s]")], ids=lambda a: str(a.dtype))
 def test_npy_arrays_are_numbers(tmp_path, array):
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
@@ -297,6 +318,35 @@ def test_json_that_exhausts_its_reader(tmp_path):
         with pytest.raises(DataProblem): read_config(file)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataProblem, match="this is not a file"): read_json(tmp_path / "pipe")
+
+
+def test_json_that_keeps_its_reader_busy():
+    "A doubled key among many, and escaped quotes in a string that never ends: both were work that grows with the square."
+    start, strings = time.perf_counter(), "[]" * 101 + '"' + '\\"' * 300_000
+    for text, says in (("{" + ",".join(f'"{i}": 1' for i in range(100_000)) + ', "99999": 2}', "'99999' is there twice"), (strings, "Extra data"), (strings + "\\", "Extra data"), ('{"a": [' + strings, "delimiter")):
+        with pytest.raises(ValueError, match=says): parse_json(text)
+    assert parse_json('["a]\\"", ' + "[], " * 200 + r'"\\\\", "}"]')[-2:] == ["\\\\", "}"] and time.perf_counter() - start < 5
+
+
+def test_subjects_that_are_listed_again_and_again(study):
+    with h5py.File(study, "r+") as f: f.attrs["training_subjs"] = ["sub-01"] * 3
+    for way in ("lazy", "describe", "repack"):
+        with pytest.raises(DataProblem, match="listed more than once.*sub-01"): WAYS.get(way, WAYS["mapped"])(study)
+    report = check_study(study)
+    assert any("listed more than once" in p.problem for p in report.problems)
+
+
+def test_names_too_long_for_a_file_system(subjects, tmp_path):
+    config = lambda **names: {"input": {"type": "volume", "standardization": "all", "files": "input.nii.gz", **names}}
+    for long in ("x" * 5000, "../" * 2000 + "a.nii", "../" * 2000 + "*"):
+        for names in ({"files": long}, {"std_mask": long}):
+            with pytest.raises(DataProblem, match="no such file|nothing matches"): create_study(subjects, tmp_path / "n.hdf5", config(**names), ["sub-01"])
+        with pytest.raises(DataProblem, match="must be the name of a folder"): create_study(subjects, tmp_path / "n.hdf5", config(), [long])
+        for read in (load_tractogram, read_array, open_study):
+            with pytest.raises(DataProblem, match="no such"): read(f"{long}.trk")
+    many = [f"s{i}" for i in range(500)]
+    with pytest.raises(DataProblem, match="and 400 more") as told: create_study(subjects, tmp_path / "n.hdf5", config(), many)
+    assert len(told.value.problems) == 500 and str(told.value).count("no folder") == 100
 
 
 def test_many_and_long_words_are_no_work():
@@ -378,6 +428,34 @@ def test_masks_that_claim_more_than_their_file(subjects, tmp_path):
     import gzip
     image.write_bytes(gzip.compress(bytes(raw)))
     with pytest.raises(DataProblem, match="claims more voxels than its file can hold"): score_tractogram([], own)
+
+
+def test_images_in_two_files_and_in_other_packings_that_claim_more(tmp_path):
+    image = nib.Nifti1Image(np.zeros((2, 2, 2), np.float32), np.eye(4))
+    nib.save(nib.Nifti1Pair.from_image(image), tmp_path / "a.img")
+    claim = lambda raw: raw[:42] + np.array([30000] * 3, "<i2").tobytes() + raw[48:]
+    (tmp_path / "a.hdr").write_bytes(claim((tmp_path / "a.hdr").read_bytes()))
+    (tmp_path / "b.nii.bz2").write_bytes(bz2.compress(claim(image.to_bytes())))
+    for name in ("a.hdr", "a.img", "b.nii.bz2"):
+        with pytest.raises(DataProblem, match="claims more voxels than its file can hold"): open_image(tmp_path / name)
+    (tmp_path / "c.nii.bz2").write_bytes(bz2.compress(nib.Nifti1Image(np.zeros((99, 99, 99)), np.eye(4)).to_bytes()))
+    assert grid_of(tmp_path / "c.nii.bz2").dimensions == (99, 99, 99)
+
+
+def test_a_wrong_checksum_is_no_image(subjects, tmp_path):
+    "nibabel stops before it: a flipped bit would be a wrong number."
+    own = Path(shutil.copytree(subjects / "sub-03", tmp_path / "sub-03"))
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).integers(0, 9, (9, 9, 9)).astype(np.float32), np.eye(4)), own / "a.nii.gz")
+    raw = bytearray((own / "a.nii.gz").read_bytes())
+    (own / "b.nii.gz").write_bytes(bytes(raw) + bytes(512))                     # padded with zeros, as tapes do
+    raw[-8] ^= 1
+    mask = next((own / "truth").glob("*_whole.nii.gz"))
+    for path in (own / "a.nii.gz", mask): path.write_bytes(bytes(raw))
+    config = lambda name: {"a": {"type": "volume", "files": name, "standardization": "none"}}
+    with pytest.raises(DataProblem, match="a.nii.gz: the image cannot be read to its end.*CRC"): create_study(tmp_path, tmp_path / "s.hdf5", config("a.nii.gz"), ["sub-03"])
+    with pytest.raises(DataProblem, match="_whole.nii.gz: the mask cannot be read.*CRC"): score_tractogram([], own)
+    with pytest.raises(DataProblem, match="a.nii.gz.*CRC"): load_labels(own / "a.nii.gz")
+    create_study(tmp_path, tmp_path / "s.hdf5", config("b.nii.gz"), ["sub-03"])
 
 
 def test_devices():

@@ -102,8 +102,8 @@ def need_file(
     "The path of a file that is there, with content of its own."
     if told := stand_in(path):
         raise DataProblem(f"{problem}: {told[0]}", expected, None, told[1], file=path, **place)
-    if Path(path).is_file(): return Path(path)
-    folder = "a folder" if Path(path).is_dir() else None
+    if os.path.isfile(path): return Path(path)                   # unlike Path's, no name is too long for it
+    folder = "a folder" if os.path.isdir(path) else None
     raise DataProblem(problem, expected or folder and "a file", folder, do, file=path, **place)
 
 # %% ../../nbs/00_core/00_errors.ipynb #db312736

@@ -20,6 +20,7 @@ import shutil
 import stat
 import sys
 import threading
+from collections import Counter
 from contextlib import contextmanager
 from contextvars import ContextVar
 from html import escape
@@ -205,14 +206,14 @@ def parse_json(
     if len(text) > MOST_JSON: raise ValueError(f"it has {len(text)} characters, at most {MOST_JSON} are read")
     if text.count('[') + text.count('{') > DEEPEST_JSON:
         depth = 0
-        for found in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text, re.S):
+        strings = r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)'       # the last one may have no end: it is read once
+        for found in re.finditer(strings + r'|[\[{]|[\]}]', text, re.S):
             depth += {'[': 1, '{': 1, ']': -1, '}': -1}.get(found[0], 0)
             if depth > DEEPEST_JSON: raise ValueError(f"brackets are nested more than {DEEPEST_JSON} deep")
     def each_once(pairs):
-        if len(found := dict(pairs)) < len(pairs):
-            names = [k for k,_ in pairs]
-            raise ValueError(f"the key '{next(k for k in found if names.count(k) > 1)}' is there twice")
-        return found
+        if len(found := dict(pairs)) == len(pairs): return found
+        (name,_), = Counter(k for k,_ in pairs).most_common(1)
+        raise ValueError(f"the key '{name}' is there twice")
     return json.loads(text, object_pairs_hook=each_once)
 
 def read_json(

@@ -20,8 +20,8 @@ from .errors import DataProblem, naming
 from .files import check_outputs, write_json
 from .gradients import (B0_MAX, Convention, check_bvecs, choose_shell, clear_shell,
                                      read_gradients, shell_range, shells_of)
-from .space import (Grid, fits_grid, grid_of, need_right_angles, nifti_path, open_image,
-                                 save_volume)
+from .space import (Grid, fits_grid, grid_of, image_values, need_right_angles, nifti_path,
+                                 open_image, save_volume)
 from .sphere import sphere_vertices
 
 # %% ../../nbs/00_core/11_sh.ipynb #eed48122
@@ -280,13 +280,12 @@ def open_volume(
     return img
 
 def values_of(
-    img, # From `open_volume`
-    path, # Of the image, for the message
-    what:str, # Likewise
+    path, # Of an image that `open_volume` took
+    what:str, # For the message: 'DWI'
 ) -> np.ndarray:
     "All values of an image, or a problem that names the file."
     with naming(f"the {what} cannot be read to its end", "a whole NIfTI file", file=path):
-        return np.asarray(img.dataobj)
+        return image_values(path)
 
 # %% ../../nbs/00_core/11_sh.ipynb #52f5eae0
 def fit_sh_files(
@@ -314,9 +313,9 @@ def fit_sh_files(
                           found=grid_of(mask_img), file=mask)
     gradients,taken = read_gradients(bvals, bvecs, img.affine, convention, b0_max), (shell, width, b0_max)
     with naming("the shell cannot be chosen", file=bvals): clear_shell(gradients[0], *taken)
-    brain = values_of(mask_img, mask, 'brain mask').reshape(mask_img.shape[:3]) > 0
+    brain = values_of(mask, 'brain mask').reshape(mask_img.shape[:3]) > 0
     with naming("the fit failed", file=dwi):
-        raw = fit_attenuation(values_of(img, dwi, 'DWI'), *gradients, brain, order, shell, width=width,
+        raw = fit_attenuation(values_of(dwi, 'DWI'), *gradients, brain, order, shell, width=width,
                               b0_max=b0_max)
     write_fit(raw, brain, img.affine, out, **shell_record(gradients[0], *taken),
               overwrite=overwrite, convention_of_bvecs=convention)

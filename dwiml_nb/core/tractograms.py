@@ -469,10 +469,12 @@ def trx_content(
     "The content of a `.trx`. Points become float32, data per streamline keep their type."
     n,points = int(h['NB_STREAMLINES']), np.zeros((0, 3), np.float32)
     offsets,dps,groups = np.zeros(1, np.int64), {}, {}
-    stem,count = Counter(name.split('.')[0] for name in arrays).most_common(1)[0] if arrays else ('', 0)
-    if count > 1: raise ValueError(f"{stem} is there twice")
+    word_of = lambda name: name.split('/')[-1].split('.')[0]
+    stems = Counter((name.split('/')[0].split('.')[0], '/' in name and word_of(name)) for name in arrays)
+    stem,count = stems.most_common(1)[0] if arrays else ('', 0)
+    if count > 1: raise ValueError(f"{'/'.join(filter(None, stem))} is there twice")
     for name,values in arrays.items():
-        place,word = name.split('/')[0].split('.')[0], name.split('/')[-1].split('.')[0]
+        place,word = name.split('/')[0].split('.')[0], word_of(name)
         native = values.dtype.newbyteorder('=')
         if place == 'positions': points = np.array(values, np.float32).reshape(-1, 3)
         elif place == 'offsets': offsets = values.reshape(-1).astype(np.int64)
@@ -496,6 +498,7 @@ def trx_grid(
     unset = affine is None or dimensions is None or not np.any(affine)
     if unset or np.array_equal(affine, np.eye(4)) and max(dimensions) <= 1:
         return None, ["the header has no affine: nothing says which image it belongs to"]
+    if any(d % 1 or d < 0 for d in dimensions): raise ValueError(f"dimensions of {dimensions} voxels")
     return Grid(affine, dimensions), []
 
 # %% ../../nbs/00_core/10_tractograms.ipynb #02a2d039
@@ -518,7 +521,10 @@ def trx_header(
         raise DataProblem("its arrays lie in a folder of the archive", "header.json at the top of it",
                           do="unpack it, then pack what is in the folder: zip -0 -r ../packed.trx .")
     if (n := archive.getinfo('header.json').file_size) > MOST_JSON: raise ValueError(f"a header of {n} bytes")
-    return parse_json(archive.read('header.json').decode())
+    h = parse_json(archive.read('header.json').decode())
+    for key in ('NB_STREAMLINES', 'NB_VERTICES'):
+        if (n := float(h[key])) % 1 or n < 0: raise ValueError(f"{key} is {h[key]}")
+    return h
 
 def check_trx(
     path, # .trx
@@ -544,7 +550,10 @@ def check_trx(
                 raise ValueError(f"{name}: '{words[-1]}' is no type of plain numbers")
             continue
         width = int(words[1]) if len(words) == 3 else 1
-        if width < 1 or place == 'positions' and width != 3: raise ValueError(f"{name} has {width} columns")
+        if width < 1 or width != {'positions': 3, 'offsets': 1, 'groups': 1}.get(place, width):
+            raise ValueError(f"{name} has {width} columns")
+        if place in ('offsets', 'groups') and 'int' not in words[-1]:
+            raise ValueError(f"{name}: '{words[-1]}' is no type of whole numbers")
         each = width*np.dtype('bool' if words[-1] == 'bit' else words[-1]).itemsize
         if place in rows and n not in [each*r for r in rows[place]]:
             raise ValueError(f"{name} has {n} bytes, the header says {lines} streamlines of {points} points")
@@ -581,7 +590,7 @@ def need_tractogram(
     **place, # subject, group
 ) -> Path:
     "The path of a tractogram that is there, in one file."
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         raise DataProblem("this tractogram is a folder", "one file", "its arrays side by side", file=path,
                           do=f"pack them: cd {path} && zip -0 -r ../packed.trx .", **place)
     return need_file(path, problem, do, **place)

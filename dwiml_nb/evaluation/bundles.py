@@ -17,7 +17,8 @@ from ..core.errors import DataProblem, did_you_mean, html_text, naming, need_fil
 from ..core.files import read_json
 from ..core.ragged import Ragged, as_ragged
 from ..core.sizes import need_memory, refuse_far
-from ..core.space import Grid, convert, grid_of, inside, open_image, same_grid, to_vox_matrix
+from ..core.space import (Grid, convert, grid_of, image_values, inside, open_image, same_grid,
+                                 to_vox_matrix)
 from ..core.lines import lengths_of, resample_step
 from ..core.tractograms import Tractogram
 
@@ -103,7 +104,7 @@ def read_mask(
     with naming("the mask cannot be read", "a whole NIfTI file", "copy it again from its source.", file=path):
         img = open_image(need_file(path, "no such mask"))
         if np.prod(img.shape[3:]) != 1: raise DataProblem("a mask has one value a voxel", "3D", img.shape)
-        mask = np.asarray(img.dataobj).reshape(-1) > 0
+        mask = image_values(path).reshape(-1) > 0
     if grid is not None and not same_grid(grid, grid_of(img)):
         raise DataProblem("the masks of a reference lie on different grids",
                           expected=grid, found=grid_of(img), file=path)

@@ -47,8 +47,9 @@ def read_acquisition(
                               file=folder/file)
     dwi,white = folder/'dwi/dwi.nii.gz', folder/'masks/wm.nii.gz'
     img = open_volume(dwi, 4, 'DWI')
-    mask = values_of(open_volume(white, 3, 'white matter mask'), white, 'white matter mask') > 0
-    return Acquisition(values_of(img, dwi, 'DWI'),
+    open_volume(white, 3, 'white matter mask')
+    mask = values_of(white, 'white matter mask') > 0
+    return Acquisition(values_of(dwi, 'DWI'),
                        *read_gradients(folder/'dwi/dwi.bval', folder/'dwi/dwi.bvec', img.affine),
                        mask, grid_of(img))
 

@@ -10,6 +10,7 @@ __all__ = ['StudyReport', 'noting', 'mapping_hindrance', 'check_attribute', 'che
 # %% ../../nbs/01_study/15_check.ipynb #59ef4d6f
 import math
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -323,7 +324,7 @@ def check_root(
                                   expected="a list of subject ids", do="make the study with create_study.")
             lists[s] = attr_words(file.attrs[f'{s}_subjs'])
     ids = [i for s in lists.values() for i in s]
-    for i in dict.fromkeys(i for i in ids if ids.count(i) > 1):
+    for i in (i for i,n in Counter(ids).items() if n > 1):
         report.problems.append(DataProblem("a subject is listed more than once", expected="one list, once",
                                            found=[s for s in lists if i in lists[s]], subject=i))
     there = list(file)

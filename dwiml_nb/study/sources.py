@@ -10,6 +10,7 @@ __all__ = ['MOST_VOXELS', 'find_files', 'image_header', 'tractogram_header', 'Su
 
 # %% ../../nbs/01_study/07_sources.ipynb #7d6e9ccd
 import glob
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
@@ -32,7 +33,7 @@ def matching(
     if '*' not in pattern: return [Path(folder)/pattern], []
     hits = sorted(Path(p) for p in glob.glob(str(Path(glob.escape(str(folder)))/pattern)))
     if hits: return hits, []
-    nearby = next(p for p in (Path(folder)/pattern).parents if p.is_dir())
+    nearby = next(p for p in (Path(folder)/pattern).parents if os.path.isdir(p))
     there = ', '.join(sorted(p.name for p in nearby.iterdir())[:8]) or 'nothing'
     return [], [DataProblem(f"nothing matches '{pattern}'", expected="at least one file",
                             found=f"in {nearby.name}: {there}", do="check the pattern in the config.",
@@ -416,7 +417,7 @@ def subject_folder(
 ) -> Path: # It need not exist
     "The folder that holds a subject's files."
     whole,(person,_,session) = Path(root)/subject, subject.partition('_ses-')
-    return Path(root)/person/f'ses-{session}' if session and not whole.is_dir() else whole
+    return Path(root)/person/f'ses-{session}' if session and not os.path.isdir(whole) else whole
 
 # %% ../../nbs/01_study/07_sources.ipynb #8a0204d7
 def check_sources(
@@ -441,7 +442,7 @@ def check_sources(
     subjects = {s: SubjectSources(s, subset, subject_folder(root, s)) for subset in SUBSETS
                 for s in lists[subset]}
     for s,src in subjects.items():
-        if not src.folder.is_dir():
+        if not os.path.isdir(src.folder):
             bad.append(DataProblem(f"no folder for a listed subject.{did_you_mean(s, folders)}",
                                    expected=root/s, found=folders[:8],
                             do="correct the list, or add the folder.", subject=s))

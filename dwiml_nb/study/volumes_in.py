@@ -7,10 +7,10 @@ __all__ = ['LABEL_TOLERANCE', 'VOLUME_DTYPES', 'row_major', 'load_volume', 'whol
            'union_mask', 'standardized_part', 'volume_of', 'rounded']
 
 # %% ../../nbs/01_study/08_volumes_in.ipynb #99c789c2
-import nibabel as nib
 import numpy as np
 from ..core.errors import DataProblem, naming
 from ..core.sh import zero_outside
+from ..core.space import image_values
 from .config import VolumeSpec
 from .sources import SubjectSources
 from .standardize import standardization, standardized
@@ -32,7 +32,7 @@ def load_volume(
     "The values of an image; NaN and inf are refused."
     with naming("the image cannot be read to its end", "a whole NIfTI file", "copy it again from its source.",
                 file=path):
-        data = np.asanyarray(nib.load(path).dataobj, dtype=np.float32)
+        data = image_values(path, np.float32)
     data = data[..., None] if data.ndim == 3 else data
     if not np.isfinite(data).all():
         bad = int((~np.isfinite(data)).any(-1).sum())
@@ -62,7 +62,7 @@ def load_labels(
     "The labels of an image, in full precision."
     with naming("the label image cannot be read to its end", "a whole NIfTI file",
                 "copy it again from its source.", file=path):
-        values = np.asanyarray(nib.load(path).dataobj)
+        values = image_values(path)
     return whole_labels(values if values.ndim == 3 else values[..., 0], path)
 
 # %% ../../nbs/01_study/08_volumes_in.ipynb #c8933261

@@ -446,6 +446,22 @@ def test_neighbours_of_a_model_folder_stay(tmp_path):
     assert (tmp_path / "file").read_text() == "precious"
 
 
+@pytest.mark.parametrize("there", [pipe, lambda p: (p.parent / "mine").mkdir() or (p.parent / "mine" / "w.hdf5").touch() or p.symlink_to("mine"), lambda p: p.mkdir() or os.mkfifo(p / "lock")], ids=["pipe", "link", "lock"])
+def test_parts_have_a_folder_of_their_own(sources, tmp_path, there):
+    there(tmp_path / ".study.parts")
+    before = tree(tmp_path)
+    with pytest.raises(DataProblem, match="the place of the study's parts is taken"): create_study(sources, tmp_path / "study", CONFIG, ["a"])
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("there", [pipe, folder], ids=["pipe", "folder"])
+def test_the_mark_of_a_toy_study_is_a_file(tmp_path, there):
+    there(tmp_path / ".toy_study")
+    before = tree(tmp_path)
+    with pytest.raises(DataProblem, match="cannot be replaced by a file"): toy_study(tmp_path)
+    assert tree(tmp_path) == before
+
+
 def test_a_model_replaces_a_model_only(tmp_path, monkeypatch):
     model, mine = Learn2TrackModel(4, rnn_layer_sizes=[4], step_size=1.), tmp_path / "mine"
     mine.mkdir(); (mine / "parameters.json").write_text("years of work")

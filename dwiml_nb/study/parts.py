@@ -264,8 +264,13 @@ def parts_folder(
 ): # -> the folder
     "The folder of a study's parts, ours alone; it goes when all went well, or when it has no finished part."
     folder = Path(study).with_name(f'.{Path(study).stem}.parts')
+    lock = folder/'lock'
+    is_other = folder.is_symlink() or folder.exists() and not folder.is_dir()
+    if is_other or lock.exists() and not lock.is_file():
+        raise DataProblem("the place of the study's parts is taken", expected="a folder of its own",
+                          found="something else", file=folder, do="move it away.")
     folder.mkdir(exist_ok=True)
-    if (lock := locked(folder/'lock')) is None:
+    if (lock := locked(lock)) is None:
         raise DataProblem("another process is making this study, or adding to it", file=study,
                           do="wait for it to end.")
     try: yield folder

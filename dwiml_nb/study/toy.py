@@ -8,6 +8,7 @@ __all__ = ['digests', 'as_it_was', 'toy_study']
 # %% ../../nbs/01_study/17_toy.ipynb #7dec71bd
 import hashlib
 from pathlib import Path
+from ..core.files import file_to_write
 from ..core.folders import check_ours
 from ..core.options import check_seed
 from ..core.phantom import write_phantom
@@ -40,6 +41,7 @@ def toy_study(
     root,study,seed = Path(folder)/'subjects', Path(folder)/'study.hdf5', check_seed(seed)
     options = {'overwrite': as_it_was(study), **options}
     check_ours(root, 'write_phantom')
+    if study.parent.is_dir(): file_to_write(study.with_name('.toy_study'))
     if study.parent.is_dir(): check_target(study, {}, options['overwrite'])
     write_phantom(root, n_subjects=n_subjects, seed=seed)
     made = create_study(root, study, root/'config.json', *(root/f'{s}.txt' for s in SUBSETS), **options).path

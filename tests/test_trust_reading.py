@@ -344,6 +344,8 @@ def test_names_too_long_for_a_file_system(subjects, tmp_path):
         with pytest.raises(DataProblem, match="must be the name of a folder"): create_study(subjects, tmp_path / "n.hdf5", config(), [long])
         for read in (load_tractogram, read_array, open_study):
             with pytest.raises(DataProblem, match="no such"): read(f"{long}.trk")
+    for folder in (".", "/"):
+        with pytest.raises(DataProblem, match="this is a folder"): create_study(subjects, folder, config(), ["sub-01"])
     many = [f"s{i}" for i in range(500)]
     with pytest.raises(DataProblem, match="and 400 more") as told: create_study(subjects, tmp_path / "n.hdf5", config(), many)
     assert len(told.value.problems) == 500 and str(told.value).count("no folder") == 100

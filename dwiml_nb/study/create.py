@@ -296,6 +296,8 @@ def check_target(
 ) -> Path: # with its extension; where a link leads
     "The path to write, if it can be written."
     path = Path(hdf5_file)
+    if not path.name:
+        raise DataProblem("this is a folder", expected="the name of a study, .hdf5", file=path)
     path = place_of(path if path.suffix else path.with_suffix('.hdf5'))
     if path.suffix != '.hdf5':
         raise DataProblem("a study has the extension .hdf5", expected=path.with_suffix('.hdf5').name,

@@ -296,12 +296,17 @@ def test_records_of_another_version(case, name, capsys):
     "What is missing, new or of another kind is named, with the version that wrote it."
     change, words = CHANGES[name]
     files = [case.folder/"first"/"checkpoint"/o for o in ("params.json", "state.pt")]
+    latest = case.folder/"first"/"parameters_latest.json"
+    record = json.loads(latest.read_text())
+    latest.write_text(json.dumps(record | {"versions": record["versions"] | {"dwiml_nb": "0.0.7"}}))
     params, state = json.loads(files[0].read_text()), torch.load(files[1], weights_only=True)
     change(params, state)
     files[0].write_text(json.dumps(params))
     torch.save(state, files[1])
     sentence = told(capsys, case.resume)
-    assert words in sentence and "the version of dwiml_nb that wrote it (0." in sentence, sentence
+    assert words in sentence and "use the version of dwiml_nb that wrote it (0.0.7; " in sentence, sentence
+    latest.write_text(json.dumps(record))
+    assert "it was changed after this version wrote it: restore a copy" in told(capsys, case.resume)
 
 
 def test_records_of_earlier_versions(case, capsys):

@@ -19,6 +19,7 @@ from .files import progress
 from .folders import claim_folder
 from .ragged import Ragged
 from .lines import resample_nb_points, resample_step, reverse
+from .options import check_seed
 from .phantom import (SimulatedSubject, grid_around, simulate_subject, write_study_files,
                                    write_subject)
 
@@ -105,7 +106,7 @@ def write_human_study(
     subjects=SUBJECTS, # Leave some out for a smaller study
 ) -> Path: # The root
     "Write the five people's folders with the configuration and the lists of one fold."
-    folds = human_folds(held_out)
+    folds,seed = human_folds(held_out), check_seed(seed)
     root = claim_folder(root, 'write_human_study')
     for s in progress(subjects, 'simulating', unit='person'): write_human_subject(root, s, seed)
     write_study_files(root, *[[s for s in folds[k] if s in subjects]

@@ -26,6 +26,7 @@ from .ragged import Ragged
 from .space import Grid, convert, inside, save_volume
 from .lines import lengths_of, resample_step
 from .tractograms import Tractogram, save_tractogram
+from .options import check_seed
 from .gradients import image_axes, write_gradients
 from .sh import (fit_attenuation, sh_basis, sh_degrees, sh_size, shell_record, strongest_peak,
                               write_fit)
@@ -427,6 +428,7 @@ def write_phantom(
     "Write the subject folders of a phantom study with its configuration and lists."
     if n_subjects < 1:
         raise DataProblem("a phantom study has at least one subject", expected="1 or more", found=n_subjects)
+    seed = check_seed(seed)
     root,ids = claim_folder(root, 'write_phantom'), [f'sub-{i+1:02d}' for i in range(n_subjects)]
     for i,name in enumerate(progress(ids, 'phantom', unit='subject')):
         write_subject(root/name, phantom_subject(kind, i, seed))

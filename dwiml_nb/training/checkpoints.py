@@ -138,8 +138,9 @@ def other_version(
     file,told = folder.parent/'parameters_latest.json', 'unknown'
     if file.is_file() and not lacking({'versions': {'dwiml_nb': str}}, record := read_json(file)):
         told = record['versions']['dwiml_nb']
-    return (f"use the version of dwiml_nb that wrote it ({told}; this is {version('dwiml_nb')}), "
-            "restore a copy of the folder, or train from the start.")
+    rest = "restore a copy of the folder, or train from the start."
+    if told == (now := version('dwiml_nb')): return f"it was changed after this version wrote it: {rest}"
+    return f"use the version of dwiml_nb that wrote it ({told}; this is {now}), {rest}"
 
 # %% ../../nbs/07_training/02_checkpoints.ipynb #41b2b323
 def check_state(

@@ -126,7 +126,7 @@ def test_creation_holds_an_uncompressed_volume_at_most_twice(tmp_path, how):
     size = values.nbytes
     del values
     make(['a'])
-    for ids in (["a"], ["a", "b"]): assert highest_while(lambda ids=ids: make(ids)) < 2.1*size + 4*MIB
+    for ids in (["a"], ["a", "b"]): assert highest_while(lambda ids=ids: make(ids)) < 2.1*size + 12*MIB  # a third copy would be 22 MiB
     shutil.rmtree(tmp_path)
 
 @pytest.mark.slow

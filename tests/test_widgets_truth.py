@@ -44,6 +44,15 @@ class OneStep(MainModelAbstract):
         return torch.cat([o[:-1] - t.diff(dim=0) for o, t in zip(outputs, targets)]).square().mean()
 
 
+@pytest.fixture(autouse=True)
+def no_loop():
+    "As in a script: the browser of other tests leaves its loop running in this thread."
+    loop = asyncio._get_running_loop()
+    asyncio._set_running_loop(None)
+    yield
+    asyncio._set_running_loop(loop)
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory): return MultiSubjectDataset(toy_study(tmp_path_factory.mktemp("study"))).load_data()
 

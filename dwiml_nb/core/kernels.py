@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['forked', 'all_kernels', 'one_at_a_time', 'WORTH_SHARING', 'mark_forked', 'is_worker', 'compiled', 'tell_compiled',
-           'Kernel', 'kernel', 'fits', 'warm_up']
+           'Kernel', 'kernel', 'threads_in_words', 'tell_busy', 'fits', 'warm_up']
 
 # %% ../../nbs/00_core/07_kernels.ipynb #cece0bf5
 import multiprocessing
@@ -16,6 +16,7 @@ from functools import update_wrapper
 import numba
 import torch
 from torch import Tensor
+import dwiml_nb
 from .files import shows_bars
 
 # %% ../../nbs/00_core/07_kernels.ipynb #0689066c
@@ -98,6 +99,25 @@ def kernel(
 ): # -> a decorator
     "Decorate a loop over lines or points with this to have it compiled."
     return lambda f: Kernel(f, example)
+
+# %% ../../nbs/00_core/07_kernels.ipynb #5b1c2e92
+def threads_in_words() -> str:
+    "How many threads torch computes with here, and what they do between two operations."
+    n = torch.get_num_threads()
+    return f"{n} thread{'s'*(n > 1)}" + (f" that {dwiml_nb.idle_threads} when idle" if n > 1 else "")
+
+def tell_busy(
+    load:float=None, # Processes that want a core; None: what the system counts now
+    told=[], # The words already told; shared between calls, so that one process tells once
+):
+    "Say so when spinning threads are about to share the cores with other processes."
+    cores = os.cpu_count() or 1
+    if load is None: load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else 0.
+    if told or torch.get_num_threads() == 1 or dwiml_nb.idle_threads != 'spin' or load < cores: return
+    told.append(f"this machine is busy ({load:.1f} processes for {cores} cores) and torch was loaded before "
+                "dwiml_nb, so its idle threads spin and a step may take several times as long. Import it "
+                "first, or set OMP_WAIT_POLICY=passive before Python starts, or torch.set_num_threads(1).")
+    print(told[0], file=sys.stderr)
 
 # %% ../../nbs/00_core/07_kernels.ipynb #c81fa42c
 def fits(

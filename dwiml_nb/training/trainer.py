@@ -21,6 +21,7 @@ from fastcore.basics import patch
 from ..core.dwi_ml import NamesOfDwiml
 from ..core.errors import DataProblem, naming
 from ..core.files import progress
+from ..core.kernels import tell_busy, threads_in_words
 from ..core.options import check_number, check_numbers, check_seed, options_of
 from ..core.registry import class_path
 from ..batch.spec import spec_of
@@ -126,7 +127,7 @@ class DWIMLTrainer(NamesOfDwiml):
     @property
     def experiment_folder(self) -> Path: return self.experiment.folder
     def __repr__(self):
-        place = f"{self.epoch} of {self.max_epochs} epochs done, {self.control.state}"
+        place = f"{self.epoch} of {self.max_epochs} epochs done, {self.control.state}; {threads_in_words()}"
         return f"{type(self).__name__}({self.experiment_folder}, {place})"
 
 # %% ../../nbs/07_training/09_trainer.ipynb #7eade2ed
@@ -465,6 +466,7 @@ def running(self:DWIMLTrainer):
         done = self.batch if self.phase == 'training' else per_epoch
         self.control.begin(self.epoch*per_epoch + done, self.max_epochs*per_epoch)
         place = self.epoch, [p.name for p in self.phases].index(self.phase), self.batch
+        tell_busy()
         self.sinks.send('begin', {**record, 'experiment_folder': str(self.experiment_folder)})
         self.sinks.send('rewind', place)
         self.experiment.mend(self.model, self.monitor, place)

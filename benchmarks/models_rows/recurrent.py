@@ -1,0 +1,45 @@
+"""A training step of Learn2Track, beside the same layers on torch's packed sequences (what dwi_ml does)."""
+import torch
+from torch.nn.utils.rnn import pack_sequence
+from dwiml_nb.core.ragged import Ragged
+from dwiml_nb.models.rnn import StackedRNN
+from side_by_side import Row, interleaved
+
+def ragged(nb_lines:int, most:int, features:int) -> Ragged:
+    lengths = torch.randint(20, most, (nb_lines,), generator=torch.Generator().manual_seed(0))
+    return Ragged.from_lengths(torch.randn(int(lengths.sum()), features), lengths)
+
+def packed(rnn:StackedRNN, x:list):
+    "The layers of the stack one after the other, each on a packed sequence."
+    y = pack_sequence(x, enforce_sorted=False)
+    for i in range(len(rnn.layer_sizes)):
+        y,_ = rnn.get_submodule(f'rnn_{i}')(y)
+        if i < len(rnn.layer_sizes) - 1: y = y._replace(data=y.data.relu())
+    return y.data
+
+def arithmetic(rnn:StackedRNN, nb_rows:int):
+    "Only the products of matrices that a step has to do, each as one product."
+    shapes = [(p.shape, torch.randn(nb_rows, p.shape[1]), torch.randn(nb_rows, p.shape[0])) for p in rnn.parameters() if p.ndim == 2]
+    weights = [torch.randn(shape) for shape,_,_ in shapes]
+    def run():
+        for w,(_,x,g) in zip(weights, shapes): x@w.t(); g@w; g.t()@x
+    return run
+
+def step(rnn, outputs):
+    rnn.zero_grad(set_to_none=True)
+    outputs.square().mean().backward()
+    return [p.grad.clone() for p in rnn.parameters()]
+
+def rows(threads, quick):
+    torch.manual_seed(0)
+    for key,sizes,nb_lines,most,goal in (('gru', [500, 500], 200, 160, 5.), ('lstm', [500, 500], 200, 160, None), ('gru', [128], 126, 41, None)):
+        if quick: sizes,nb_lines,most = [16]*len(sizes), 10, 30
+        x,rnn = ragged(nb_lines, most, 320), StackedRNN(key, 320, sizes)
+        lists = list(x.unbind())
+        ways = {'ours': lambda: step(rnn, rnn(x)[0].data), 'packed': lambda: step(rnn, packed(rnn, lists)), 'products alone': arithmetic(rnn, len(x.data))}
+        # the mean over rows does not know their order, so the gradients are the same
+        apart = max(float((a - b).abs().max()/b.abs().max()) for a,b in zip(ways['ours'](), ways['packed']()))
+        times = interleaved(ways, 1 if quick else 3)
+        yield Row(f"{key} {sizes}, {nb_lines} lines, {len(x.data):,} points: forward and backward", threads, times, 'packed',
+                  f">= {goal:g}x torch's packed form" if goal else "", times['packed']/times['ours'] >= goal if goal else None,
+                  limit='products alone', agrees=f"gradients, largest difference {apart:.0e} of the largest entry")

@@ -115,7 +115,7 @@ def spans(self:SFTData,
     if self.spans_kept is None:
         starts,lengths = (self.parts[k] for k in ('offsets', 'lengths'))
         slow = 'hdf5' in (starts.way(), lengths.way())     # there, single numbers cost more than keeping all
-        read = lambda r: (r.all() if ids is None or slow else r.take(ids)).astype(np.int64)
+        read = lambda r: (r.all() if ids is None or slow else r.take(ids)).astype(np.int64, copy=False)
         found = read(starts), read(lengths)
         if len(bad := lines_outside(*found, self.nb_stored_points)):
             line = int(bad[0] if ids is None or slow else ids[bad[0]])

@@ -58,6 +58,7 @@ from .models.parts import (ModelWithDirectionGetter, ModelWithNeighborhood, Mode
                                    ModelWithPreviousDirections)
 from .models.rnn import RNNS, StackedRNN
 from .models.learn2track import Learn2TrackModel, dwi_ml_problems
+from .models.autoencoder import ModelAE
 from .models.checks import check_direction_getter, check_model
 
 # %% ../nbs/all.ipynb #bec6a930

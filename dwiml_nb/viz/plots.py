@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['figure_png', 'showing', 'log_values', 'default_graphs', 'split_outliers', 'draw_graph', 'plot_columns', 'plot_logs',
-           'loss_figure', 'histogram', 'spread_of', 'histogram_figure', 'histogram_picture']
+           'loss_figure', 'histogram', 'spread_of', 'histogram_figure', 'histogram_picture', 'widest_axes',
+           'latent_picture']
 
 # %% ../../nbs/09_viz/05_plots.ipynb #c39a3f01
 import os
 import re
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 import numpy as np
 from ..core.errors import did_you_mean, html_text
@@ -40,6 +42,7 @@ def showing(
     "The figure, made to show itself on a notebook's page where nobody has imported pyplot."
     figure._repr_png_ = partial(figure_png, figure)
     return figure
+
 
 
 # %% ../../nbs/09_viz/05_plots.ipynb #ba6eeaf4
@@ -249,4 +252,35 @@ def histogram_picture(
             ax.stairs(table[2], edges, color=PALETTE[0], lw=1.8, label='median')
             ax.set_title(sentence, fontsize='small')
         if len(counts) > 1: ax.legend(fontsize='small')
+    return showing(figure)
+
+# %% ../../nbs/09_viz/05_plots.ipynb #3ddef062
+def widest_axes(
+    vectors, # (n, D)
+    nb:int=2, # Axes
+) -> tuple: # (n, nb) places along the axes, (nb,) their shares of the variance
+    "Where vectors lie along the axes of their largest spread."
+    x = np.asarray(vectors, dtype=float)
+    _,sizes,axes = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    axes = axes[:nb]*np.sign(axes[:nb][range(len(axes[:nb])), np.abs(axes[:nb]).argmax(1)])[:, None]
+    return (x - x.mean(0)) @ axes.T, sizes[:nb]**2/max((sizes**2).sum(), 1e-300)
+
+# %% ../../nbs/09_viz/05_plots.ipynb #0132bac6
+def latent_picture(
+    groups:dict, # name -> (n, D) vectors, of lines of one bundle for instance
+    fig_size:tuple=(4.5, 3), # Inches
+): # -> a matplotlib `Figure`
+    "Vectors of several groups on the plane of their widest spread."
+    import matplotlib
+    from matplotlib.figure import Figure
+    vectors = [np.asarray(v, dtype=float) for v in groups.values()]
+    at,shares = widest_axes(np.concatenate(vectors))
+    with matplotlib.rc_context(matplotlib_style()):
+        figure = Figure(figsize=fig_size, layout='constrained')
+        ax = figure.subplots()
+        for name,xy,c in zip(groups, np.split(at, np.cumsum([len(v) for v in vectors])[:-1]), cycle(PALETTE)):
+            ax.scatter(*xy.T, s=14, color=c, label=name, alpha=.8, lw=0, zorder=3)
+        ax.set(**{f'{k}label': f'axis {i + 1}: {share:.0%} of the variance'
+                  for i,(k,share) in enumerate(zip('xy', shares))})
+        if len(groups) > 1: ax.legend(fontsize='small', loc='upper left', bbox_to_anchor=(1, 1))
     return showing(figure)

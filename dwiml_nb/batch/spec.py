@@ -74,6 +74,7 @@ class ModelSpec:
     uses_last_point:bool = True # False: `forward` gets no last points, because they have no direction
     accepts_ragged:bool = False # False: the model gets lists of tensors
     nb_previous_dirs:int = 0 # Steps that a tracker remembers for it
+    nb_draws:int = 4 # Uniform numbers per line and step that probabilistic tracking gives it
     inputs:dict = None # name -> `InputSpec`, in the order of `forward`; None: one unnamed input
     name:str = 'the model' # Of its class, for messages
     takes_inputs:bool = True # `forward(inputs, streamlines)`, not `forward(streamlines)`
@@ -188,8 +189,9 @@ MODEL_METHODS = (
     'load_model_from_params_and_state')
 GETTER_METHODS = (
     'to', 'train', 'eval', 'double', 'parameters',
-    'compute_loss', 'get_tracking_directions',
-    'add_eos', 'axis_head', 'is_probabilistic')  # what it can do
+    'compute_loss', 'get_tracking_directions', 'log_density', 'picture',
+    'add_eos', 'axis_head', 'is_probabilistic', 'nb_draws', 'density_on',
+    'supports_compressed_streamlines')  # what it can do
 
 def not_written(
     method, # A method that only raises an error
@@ -201,7 +203,7 @@ def not_written(
 # %% ../../nbs/03_batch/00_spec.ipynb #c9d0eefa
 ASKED = ('step_size', 'nb_points', 'compress_lines',
          'neighborhood_vectors', 'streamline_space', 'legacy_half_voxel',
-         'uses_last_point', 'accepts_ragged', 'nb_previous_dirs')
+         'uses_last_point', 'accepts_ragged', 'nb_previous_dirs', 'nb_draws')
 
 def is_written(
     model,

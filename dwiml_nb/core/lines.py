@@ -57,12 +57,24 @@ def directions(
     return Ragged.from_lengths(lines.data[rows + 1] - lines.data[rows], lengths)
 
 # %% ../../nbs/00_core/08_lines.ipynb #e373a6bf
+SHORT,LONG = 1e-15,1e18         # the squares of what lies between them are safe in float32
+
+@numba.njit(error_model='numpy')
+def in_range(x, y, z, squared):
+    "The same direction, and its squared length, brought closer to one where it is far from it."
+    if SHORT*SHORT < squared < LONG*LONG or squared != squared: return x, y, z, squared
+    largest = max(abs(x), abs(y), abs(z))
+    if not largest > 0: return x, y, z, squared
+    x,y,z = x/largest, y/largest, z/largest
+    return x, y, z, x*x + y*y + z*z
+
+# %% ../../nbs/00_core/08_lines.ipynb #bbffb1da
 @kernel(lambda: (np.ones((4, 3), np.float32), np.empty((4, 3), np.float32)))
 def fill_units(vectors, out):
     "Each row divided by its norm; zero stays zero."
     for i in numba.prange(len(vectors)):
         x,y,z = vectors[i, 0], vectors[i, 1], vectors[i, 2]
-        squared = x*x + y*y + z*z
+        x,y,z,squared = in_range(x, y, z, x*x + y*y + z*z)
         scale = vectors.dtype.type(1)/np.sqrt(squared) if squared > 0 else vectors.dtype.type(0)
         out[i, 0],out[i, 1],out[i, 2] = x*scale, y*scale, z*scale
 
@@ -75,6 +87,9 @@ def unit(
         out = torch.empty(vectors.shape, dtype=vectors.dtype)
         fill_units(*as_arrays(vectors.reshape(-1, 3), out.view(-1, 3)))
         return out
+    largest = vectors.detach().abs().amax(-1, keepdim=True)
+    odd = (largest > 0) & ((largest < SHORT) | (largest > LONG))
+    vectors = vectors/torch.where(odd, largest, 1.)
     squared = (vectors**2).sum(-1, keepdim=True)
     safe = torch.where(squared > 0, squared, torch.ones_like(squared))
     return vectors * torch.where(squared > 0, safe.rsqrt(), torch.zeros_like(safe))
@@ -93,9 +108,10 @@ def fill_previous(data, offsets, n, normalize, out):
             for k in range(3*nb - 3): steps[k] = line[k+3] - line[k]
             if normalize:
                 for k in range(0, 3*nb - 3, 3):
-                    squared = steps[k]*steps[k] + steps[k+1]*steps[k+1] + steps[k+2]*steps[k+2]
+                    x,y,z = steps[k], steps[k+1], steps[k+2]
+                    x,y,z,squared = in_range(x, y, z, x*x + y*y + z*z)
                     scale = data.dtype.type(1)/np.sqrt(squared) if squared > 0 else data.dtype.type(0)
-                    for c in range(k, k + 3): steps[c] *= scale
+                    steps[k],steps[k+1],steps[k+2] = x*scale, y*scale, z*scale
             for k in range(n):
                 shifted,columns = scratch[3*(n - 1 - k):3*(n - 1 - k + nb)], rows[:, 3*k:3*k+3]
                 for j in range(nb):
@@ -434,7 +450,7 @@ def fill_lead_back(data, offsets, displaced, lead, out):
                      line[ahead, 2] - line[back, 2])
             x,y,z = line[aim, 0] - off[j, 0], line[aim, 1] - off[j, 1], line[aim, 2] - off[j, 2]
             if not x*a + y*b + z*c > 0: x,y,z = a,b,c         # never ask for a turn backwards at the very end
-            squared = x*x + y*y + z*z
+            x,y,z,squared = in_range(x, y, z, x*x + y*y + z*z)
             scale = data.dtype.type(1)/np.sqrt(squared) if squared > 0 else data.dtype.type(0)
             wanted[j, 0],wanted[j, 1],wanted[j, 2] = x*scale, y*scale, z*scale
 

@@ -16,6 +16,7 @@ from ..core.lines import directions
 from ..core.options import check_number, check_numbers, with_parts
 from ..core.ragged import Ragged, as_ragged, rows_of
 from ..core.registry import Registry
+from ..core.sphere import nearest_vertex, sphere_vertices, vertex_areas
 from .ends_starts import AxisStart, EndLogit, NoEnd, NoStart, check_threshold, sum_of
 
 # %% ../../nbs/04_directions/01_base.ipynb #d89903ad
@@ -24,6 +25,9 @@ class DirectionGetter(nn.Module):
     key = None                                  # The name in `parameters.json`
     nb_columns = 3                              # Columns of the direction
     end_part,start_part = EndLogit,AxisStart    # The parts for `add_eos` and `axis_head`
+    nb_draws = 4                                # Uniform numbers per row that `prob_directions` needs
+    density_on = None                           # 'sphere' or 'space': where `log_densities` is a density
+    supports_compressed_streamlines = False     # Do steps of uneven length keep their meaning?
 
     def __init__(self,
         input_size:int, # D, features per row
@@ -61,6 +65,9 @@ class DirectionGetter(nn.Module):
     def prob_directions(self, rows, draws):
         raise ValueError(f"{self.key or self._get_name()} answers with one direction and has nothing to draw "
                          f"from. Track with algo='det', or train a classification.")
+    def log_densities(self, rows, dirs):
+        raise ValueError(f"{self.key or self._get_name()} answers with one direction and has no density. "
+                         f"A classification has one.")
 
 
 DIRECTION_GETTERS = Registry('direction getter', DirectionGetter)
@@ -220,17 +227,60 @@ def get_tracking_directions(self:DirectionGetter,
     algo:str='det', # 'det': the best direction; 'prob': one drawn at random
     eos_threshold=None, # Stop above this P(end), or at 'max'; 0.5 when not given
     previous_dirs:Tensor=None, # (M, 3) the step before, 0 at a first point; only an axis head reads it
-    draws:Tensor=None, # (M, 4) uniform numbers in (0, 1) for 'prob'; None: fresh ones
+    draws:Tensor=None, # (M, >= nb_draws) uniform numbers in (0, 1) for 'prob'; None: fresh ones
 ) -> Tensor: # (M, 3) of any length; NaN where the line ends
     "One direction per line."
     rows = outputs if isinstance(outputs, Tensor) else torch.cat(list(outputs))
     mine = rows[:, :self.nb_columns]
     if algo == 'det': dirs = self.det_directions(mine)
     elif algo == 'prob':
-        if draws is None: draws = torch.rand(len(rows), 4, device=rows.device)
+        if draws is None: draws = torch.rand(len(rows), self.nb_draws, device=rows.device)
+        if draws.ndim != 2 or len(draws) != len(rows) or draws.shape[1] < self.nb_draws:
+            raise ValueError(f"draws are ({len(rows)}, {self.nb_draws}) numbers or more for "
+                             f"{len(rows)} rows, found {tuple(draws.shape)}")
         dirs = self.prob_directions(mine, draws)
     else: raise ValueError(f"algo is 'det' or 'prob', found '{algo}'")
     dirs = self.start.directions(dirs, rows, previous_dirs)
     check_directions(dirs, rows, self.key or self._get_name())
     if not self.add_eos: return dirs
     return dirs.masked_fill(self.stops_at(rows, eos_threshold)[:, None], float('nan'))
+
+# %% ../../nbs/04_directions/01_base.ipynb #b02ead72
+def rows_in(
+    outputs, # (M, C) tensor, `Ragged` or list
+) -> Tensor: # (M, C)
+    "The outputs as one tensor."
+    return outputs if isinstance(outputs, Tensor) else as_ragged(outputs).data
+
+# %% ../../nbs/04_directions/01_base.ipynb #99f74fc8
+@patch
+def log_density(self:DirectionGetter,
+    outputs, # (M, C) raw outputs, as a tensor, `Ragged` or list
+    dirs:Tensor, # (M, 3), one for each row; or (M, V, 3), or (1, V, 3) for all rows
+) -> Tensor: # (M,), or (M, V)
+    "The log of how dense the getter's distribution is there."
+    rows = rows_in(outputs)[:, :self.nb_columns]
+    if dirs.ndim == 3: return self.log_densities(rows, dirs.to(rows.dtype))
+    return self.log_densities(rows, dirs[:, None].to(rows.dtype))[:, 0]
+
+# %% ../../nbs/04_directions/01_base.ipynb #442f724e
+@patch
+def log_on_sphere(self:DirectionGetter,
+    rows:Tensor, # (M, nb_columns)
+    vertices:Tensor, # (V, 3) unit vectors
+) -> Tensor: # (M, V)
+    "The log of the density per steradian; any constant may be missing."
+    if self.density_on == 'sphere': return self.log_densities(rows, vertices[None])
+    at = nearest_vertex(self.det_directions(rows), vertices)[:, None]
+    return rows.new_full((len(rows), len(vertices)), -torch.inf).scatter(1, at, 0.)
+
+@patch
+@torch.no_grad()
+def picture(self:DirectionGetter,
+    outputs, # (M, C) raw outputs, as a tensor, `Ragged` or list
+    sphere:str='symmetric724', # One of dipy's spheres
+) -> Tensor: # (M, V) per steradian
+    "How dense directions are at the vertices of a sphere."
+    rows = rows_in(outputs)[:, :self.nb_columns]
+    vertices,areas = sphere_vertices(sphere).to(rows), vertex_areas(sphere).to(rows)
+    return (self.log_on_sphere(rows, vertices) + areas.log()).softmax(1)/areas

@@ -11,7 +11,7 @@ from torch import Tensor
 import torch.nn.functional as F
 from fastcore.basics import patch
 from ..core.ragged import Ragged
-from ..core.sphere import sphere_vertices, nearest_vertex
+from ..core.sphere import nearest_vertex, sphere_vertices, vertex_areas
 from .base import DIRECTION_GETTERS, DirectionGetter
 from .ends_starts import EndClass
 
@@ -21,6 +21,7 @@ class SphereClassificationDG(DirectionGetter):
     "Scores for the K vertices of a sphere, trained by cross-entropy."
     key = 'sphere-classification'
     end_part = EndClass
+    density_on = 'sphere'
     def __init__(self,
         input_size:int, # D, features per row
         *,
@@ -56,3 +57,13 @@ def prob_directions(self:SphereClassificationDG,
     cdf = rows.softmax(1).cumsum(1)
     chosen = torch.searchsorted(cdf, draws[:, :1].to(cdf)*cdf[:, -1:])
     return self.vertices[chosen[:, 0].clamp(max=len(self.vertices) - 1)].to(rows.dtype)
+
+# %% ../../nbs/04_directions/03_sphere.ipynb #27ba3ab1
+@patch
+def log_densities(self:SphereClassificationDG,
+    rows:Tensor, # (M, K)
+    dirs:Tensor, # (M or 1, V, 3) directions of any length
+) -> Tensor: # (M, V) log of probability per steradian
+    "The log of a vertex's probability over its area, at the vertex nearest to each direction."
+    per_area = rows.log_softmax(1) - vertex_areas(self.sphere).to(rows).log()
+    return per_area.gather(1, nearest_vertex(dirs, self.vertices).expand(len(rows), -1))

@@ -126,6 +126,9 @@ class ModelWithDirectionGetter(MainModelAbstract):
         self.direction_getter = direction_getter(self.dg_key, input_size, **self.dg_args)
 
     @property
+    def nb_draws(self) -> int: return 4 if self.direction_getter is None else self.direction_getter.nb_draws
+
+    @property
     def uses_last_point(self) -> bool:
         if self.direction_getter is None: return bool(self.dg_args.get('add_eos', False))
         return self.direction_getter.add_eos

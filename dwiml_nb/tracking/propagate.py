@@ -203,7 +203,7 @@ def one_step(
     remembered = memory[:, :walk.spec.nb_previous_dirs]*walk.scale
     outputs,state = walk.model.tracking_step(walk.inputs(here), remembered.flatten(1), state)
     walk.check_rows(outputs, here, "the model's outputs", allowed=-math.inf)
-    draws = line_draws(walk.seed, numbers, t) if walk.algo == 'prob' else None
+    draws = line_draws(walk.seed, numbers, t, walk.spec.nb_draws) if walk.algo == 'prob' else None
     dirs = walk.model.get_tracking_directions(outputs, walk.algo, walk.eos_threshold,
                                               previous_dirs=memory[:, 0].clone(), draws=draws)
     if not isinstance(dirs, Tensor) or dirs.shape != here.shape:

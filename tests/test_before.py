@@ -13,6 +13,7 @@ import torch
 
 from before_script import EXPERIMENTS, built, contents, go_on, machine, model_configs, rows, source_of_another, texts_of, tracked, weights
 from dwiml_nb.data.dataset import MultiSubjectDataset
+from dwiml_nb.directions.base import DirectionGetter
 from dwiml_nb.models.base import load_model
 from dwiml_nb.study.check import check_study
 from dwiml_nb.study.grow import add_subjects, repack_study
@@ -70,11 +71,14 @@ def assert_record(now, was):
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_resumes(old, name):
+def test_an_experiment_resumes(old, name, monkeypatch):
     "From the command line, on a study that moved: the weights, the logs and the best model that 0.1.0 itself ended with."
     folder, study = old/"experiments"/name, old/"studies"/f"{EXPERIMENTS[name]['study']}.hdf5"
     record = lambda: json.loads((folder/"parameters_latest.json").read_text())
     was = record()
+    if "split_ratio" in EXPERIMENTS[name]["loader"]:  # 0.1.0 took a cut for the end of a streamline; today only real ends are learnt
+        mean_loss = DirectionGetter.mean_loss
+        monkeypatch.setattr(DirectionGetter, "mean_loss", lambda self, rows, lines, ends=None: mean_loss(self, rows, lines))
     assert len(rows(folder)["batches.jsonl"]) == EXPERIMENTS[name]["stop"]
     go_on(folder, study)
     assert_rows(rows(folder), EXPECTED["experiments"][name])

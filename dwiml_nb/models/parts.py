@@ -133,10 +133,11 @@ class ModelWithDirectionGetter(MainModelAbstract):
         if self.direction_getter is None: return bool(self.dg_args.get('add_eos', False))
         return self.direction_getter.add_eos
 
-    def compute_loss(self, outputs, target_streamlines, average_results=True, return_eos_probs=False):
-        "The direction getter's loss on whole lines."
+    def compute_loss(self, outputs, target_streamlines, average_results=True, return_eos_probs=False,
+                     ends=None):
+        "The direction getter's loss on whole lines; it learns to end where `ends` has real ends."
         getter = self.direction_getter
-        return getter.compute_loss(outputs, target_streamlines, average_results, return_eos_probs)
+        return getter.compute_loss(outputs, target_streamlines, average_results, return_eos_probs, ends)
 
     def get_tracking_directions(self, outputs, algo='det', eos_threshold=None, previous_dirs=None,
                                 draws=None):

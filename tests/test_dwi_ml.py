@@ -484,7 +484,8 @@ def tables():
         for here in dict.fromkeys(says.values()): yield ", ".join(f"`{k}`" for k in says if says[k] == here), here
     made = {f"attributes of {owner}": rows(f"`{owner}` of dwi_ml", "here", merged(names)) for owner, names in ATTRIBUTES.items()}
     made |= {f"arguments of {owner}": rows(f"`{owner}(…)` of dwi_ml", "here", merged(names)) for owner, names in ARGUMENTS.items()}
-    made |= {f"options of {name}": rows(f"`{name}`", "here", merged(options)) for name, options in OPTIONS.items()}
+    alike = {id(options): name for name, options in reversed(OPTIONS.items())}                          # commands of one table: the first
+    made |= {f"options of {name}": rows(f"`{name}`", "here", merged(options)) for name, options in OPTIONS.items() if alike[id(options)] == name}
     return made | {"door": rows("dwi_ml", "here", merged(DOOR)), "commands": rows("dwi_ml", "here", merged(COMMANDS))}
 
 

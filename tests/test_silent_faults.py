@@ -74,12 +74,11 @@ def test_whole_model_gradcheck():
     assert torch.autograd.gradcheck(lambda x: model.compute_loss(model(lines.with_data(x), lines), lines)[0], x)
 
 
-# ---- 12.1.3, 12.1.10, 12.2: what is not here yet is refused by name
+# ---- 12.1.3, 12.2: what is not here yet is refused by name
 
-def test_missing_options_are_refused_by_name(toy):
+def test_missing_options_are_refused_by_name():
     for name in ("gaussian", "fisher-von-mises", "gaussian-mixture"):
         with pytest.raises(ValueError, match="unknown direction getter"): direction_getter(name, 4)
-    with pytest.raises(TypeError, match="compress"): Tracker(None, None, "s", "input", compress=0.1)
 
 
 def test_augmentation_drops_no_line(toy):

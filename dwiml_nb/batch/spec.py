@@ -75,6 +75,7 @@ class ModelSpec:
     accepts_ragged:bool = False # False: the model gets lists of tensors
     nb_previous_dirs:int = 0 # Steps that a tracker remembers for it
     nb_draws:int = 4 # Uniform numbers per line and step that probabilistic tracking gives it
+    has_step_length:bool = False # Is the length of its directions that of a step, and not any number?
     inputs:dict = None # name -> `InputSpec`, in the order of `forward`; None: one unnamed input
     name:str = 'the model' # Of its class, for messages
     takes_inputs:bool = True # `forward(inputs, streamlines)`, not `forward(streamlines)`
@@ -190,7 +191,7 @@ MODEL_METHODS = (
 GETTER_METHODS = (
     'to', 'train', 'eval', 'double', 'parameters',
     'compute_loss', 'get_tracking_directions', 'log_density', 'picture',
-    'add_eos', 'axis_head', 'is_probabilistic', 'nb_draws', 'density_on',
+    'add_eos', 'axis_head', 'is_probabilistic', 'nb_draws', 'density_on', 'has_step_length',
     'supports_compressed_streamlines')  # what it can do
 
 def not_written(
@@ -203,7 +204,7 @@ def not_written(
 # %% ../../nbs/03_batch/00_spec.ipynb #c9d0eefa
 ASKED = ('step_size', 'nb_points', 'compress_lines',
          'neighborhood_vectors', 'streamline_space', 'legacy_half_voxel',
-         'uses_last_point', 'accepts_ragged', 'nb_previous_dirs', 'nb_draws')
+         'uses_last_point', 'accepts_ragged', 'nb_previous_dirs', 'nb_draws', 'has_step_length')
 
 def is_written(
     model,

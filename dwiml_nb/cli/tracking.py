@@ -43,15 +43,21 @@ def dwiml_track_from_model(
     input_group:str=None, # The group the model was trained on when not given
     hdf5_file:str=None, # The study the model was trained on when not given
     tracking_mask_group:str=None, # Lines end where this volume is below 1/2
+    mask_interp:Param("The mask's value: of the voxel, or between centres of voxels",
+                      choices=['nearest', 'trilinear'])='nearest',
     npv:count=None, # Seeds per voxel; 1 if neither this nor nt is given
     nt:count=None, # Seeds in total
     in_custom_seeds:str=None, # .npy or text file with (n, 3) points in RAS mm, instead
+    skip:whole=0, # Leave out the first seeds: another run has them
     save_seeds:bool=False, # Keep each line's seed as data per streamline
     algo:Param("Best direction, or drawn ones", choices=['det', 'prob'])='det',
-    step_size:positive=None, # mm; the model's when not given
+    step_size:not_negative=None, # mm; the model's when not given; 0: as long as the model's directions
     theta:angle=90., # Largest turn between two steps, degrees
     min_length:not_negative=10., # mm
     max_length:positive=300., # mm
+    track_forward_only:bool=False, # Lines begin at their seeds
+    compress:Param("Leave out points within this tolerance in mm of the line without them; 0.1 when no "
+                   "number follows", positive, nargs='?', const=.1)=None,
     eos_stop:Param("Probability that ends a line, or 'max'", eos_word)=None,
     first_direction:str='model', # Or peaks:GROUP
     stop_rules:Param("Further reasons to stop, by name", nargs='+', metavar='RULE')=None,
@@ -72,7 +78,8 @@ def dwiml_track_from_model(
             tracking_mask_group=tracking_mask_group, algo=algo, step_mm=step_size, theta_deg=theta,
             min_length_mm=min_length, max_length_mm=max_length, eos_threshold=eos_stop,
             first_direction=first_direction, keep_last_point=keep_last_point, batch_size=batch_size,
-            stop_rules=stop_rules)
+            stop_rules=stop_rules, skip=skip, mask_interp=mask_interp, forward_only=track_forward_only,
+            compress=compress)
         print(f"{len(lines)} streamlines in {out_tractogram}; dropped: {lines.info['dropped'] or 'none'}; "
               f"stopped by {lines.info['reasons']}")
 

@@ -316,8 +316,7 @@ ARGUMENTS['Tracker'] = {
     'nbr_processes': "`batch_size=1000`, lines that walk together",
     'rng_seed': "`seed=1234`", 'use_gpu': "`model.to('cuda')` before", 'log_level': LOGGING,
     'save_seeds': "`tractogram.info`, which always has them",
-    'compression_th': "nothing in its place: lines are saved with all their points",
-    'track_forward_only': "nothing in its place: lines are tracked in both directions",
+    'compression_th': "`compress=0.1`, in mm", 'track_forward_only': "`forward_only=True`",
     'verify_opposite_direction': "`Learn2TrackModel(dg_args=dict(axis_head=True))`: a first step has no sign",
 }
 
@@ -431,15 +430,14 @@ COMMANDS = {              # command of dwi_ml -> what to use instead
     'ae_train_model': 'a script: `ModelAE`, `DWIMLBatchLoader` and `DWIMLTrainer`',
     'l2t_resume_training_from_checkpoint': '`dwiml_resume_training_from_checkpoint`',
     'resume_training_from_checkpoint.py': '`dwiml_resume_training_from_checkpoint`',
-    'l2t_track_from_model': '`dwiml_track_from_model`',
+    **for_each('`dwiml_track_from_model`', 'l2t_track_from_model', 'tt_track_from_model'),
     'scil_score_ismrm_Renauld2023.sh': '`dwiml_score`',
     'l2t_update_deprecated_exp': 'nothing in its place: `load_model` reads older folders as they are',
     'l2t_visualize_weights_evolution': 'nothing in its place: it no longer runs in dwi_ml',
     **for_each('nothing in its place: `SINKS` send values elsewhere while they come',
                'dwiml_send_value_to_comet_from_log', 'dwiml_send_value_to_comet_manually'),
     **for_each(f'{YET}: Transformers', 'tt_train_model', 'tt_resume_training_from_checkpoint',
-               'tt_track_from_model', 'tt_visualize_loss', 'tt_visualize_weights',
-               'tt_update_deprecated_exp'),
+               'tt_visualize_loss', 'tt_visualize_weights', 'tt_update_deprecated_exp'),
     'l2t_visualize_loss': f'{YET}: the loss along lines',
     'dwiml_visualize_logs_correlation': f'{YET}: `read_logs` gives the columns to correlate',
     **for_each(f'{YET}: connectivity; a matrix in a study is read and written',
@@ -473,21 +471,22 @@ OPTIONS = {               # command of dwi_ml -> its option -> what to use inste
 NO_EFFECT = 'nothing in its place: it has no effect in dwi_ml'
 OPTIONS['l2t_track_from_model'] = {
     **same('--use_latest_epoch', '--hdf5_file', '--algo', '--min_length', '--max_length',
-           '--tracking_mask_group', '--theta', '--eos_stop', '--rng_seed', '--npv', '--nt',
-           '--in_custom_seeds', '-f', '--save_seeds'),
+           '--tracking_mask_group', '--mask_interp', '--theta', '--eos_stop', '--rng_seed', '--npv', '--nt',
+           '--in_custom_seeds', '--skip', '--track_forward_only', '--compress', '-f', '--save_seeds'),
     'input_group': '`--input_group`; without it, the group that the model was trained on',
-    '--step_size': '`--step_size`; 0, the length of the raw outputs, is refused',
+    '--step_size': '`--step_size`; 0, the length of the raw outputs, for getters that learn one',
     '--discard_last_point': 'nothing in its place: it is left out unless you give `--keep_last_point`',
     '--simultaneous_tracking': '`--batch_size`', '--processes': '`--batch_size`: lines that walk together',
     '--use_gpu': '`--device`, cuda; the first GPU is taken if there is one',
     '--subset': 'nothing in its place: the subject is found in the subset that has it',
     '--lazy': 'nothing in its place: only what is needed is read',
     '--cache_size': 'nothing in its place: volumes are kept while there is room',
-    '--mask_interp': 'nothing yet: the mask is read at the nearest voxel',
-    '--track_forward_only': 'nothing yet: lines are tracked in both directions',
     '-v': 'nothing in its place: progress and counts are always told',
-    **for_each(NO_EFFECT, '--data_interp', '--sphere', '--skip', '--rng', '--compress'),
+    '--data_interp': f'{NO_EFFECT}; inputs are read as in training, between the centres of voxels',
+    '--sphere': f'{NO_EFFECT}; a classification brings its sphere along',
+    '--rng': f'{NO_EFFECT}; `--rng_seed` is the seed',
 }
+OPTIONS['tt_track_from_model'] = OPTIONS['l2t_track_from_model']
 
 # %% ../../nbs/00_core/17_dwi_ml.ipynb #f09b5904
 def arguments(of:str, **named): return {f'--{k}': f'`{of}({v})`' for k,v in named.items()}

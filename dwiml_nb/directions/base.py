@@ -24,6 +24,7 @@ class DirectionGetter(nn.Module):
     "A head that turns features into directions; children decide what its first columns mean."
     key = None                                  # The name in `parameters.json`
     nb_columns = 3                              # Columns of the direction
+    has_step_length = False                     # True: it learns how long a step is, and not only where to
     end_part,start_part = EndLogit,AxisStart    # The parts for `add_eos` and `axis_head`
     nb_draws = 4                                # Uniform numbers per row that `prob_directions` needs
     density_on = None                           # 'sphere' or 'space': where `log_densities` is a density

@@ -133,6 +133,11 @@ class ModelWithDirectionGetter(MainModelAbstract):
         if self.direction_getter is None: return bool(self.dg_args.get('add_eos', False))
         return self.direction_getter.add_eos
 
+    @property
+    def has_step_length(self) -> bool: # the axis of a first step has no length
+        getter = self.direction_getter
+        return getter is not None and getter.has_step_length and not getter.axis_head
+
     def compute_loss(self, outputs, target_streamlines, average_results=True, return_eos_probs=False,
                      ends=None):
         "The direction getter's loss on whole lines; it learns to end where `ends` has real ends."

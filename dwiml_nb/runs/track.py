@@ -10,6 +10,7 @@ from pathlib import Path
 from ..core.errors import DataProblem, need_file, stand_in
 from ..core.files import check_outputs, read_json
 from ..core.folders import whole_folder
+from ..core.options import check_number
 from ..core.registry import trusting
 from ..core.space import convert
 from ..core.tractograms import Tractogram, save_tractogram, suffixes, tractogram_format
@@ -98,6 +99,7 @@ def track_from_model(
     seed:int=1234, # Of the seeds and of algo='prob'
     trust=(), # Packages and .py files whose classes the experiment may name
     allow_links:bool=False, # Also follow links that lead out of the study's folder
+    skip:int=0, # Begin with seed number `skip`: another run has those before it
     **options, # Of `Tracker`: tracking_mask_group, step_mm, theta_deg, algo, …
 ) -> Tractogram:
     "The lines of a subject, tracked with a trained experiment and saved."
@@ -111,8 +113,9 @@ def track_from_model(
     dataset.load_data(subj_id=subj_id)
     input_group_name = input_group_name or record['loader']['params']['input_group_name']
     tracker = Tracker(model, dataset, subj_id, input_group_name, seed=seed, **options)
-    if seeds is None: seeds = seeds_of_group(tracker, dataset, seeding_mask_group, npv, nt, seed)
-    tractogram = tracker.track(seeds)
+    if seeds is None: seeds = seeds_of_group(tracker, dataset, seeding_mask_group, npv, nt, seed, skip)
+    else: seeds = seeds[check_number('skip', skip, least=0, most=max(0, len(seeds) - 1), whole=True):]
+    tractogram = tracker.track(seeds, first_number=skip)
     if save_seeds:
         seeds_vox = convert(tractogram.info['seeds'], tracker.grid, 'rasmm', 'vox_center')
         tractogram.dps['seeds'] = seeds_vox.numpy()
@@ -127,7 +130,8 @@ def seeds_of_group(
     npv:int=None, # Seeds per voxel; 1 if neither is given
     nt:int=None, # Seeds in total
     seed:int=1234, # Of their places
+    skip:int=0, # Begin with this number
 ): # -> (n, 3) Tensor, rasmm
     "Seeds in a mask of the tracker's subject."
     mask = tracker.subset.get_volume(tracker.subject, known_group(group, dataset.volume_groups, 'volume'))
-    return seeds_from_mask(mask, tracker.subset.grid(tracker.subject, group).affine, npv, nt, seed)
+    return seeds_from_mask(mask, tracker.subset.grid(tracker.subject, group).affine, npv, nt, seed, skip)

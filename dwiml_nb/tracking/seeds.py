@@ -21,6 +21,7 @@ def seeds_from_mask(
     npv:int=None, # Seeds per voxel; 1 if neither is given
     nt:int=None, # Seeds in total
     seed:int=1234,
+    skip:int=0, # Begin with seed number `skip`: those before it belong to another run
 ) -> Tensor: # (n, 3) float32, rasmm
     "Points drawn uniformly inside the mask."
     if npv is not None and nt is not None:
@@ -37,9 +38,14 @@ def seeds_from_mask(
                           found="none", do="check the mask's threshold and its group name.")
     rng = np.random.default_rng(check_seed(seed))
     if nt is not None: voxels = rng.permutation(voxels)
-    total = wanted if nt is not None else wanted*len(voxels)
+    skip = check_number('skip', skip, least=0, most=1 << 60, whole=True)
+    total = wanted if nt is not None else wanted*len(voxels) - skip
+    if total < 1:
+        raise ValueError(f"skip leaves out all seeds: expected less than {wanted*len(voxels)}, found {skip}")
     need_memory(100.*total, f"{total} seeds", "ask for fewer (npv, nt).")
-    which = np.arange(total) % len(voxels) if nt is not None else np.repeat(np.arange(len(voxels)), wanted)
+    which = np.arange(skip, skip + total)
+    which = which % len(voxels) if nt is not None else which // wanted
+    rng.bit_generator.advance(3*skip)
     points = voxels[which] + rng.random((total, 3))
     return torch.tensor(convert(points, Grid(affine, mask.shape), 'vox', 'rasmm'), dtype=torch.float32)
 

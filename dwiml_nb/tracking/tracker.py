@@ -17,7 +17,7 @@ from ..core.files import progress
 from ..core.options import check_number, check_seed
 from ..core.ragged import Ragged
 from ..core.space import convert, fits_grid
-from ..core.lines import lengths_of, reverse
+from ..core.lines import compress as compressed, lengths_of, reverse
 from ..core.volume import sample_nearest
 from ..core.tractograms import Tractogram
 from ..batch.spec import spec_of
@@ -28,15 +28,32 @@ from .stops import count_reasons, stop_rules_of
 from .propagate import Walk, propagate
 
 # %% ../../nbs/06_tracking/03_tracker.ipynb #137306bd
-def check_tracking_options(step_mm, theta_deg, min_length_mm, max_length_mm, algo, batch_size):
+def check_tracking_options(step_mm, theta_deg, min_length_mm, max_length_mm, algo, batch_size,
+                           compress=None):
     "Refuse options that no line could be tracked with."
     if algo not in ('det', 'prob'): raise ValueError(f"algo is 'det' or 'prob', found {algo!r}")
     if step_mm is None: raise ValueError("the model has no step_size: give step_mm, in mm.")
-    check_number('step_mm', step_mm, above=0, unit='in mm')
+    check_number('step_mm', step_mm, least=0, unit='in mm')
+    check_number('compress', compress, above=0, unit='in mm', none=True)
     check_number('min_length_mm', min_length_mm, least=0, unit='in mm')
     check_number('max_length_mm', max_length_mm, least=min_length_mm, unit='(min_length_mm) in mm')
     check_number('theta_deg', theta_deg, above=0, most=180, unit='in degrees')
     check_number('batch_size', batch_size, least=1, whole=True, none=True)
+
+# %% ../../nbs/06_tracking/03_tracker.ipynb #01a66064
+def check_raw_steps(
+    spec, # `ModelSpec`
+    first_direction:str, # As for the tracker
+):
+    "Refuse to take steps as the model answers them if their length means nothing."
+    if not spec.has_step_length:
+        raise ValueError("step_mm=0 walks as far as a direction is long, and the directions of this "
+                         f"{spec.name} have no length in mm. Expected: a direction getter with "
+                         "has_step_length that starts without an axis, or has_step_length = True in a model "
+                         "of your own. Give step_mm, in mm.")
+    if first_direction != 'model':
+        raise ValueError(f"step_mm=0 walks as far as a direction is long, and {first_direction} says "
+                         "nothing of a length. Give step_mm, in mm, or take first_direction='model'.")
 
 # %% ../../nbs/06_tracking/03_tracker.ipynb #0cd32897
 def find_subject(
@@ -69,7 +86,7 @@ class Tracker(NamesOfDwiml):
         subj_id:str,
         input_group_name, # As for the loader: a volume group, a list, or a dict: input name -> group or list
         tracking_mask_group:str=None, # Lines end where this volume is below 1/2; None: where the volume ends
-        step_mm:float=None, # None: the model's step_size
+        step_mm:float=None, # None: the model's step_size; 0: the length of the model's directions
         theta_deg:float=90, # Largest turn between two steps
         min_length_mm:float=10, # Shorter lines are dropped, and counted
         max_length_mm:float=300, # Of the whole line, both halves together
@@ -80,19 +97,25 @@ class Tracker(NamesOfDwiml):
         batch_size:int=None, # Lines walking together; None: 20,000
         seed:int=1234, # For algo='prob'
         stop_rules=None, # Further reasons to stop: names of `STOP_RULES`, classes or objects
+        mask_interp:Literal['nearest', 'trilinear']='nearest', # The mask's value between centres of voxels
+        forward_only:bool=False, # Lines begin at their seeds: no second half
+        compress:float=None, # Leave out points that lie within so many mm of the line without them
     ):
         spec = spec_of(model)
         step_mm = spec.step_size if step_mm is None else step_mm
-        check_tracking_options(step_mm, theta_deg, min_length_mm, max_length_mm, algo, batch_size)
+        check_tracking_options(step_mm, theta_deg, min_length_mm, max_length_mm, algo, batch_size,
+                               compress)
         if not spec.can_track:
             raise TypeError(f"{spec.name} has no tracking_step(inputs, previous_dirs, state), "
                             "so it cannot track.")
+        if step_mm == 0: check_raw_steps(spec, first_direction)
         if isinstance(eos_threshold, (str, Real)): check_threshold(eos_threshold)
         self.model,self.subset,self.subject,self.subj_id = model, *find_subject(dataset, subj_id), subj_id
         self.input_group_name,groups = input_group_name, groups_of_inputs(spec, input_group_name, dataset)
         self.grid = self.subset.grid(self.subject, next(iter(groups.values()))[0])
         self.batch_size,self.first_direction = batch_size or 20_000, first_direction
         self.min_length_mm,self.max_length_mm,self.step_mm = min_length_mm,max_length_mm,step_mm
+        self.forward_only,self.compress = bool(forward_only), compress
         mask = None if tracking_mask_group is None else \
             self.volume_on_grid(dataset, tracking_mask_group, 1, "a tracking mask")
         self.peaks = None if first_direction == 'model' else \
@@ -100,7 +123,7 @@ class Tracker(NamesOfDwiml):
         inputs_at = InputsAt(self.subset, self.subject, groups, spec, self.grid, model.device,
                              "the model's first input")
         self.walk = Walk(model, inputs_at, self.grid, mask, step_mm, theta_deg, algo, eos_threshold,
-                         keep_last_point, check_seed(seed), tuple(stop_rules_of(stop_rules)))
+                         keep_last_point, check_seed(seed), tuple(stop_rules_of(stop_rules)), mask_interp)
 
 # %% ../../nbs/06_tracking/03_tracker.ipynb #824e2cf5
 @patch
@@ -131,6 +154,7 @@ def second_half(self:Tracker,
     max_points:Tensor, # (n,) points left, the seed included
     numbers:Tensor, # (n,) each line's number
     on_step=None, # See `propagate`
+    max_mm:Tensor=None, # (n,) mm left, where steps have lengths of their own
 ) -> tuple: # Ragged of points from the seeds on, (n,) stop codes
     "The second halves, in the other direction from the seeds."
     walk,k = self.walk, max(1, self.walk.spec.nb_previous_dirs)
@@ -144,7 +168,8 @@ def second_half(self:Tracker,
             state,memory,opposite = None, torch.zeros(len(some), k, 3, device=first.device), -first[which]
         else: (state,memory),opposite = self.looking_back(some, k), None
         points,code,_ = propagate(walk, seeds, memory, max_points[which], state, opposite,
-                                  numbers[which], True, on_step)
+                                  numbers[which], True, on_step,
+                                  None if max_mm is None else max_mm[which])
         halves.append((which.nonzero().flatten(), points)); codes[which] = code
     order = torch.argsort(torch.cat([w for w,_ in halves]))
     return Ragged.cat([p for _,p in halves])[order], codes
@@ -176,20 +201,22 @@ def track_batch(self:Tracker,
     on_end=None, # Called with the number of lines that have just been completed
 ) -> tuple: # Ragged of whole lines, voxmm; (n, 2) stop codes of the end and the start
     "Every line, from its two halves."
-    most = int(self.max_length_mm/self.step_mm + 1e-6) + 1
-    k = max(1, self.walk.spec.nb_previous_dirs)
+    raw,k = self.step_mm == 0, max(1, self.walk.spec.nb_previous_dirs)
+    most = int(self.max_length_mm/(self.step_mm or .01) + 1e-6) + 1
     first_dirs = None if self.peaks is None else sample_nearest(self.peaks, seeds/self.walk.sizes, outside=0.)
     if first_dirs is not None: self.walk.check_rows(first_dirs, seeds, f"the {self.first_direction}")
-    def on_second(*step):
+    def on_last(*step):
         if on_end: on_end(int((step[2] != 0).sum()))
         if on_step: on_step(*step)
     nothing,longest = (torch.zeros(len(seeds), k, 3, device=seeds.device),
                        torch.full((len(seeds),), most, device=seeds.device))
+    max_mm = torch.full((len(seeds),), float(self.max_length_mm), device=seeds.device) if raw else None
     forward,end,first = propagate(self.walk, seeds, nothing, longest, None, first_dirs, numbers, False,
-                                  on_step)
-    backward,begin = self.second_half(forward, first, most - forward.lengths + 1, numbers, on_second)
-    tail = reverse(backward)
-    return join_halves(tail, forward), torch.stack([end, begin], 1)
+                                  on_last if self.forward_only else on_step, max_mm)
+    if self.forward_only: return forward, torch.stack([end, torch.full_like(end, len(self.walk.reasons))], 1)
+    if raw: max_mm = max_mm - lengths_of(forward).to(max_mm)
+    backward,begin = self.second_half(forward, first, most - forward.lengths + 1, numbers, on_last, max_mm)
+    return join_halves(reverse(backward), forward), torch.stack([end, begin], 1)
 
 # %% ../../nbs/06_tracking/03_tracker.ipynb #9bac1d04
 def join_halves(
@@ -207,32 +234,44 @@ def join_halves(
 
 # %% ../../nbs/06_tracking/03_tracker.ipynb #2e2841e6
 @patch
+def finished(self:Tracker,
+    lines:Ragged, # (P, 3) voxmm, on the CPU
+) -> tuple: # Ragged of the lines to save; (n,) bool: too short
+    "The lines of a batch, as they will be saved."
+    if self.compress is not None: lines = compressed(lines, self.compress)
+    short = (lengths_of(lines) < self.min_length_mm - 1e-3) | (lines.lengths < 2)
+    return lines[~short], short
+
+# %% ../../nbs/06_tracking/03_tracker.ipynb #3fecbcb1
+@patch
 def track(self:Tracker,
     seeds, # (n, 3) rasmm, see `seeds_from_mask`
     quiet:bool=None, # No progress bar
     on_step=None, # f(numbers (n,), positions (n, 3) voxmm, codes (n,)), in each half: at its seed, each step
+    first_number:int=0, # The first seed's number, where those before it are tracked elsewhere; for draws
 ) -> Tractogram:
     "A line from every seed, in RAS mm; `info` has seeds and stop reasons of kept lines, and dropped counts."
     seeds = checked_seeds(seeds, self.grid, self.subj_id)
+    check_number('first_number', first_number, least=0, most=1 << 62, whole=True)
     in_mm = convert(seeds, self.grid, 'rasmm', 'voxmm').to(self.walk.device)
-    names = self.walk.reasons
+    names = (*self.walk.reasons, *['seed']*self.forward_only)
     was_training = self.model.training
     self.model.train(False)
     bar,parts = progress(None, 'tracking', total=len(seeds), unit='line', disable=quiet), []
     try:
         for i in range(0, len(seeds), self.batch_size):
-            numbers = torch.arange(i, min(i+self.batch_size, len(seeds)), device=in_mm.device)
+            numbers = torch.arange(i, min(i+self.batch_size, len(seeds)), device=in_mm.device) + first_number
             some,code = self.track_batch(in_mm[i:i+self.batch_size], numbers, on_step, bar.update)
-            parts.append((some.to('cpu'), code.cpu()))  # the device holds one batch of lines at a time
+            parts.append((*self.finished(some.to('cpu')), code.cpu()))  # the device holds one batch of lines
     finally:
         bar.close(); self.model.train(was_training)
-    if not parts: parts = [(Ragged.from_list([]), torch.zeros(0, 2, dtype=torch.long))]
-    lines,codes = Ragged.cat([p for p,_ in parts]), torch.cat([c for _,c in parts])
+    if not parts:
+        parts = [(Ragged.from_list([]), torch.zeros(0).bool(), torch.zeros(0, 2).long())]
+    lines,short,codes = Ragged.cat([p[0] for p in parts]), *(torch.cat(o) for o in list(zip(*parts))[1:])
     lost = self.walk.leaving(in_mm).cpu() != 0
-    short = (lengths_of(lines) < self.min_length_mm - 1e-3) | (lines.lengths < 2)
     dropped = {'seed outside the mask': int(lost.sum()),
                'shorter than min_length_mm': int((short & ~lost).sum())}
     info = dict(seeds=seeds[~short], stop_reasons=codes[~short], stop_names=names,
                 dropped={k: v for k,v in dropped.items() if v},
                 reasons=dict(end=count_reasons(codes[:, 0], names), start=count_reasons(codes[:, 1], names)))
-    return Tractogram(convert(lines[~short], self.grid, 'voxmm', 'rasmm'), self.grid, info=info)
+    return Tractogram(convert(lines, self.grid, 'voxmm', 'rasmm'), self.grid, info=info)

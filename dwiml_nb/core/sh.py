@@ -130,17 +130,46 @@ def check_dwi(
     return mask, bvals, bvecs
 
 # %% ../../nbs/00_core/13_sh.ipynb #a51e4d8d
+def values_inside(
+    volume, # (X, Y, Z, c)
+    mask, # (X, Y, Z)
+    order='C', # 'F': coefficient by coefficient in memory
+) -> np.ndarray: # (n, c)
+    "The values in a mask, slice by slice: numpy notes three whole numbers for each voxel that it picks."
+    mask = np.asarray(mask) > 0
+    out,at = np.empty((np.count_nonzero(mask), volume.shape[-1]), volume.dtype, order), 0
+    for values,there in zip(volume, mask):
+        n = np.count_nonzero(there)
+        out[at:at + n] = values[there]
+        at += n
+    return out
+
+def added_up(
+    n:int, # How many numbers
+    piece, # (first, end) -> those numbers, float64
+    first:int=0, # Number of the first one
+) -> float:
+    "The sum of n numbers that are never all there, to the last bit as numpy adds them up: half and half."
+    if n <= 1 << 16: return np.add.reduce(piece(first, first + n))
+    half = n//2 - n//2 % 8
+    return added_up(half, piece, first) + added_up(n - half, piece, first + half)
+
+# %% ../../nbs/00_core/13_sh.ipynb #52bc186e
 def degree_scales(
     volume, # (X, Y, Z, c) SH coefficients
     mask, # (X, Y, Z) brain
 ) -> tuple: # mean of l = 0, and standard deviation of each coefficient's degree (c,)
     "The mean of degree 0 and the standard deviation of each degree over the brain."
-    degrees,inside = (sh_degrees(np.shape(volume)[-1]),
-                      np.asarray(volume)[np.asarray(mask) > 0].astype(np.float64))
+    degrees,inside = sh_degrees(np.shape(volume)[-1]), values_inside(np.asarray(volume), mask, 'F')
     if not len(inside):
         raise DataProblem("the brain mask is empty", expected="at least one voxel above 0", found="none")
-    inside[:, 0] -= (mean := inside[:, 0].mean())
-    scales = np.array([inside[:, degrees == l].std() for l in degrees])
+    mean,scales = inside[:, 0].mean(dtype=np.float64), np.empty(len(degrees))
+    for l in np.unique(degrees):
+        values = inside.T[degrees == l].reshape(-1)
+        moved = lambda a,b: values[a:b] - np.float64(0 if l else mean)
+        middle = added_up(values.size, moved)/values.size
+        spread = added_up(values.size, lambda a,b: np.square(moved(a, b) - middle))/values.size
+        scales[degrees == l] = np.sqrt(spread)
     flat = scales <= 1e-6*max(1., abs(mean))              # no spread but that of rounding: not blown up
     return float(mean), np.where(flat, 1., scales)
 
@@ -166,7 +195,8 @@ def standardize_per_degree(
     mean,scales = degree_scales(volume, mask)
     out = np.array(volume, np.float32)
     out[..., 0] -= mean
-    return out / scales.astype(np.float32)
+    out /= scales.astype(np.float32)
+    return out
 
 # %% ../../nbs/00_core/13_sh.ipynb #9237e446
 def fit_sh(

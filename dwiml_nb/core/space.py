@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SHEAR_TOLERANCE_DEG', 'GRID_TOLERANCE_MM', 'SMALLER', 'MOST_VOXELS', 'SPACES', 'Space', 'order_of_axes', 'Grid',
            'corners_apart', 'same_grid', 'almost_same_grid', 'fits_grid', 'place_remarks', 'check_image_size',
-           'open_image', 'image_values', 'grid_of', 'short_dimensions', 'nifti_path', 'save_volume', 'to_vox_matrix',
-           'apply_affine', 'convert', 'need_right_angles', 'inside']
+           'open_image', 'value_reader', 'image_values', 'grid_of', 'short_dimensions', 'nifti_path', 'save_volume',
+           'to_vox_matrix', 'apply_affine', 'convert', 'need_right_angles', 'inside']
 
 # %% ../../nbs/00_core/05_space.ipynb #14b3a040
 import gzip
@@ -194,19 +194,31 @@ def open_image(
     return image
 
 # %% ../../nbs/00_core/05_space.ipynb #cc0ba9d3
+@contextmanager
+def value_reader(
+    path, # .nii or .nii.gz
+    dtype=None, # Of the values; as they are when not given
+): # -> nibabel's image, a function: (number of the first value, shape) -> values, x fastest, in turn
+    "Read the values of an image in turn; a `.nii.gz` is read to its end and must have its checksum."
+    image = nib.load(path)
+    check_image_size(image, path)
+    if not isinstance(image, nib.Nifti1Image): raise ValueError(f"{type(image).__name__}, not a NIfTI image")
+    a,packed = image.dataobj, str(path).lower().endswith('.gz')
+    with gzip.open(path) if packed else open(path, 'rb') as f:
+        def read(at, shape):
+            where = shape, a.dtype, a.offset + at*a.dtype.itemsize, a.slope, a.inter
+            return np.asanyarray(nib.arrayproxy.ArrayProxy(f, where, mmap=False), dtype)
+        yield image, read
+        for _ in range(64*packed):                                 # a little more than the image may follow
+            if not f.read(1 << 20): break
+
 def image_values(
     path, # NIfTI, or another image that nibabel reads
     dtype=None, # Of the values; as they are when not given
 ) -> np.ndarray:
     "All values of an image; a `.nii.gz` is read to its end and must have its checksum."
-    image = nib.load(path)
-    if not str(path).lower().endswith('.nii.gz'): return np.asanyarray(image.dataobj, dtype)
-    with gzip.open(path) as f:
-        whole = type(image).from_file_map({'image': nib.FileHolder(fileobj=f)})
-        values = np.asanyarray(whole.dataobj, dtype)
-        for _ in range(64):                                        # a little more than the image may follow
-            if not f.read(1 << 20): break
-    return values
+    if not str(path).lower().endswith('.nii.gz'): return np.asanyarray(nib.load(path).dataobj, dtype)
+    with value_reader(path, dtype) as (image,read): return read(0, image.shape)
 
 # %% ../../nbs/00_core/05_space.ipynb #7eac3588
 def grid_of(

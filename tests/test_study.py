@@ -28,13 +28,14 @@ from dwiml_nb.models.learn2track import Learn2TrackModel
 from dwiml_nb.study.check import check_study
 from dwiml_nb.study.create import create_study
 from dwiml_nb.study.describe import describe_study
+from dwiml_nb.study.headers import INDEX_KEYS
 from dwiml_nb.study.lists import SUBSETS
 from dwiml_nb.study.schema import group_grid
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.tracking.tracker import Tracker
 
 REFERENCE = Path(__file__).parent/'data'/'dwi_ml_study'
-OURS = {'/': {'remove_invalid', 'groups_config_json', 'dwiml_nb_format', 'dwiml_nb_version'}, 'volume': {'frame'}, 'streamlines': {'report'}}       # docs/file_format.md
+OURS = {'/': {'remove_invalid', 'groups_config_json', 'dwiml_nb_format', 'dwiml_nb_version', *INDEX_KEYS}, 'volume': {'frame'}, 'streamlines': {'report'}}       # docs/file_format.md
 quiet = pytest.mark.filterwarnings('ignore:.*oblique')
 
 
@@ -352,6 +353,7 @@ def test_grids_are_judged_alike_from_checking_to_tracking(toy, tmp_path, change,
     "One entry of the affine of the input and of the mask differs: batches, tracking and the check agree, and nothing that opened before is refused."
     study = shutil.copy(toy, tmp_path/'study.hdf5')
     with h5py.File(study, 'r+') as f:
+        for key in INDEX_KEYS: del f.attrs[key]
         for s in f:
             for g in ('input', 'wm_mask'): f[s][g].attrs['affine'] = f[s][g].attrs['affine'] + change*np.outer([1, 0, 0, 0], [g == 'input', 0, 0, 0])
     dataset = MultiSubjectDataset(study, lazy=True).load_data()

@@ -6,19 +6,17 @@
 __all__ = ['as_vox', 'line_numbers', 'SFTData']
 
 # %% ../../nbs/02_data/02_streamlines.ipynb #945b4b9a
-import h5py
 import numpy as np
 import torch
 from fastcore.basics import patch
-from ..core.dwi_ml import NamesOfDwiml
 from ..core.errors import DataProblem, printable
 from ..core.lines import lengths_of
 from ..core.ragged import Ragged, rows_of
 from ..core.space import convert
 from ..core.tractograms import Tractogram
-from ..study.line_tables import check_stored
-from ..study.schema import StudyFile, identifiers, placed_grid, wrapped
-from .stored import StoredRows, lines_outside, pick_lines, told_of
+from ..study.headers import Look
+from ..study.schema import StudyFile
+from .stored import GroupData, lines_outside, pick_lines, told_of
 
 # %% ../../nbs/02_data/02_streamlines.ipynb #dd9adbc4
 def as_vox(
@@ -51,54 +49,29 @@ def line_numbers(
     return ids.astype(np.int64) % n
 
 # %% ../../nbs/02_data/02_streamlines.ipynb #31db6e2a
-class SFTData(NamesOfDwiml):
+class SFTData(GroupData):
     "A streamlines group of one subject."
+    kind = 'streamlines'
     def __init__(self,
         file:StudyFile, # The study
         name:str, # 'subject/group'
         lazy:bool=True, # Leave the points in the file
-        group=None, # The HDF5 group, if it is open already
+        look:Look=None, # What was seen of it; the group itself is looked at when not given
     ):
-        self.file,self.name = file, name
-        with told_of(file, name):
-            if group is None: group = file.open(name)
-            self.grid,self.matrix = placed_grid(group)
-            inside = identifiers(group)
-            if isinstance(dps := inside.pop('data_per_streamline', None), h5py.h5g.GroupID):
-                inside |= {f'data_per_streamline/{k}': d for k,d in identifiers(wrapped(dps)).items()}
-            self.parts = {k: StoredRows(file, f'{name}/{k}', d)
-                          for k,d in inside.items() if isinstance(d, h5py.h5d.DatasetID)}
-            # from here on, the number of lines is believed
-            if self.parts['lengths'].address == -1: check_stored(wrapped(inside['lengths']))
-            self.check_header()
-        self.rows,self.nb_streamlines = self.parts['data'], len(self.parts['lengths'])
-        self.nb_stored_points = len(self.rows)
         self.points = self.spans_kept = self.dps_kept = self.mm_kept = None
+        super().__init__(file, name, look)
         if not lazy: self.load()
 
-    def check_header(self):
-        "Raise if parts of the group do not fit together."
-        data,starts,lengths = (self.parts[k] for k in ('data', 'offsets', 'lengths'))
-        if data.shape[1:] != (3,):
-            raise DataProblem("points have three coordinates", expected="(P, 3)", found=data.shape)
-        for k,r in self.parts.items():
-            if k in ('offsets', 'euclidean_lengths') or k.startswith('data_per_streamline'):
-                if len(r) != len(lengths):
-                    raise DataProblem(f"'{k}' does not have one row a streamline", expected=len(lengths),
-                                      found=len(r))
-        if starts.dtype.kind not in 'iu' or lengths.dtype.kind not in 'iu':
-            raise DataProblem("offsets and lengths are whole numbers",
-                              found=f"{starts.dtype} and {lengths.dtype}")
-
     @property
-    def stored(self) -> list: return [*self.parts.values()]
+    def nb_streamlines(self) -> int: return self.header.n
+    @property
+    def nb_stored_points(self) -> int: return self.header.points
     @property
     def is_lazy(self) -> bool: return self.points is None
     @property
-    def dps_keys(self) -> list:
-        return [k.split('/', 1)[1] for k in self.parts if k.startswith('data_per_streamline/')]
+    def dps_keys(self) -> list: return list(self.header.traits.dps)
     @property
-    def has_connectivity(self) -> bool: return 'connectivity_matrix' in self.parts
+    def has_connectivity(self) -> bool: return self.header.traits.connectivity
     def __len__(self): return self.nb_streamlines
     def __repr__(self):
         where = 'lazy' if self.is_lazy else 'in memory'

@@ -27,11 +27,11 @@ class SubjectData(NamesOfDwiml):
         streamline_groups, # Names, in the order wanted
         lazy:bool=True, # Leave values in the file
         cache:VolumeCache=None, # Shared by all volumes of a dataset
-        groups=None, # Its HDF5 groups by name, if they are open already
+        looks:dict={}, # group -> `Look`, of groups that were seen before
     ):
-        self.subj_id,groups = subj_id, file.open(subj_id) if groups is None else groups
-        self.volumes = {g: MRIData(file, f'{subj_id}/{g}', True, cache, groups.get(g)) for g in volume_groups}
-        self.streamlines = {g: SFTData(file, f'{subj_id}/{g}', True, groups.get(g))
+        self.subj_id = subj_id
+        self.volumes = {g: MRIData(file, f'{subj_id}/{g}', True, cache, looks.get(g)) for g in volume_groups}
+        self.streamlines = {g: SFTData(file, f'{subj_id}/{g}', True, looks.get(g))
                             for g in streamline_groups}
         if not lazy: self.load()
     def load(self):

@@ -8,17 +8,17 @@ __all__ = ['exact_device', 'VolumeCache', 'MRIData']
 # %% ../../nbs/02_data/01_volumes.ipynb #9098e3f4
 from collections import OrderedDict
 from numbers import Real
-import h5py
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import get_worker_info
-from ..core.dwi_ml import NamesOfDwiml
 from ..core.errors import DataProblem, printable
 from ..core.sizes import free_memory
 from ..study.files import OwnLock
-from ..study.schema import StudyFile, hard_link, placed_grid, quick_attr, reached
-from .stored import StoredRows, told_of
+from ..study.headers import Look
+from ..study.schema import StudyFile
+from .stored import GroupData, told_of
 
 # %% ../../nbs/02_data/01_volumes.ipynb #8adc0042
 def exact_device(
@@ -85,69 +85,70 @@ class VolumeCache:
         return f"VolumeCache({', '.join(said) or 'empty'})"
 
 # %% ../../nbs/02_data/01_volumes.ipynb #2991bbae
-class MRIData(NamesOfDwiml):
+class MRIData(GroupData):
     "A volume group of one subject."
+    kind = 'volume'
     def __init__(self,
         file:StudyFile, # The study
         name:str, # 'subject/group'
         lazy:bool=True, # Read when needed; False: now
         cache:VolumeCache=None, # Shared by all volumes of a dataset
-        group=None, # The HDF5 group, if it is open already
+        look:Look=None, # What was seen of it; the group itself is looked at when not given
     ):
-        self.file,self.name,self.cache,self.tensor = (file, name, VolumeCache() if cache is None else cache,
-                                                      None)
-        with told_of(file, name):
-            if group is None: group = file.open(name)
-            found = (h5py.h5o.open(group.id, b'data') if hard_link(group, 'data')
-                     else reached(group, 'data').id)
-            self.rows = StoredRows(file, f'{name}/data', found)
-            if len(self.rows.shape) != 4:
-                raise DataProblem("a volume has four axes", expected="(X, Y, Z, F)", found=self.rows.shape)
-            self.grid,self.nb_features = placed_grid(group, self.rows.shape[:3])[0], int(self.rows.shape[3])
-            self.frame = quick_attr(group, 'frame')    # None in files by dwi_ml: they mean image axes
+        self.cache,self.tensor = VolumeCache() if cache is None else cache, None
+        super().__init__(file, name, look)
         if not lazy: self.load()
 
-    @property
-    def stored(self) -> list: return [self.rows]
     @property
     def affine(self) -> np.ndarray: return self.grid.affine
     @property
     def voxres(self) -> np.ndarray: return self.grid.voxel_sizes
     @property
-    def shape(self) -> tuple: return (*self.grid.dimensions, self.nb_features)
+    def nb_features(self) -> int: return self.header.n
+    @property
+    def shape(self) -> tuple: return (*self.header.dimensions, self.header.n)
     @property
     def is_lazy(self) -> bool: return self.tensor is None
-    def load(self):
-        "Bring the values into memory."
-        self.tensor = self.read()
-    def read(self) -> Tensor:
-        "The values, a copy."
-        with told_of(self.file, self.name):
-            stored = self.rows.all()
-            with np.errstate(over='ignore'): values = stored.astype(np.float32, copy=False)
-            if values is not stored and np.isfinite(values).sum() < np.isfinite(stored).sum():
-                raise DataProblem("the volume holds values that single precision cannot",
-                                  expected="magnitudes up to 3.4e38",
-                                  found=f"{np.nanmax(np.abs(stored)):.3g}",
-                                  do="divide the image by a number and create the study again.")
-            return torch.from_numpy(values)
-    def over_map(self) -> Tensor: # None if the file is no float32 map
-        "The values, as a view of the file."
-        mapped = self.rows.mapped() if self.rows.dtype == np.float32 else None
-        return None if mapped is None or not mapped.flags.aligned else torch.from_numpy(mapped)
-
-    def get_data_as_tensor(self,
-        device='cpu', # torch device
-    ) -> Tensor: # (X, Y, Z, F) float32, shared by all who ask: never change it in place
-        "The values, on a device."
-        on_cpu = torch.device(device).type == 'cpu'
-        if not self.is_lazy:
-            return self.tensor if on_cpu else self.cache.get(self.name, device, lambda: self.tensor)
-        with told_of(self.file, self.name):
-            self.rows.check()
-            if on_cpu and (tensor := self.over_map()) is not None: return tensor
-        # a device that is full or missing is no fault of the file
-        return self.cache.get(self.name, device, self.read)
     def __repr__(self):
         return printable(f"MRIData({self.name}: {self.grid}, {self.nb_features} features, "
                          f"{'lazy' if self.is_lazy else 'in memory'})")
+
+# %% ../../nbs/02_data/01_volumes.ipynb #99d2365b
+@patch
+def read(self:MRIData) -> Tensor: # (X, Y, Z, F) float32
+    "The values, a copy."
+    with told_of(self.file, self.name):
+        stored = self.rows.all()
+        with np.errstate(over='ignore'): values = stored.astype(np.float32, copy=False)
+        if values is not stored and np.isfinite(values).sum() < np.isfinite(stored).sum():
+            raise DataProblem("the volume holds values that single precision cannot",
+                              expected="magnitudes up to 3.4e38",
+                              found=f"{np.nanmax(np.abs(stored)):.3g}",
+                              do="divide the image by a number and create the study again.")
+        return torch.from_numpy(values)
+
+@patch
+def load(self:MRIData):
+    "Bring the values into memory."
+    self.tensor = self.read()
+
+# %% ../../nbs/02_data/01_volumes.ipynb #0a269700
+@patch
+def over_map(self:MRIData) -> Tensor: # None if the file is no float32 map
+    "The values, as a view of the file."
+    mapped = self.rows.mapped() if self.rows.dtype == np.float32 else None
+    return None if mapped is None or not mapped.flags.aligned else torch.from_numpy(mapped)
+
+@patch
+def get_data_as_tensor(self:MRIData,
+    device='cpu', # torch device
+) -> Tensor: # (X, Y, Z, F) float32, shared by all who ask: never change it in place
+    "The values, on a device."
+    on_cpu = torch.device(device).type == 'cpu'
+    if not self.is_lazy:
+        return self.tensor if on_cpu else self.cache.get(self.name, device, lambda: self.tensor)
+    with told_of(self.file, self.name):
+        self.rows.check()
+        if on_cpu and (tensor := self.over_map()) is not None: return tensor
+    # a device that is full or missing is no fault of the file
+    return self.cache.get(self.name, device, self.read)

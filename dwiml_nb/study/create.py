@@ -38,6 +38,7 @@ from .parts import StudyOptions, make_parts, parts_folder, place_parts, steady_h
 from .config import VolumeSpec, raise_problems
 from .describe import columns, html_table
 from .files import open_hdf5
+from .headers import INDEX_KEYS, headers_in, write_index
 from .lists import SUBSETS
 from .schema import (FORMAT_VERSION, NOT_DEFINED, check_claim, group_grid, group_kind,
                                    open_study, opened)
@@ -70,6 +71,7 @@ def copy_attributes(
 ):
     "Copy attributes with their types, strings of variable length too."
     for key in source.attrs:
+        if key in INDEX_KEYS: continue                # of another file's headers
         id,value = source.attrs.get_id(key), source.attrs[key]
         if isinstance(value, h5py.Empty): target.attrs[key] = value
         else: target.attrs.create(key, value, id.shape, id.dtype)
@@ -159,13 +161,16 @@ def assemble(
     copies=None, # Folder for copies as .nii.gz and .trk
 ):
     "Copy parts into one study."
+    headers = {}
     with steady_hdf5(path) as (f, check):
         write_root(f, lists, config, options)
         for s,part in progress(parts.items(), 'assembling', unit='subject'):
             with open_hdf5(part) as p:
+                headers[s] = headers_in(p[s])
                 p.copy(p[s], f, s)                        # as it is, contiguous: nothing leaves HDF5
                 if copies: save_copies(p[s], copies)
             check()
+        write_index(f, headers)
     open_study(path).close()
 
 # %% ../../nbs/01_study/11_create.ipynb #79124736

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['first_subject', 'options_of', 'meaning_of', 'config_problems', 'growth_problems', 'free_name', 'second_name',
-           'needs_base', 'linked_root', 'join', 'add_subjects', 'checked_growth', 'datasets_of', 'repack_study']
+           'needs_base', 'headers_known', 'headers_added', 'linked_root', 'join', 'add_subjects', 'checked_growth',
+           'datasets_of', 'repack_study']
 
 # %% ../../nbs/01_study/12_grow.ipynb #87b8dbe7
 import itertools
@@ -25,6 +26,7 @@ from .create import (StudySummary, check_room, check_target, copy_attributes, co
                                    finished_parts, linked_files, links_of, plan_study,
                                    remove_linked, told_plainly)
 from .files import hdf5_descriptor, stamp_of
+from .headers import headers_in, read_index, write_index
 from .parts import StudyOptions, parts_folder, steady_hdf5
 from .config import VolumeSpec, raise_problems, read_config
 from .files import open_hdf5
@@ -154,6 +156,26 @@ def needs_base(
     return any(not isinstance(old.get(name, getlink=True), (h5py.ExternalLink, h5py.SoftLink))
                for name in old)
 
+def headers_known(
+    old, # Open study
+) -> dict: # subject -> group -> `Header`
+    "The headers of a study: of its index, or of its subjects where there is none that can be used."
+    try: told = read_index(old) or {}
+    except ValueError: told = {}
+    for s in set(old) - told.keys():
+        try: told[s] = headers_in(found_in(old, s))
+        except DataProblem: continue                                    # it cannot be read, and that is told
+    return {s: told[s] for s in old if s in told}
+
+def headers_added(
+    added:dict, # id -> its file
+) -> dict: # subject -> group -> `Header`
+    "The headers of subjects in files of their own."
+    found = {}
+    for s,file in added.items():
+        with open_hdf5(file) as f: found[s] = headers_in(f[s])
+    return found
+
 def linked_root(
     path, # File to make
     old, # Open study
@@ -172,6 +194,7 @@ def linked_root(
             f[name] = (link if isinstance(link, (h5py.ExternalLink, h5py.SoftLink))
                        else h5py.ExternalLink(f'{base.parent.name}/{base.name}', f'/{name}'))
         for s,file in added.items(): f[s] = h5py.ExternalLink(f'{file.parent.name}/{file.name}', f'/{s}')
+        write_index(f, headers_known(old) | headers_added(added))
         check()
 
 # %% ../../nbs/01_study/12_grow.ipynb #29480f1b
@@ -297,6 +320,8 @@ def repack_study(
                 copy_attributes(old, f)
                 for s in progress(list(old), 'repacking', unit='subject'):
                     copy_object(found_in(old, s), f, s, check)
+                write_index(f, {s: headers_in(f[s]) for s in f if isinstance(f[s], h5py.Group)})
+                check()
             open_study(new).close()
         # only now: until here they were the study
         for stays in remove_linked(target, linked): python_warnings.warn(stays, stacklevel=2)

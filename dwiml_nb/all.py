@@ -57,7 +57,10 @@ from .models.embeddings import EMBEDDINGS, CNNEmbedding, Embedding, NNEmbedding,
 from .models.parts import (ModelWithDirectionGetter, ModelWithNeighborhood, ModelWithOneInput,
                                    ModelWithPreviousDirections)
 from .models.rnn import RNNS, StackedRNN
+from .models.attention import POSITION_ENCODINGS
 from .models.learn2track import Learn2TrackModel, dwi_ml_problems
+from .models.transformers import (OriginalTransformerModel, TransformerSrcAndTgtModel,
+                                          TransformerSrcOnlyModel)
 from .models.autoencoder import ModelAE
 from .models.checks import check_direction_getter, check_model
 

@@ -1,4 +1,4 @@
-"""dwi_ml both ways: its Learn2Track folders open here, ours open there or are refused there, and a script written for it is told what to use.
+"""dwi_ml both ways: its Learn2Track and Transformer folders open here, ours open there or are refused there, and a script written for it is told what to use.
 
 data/dwi_ml_api.json has the facts of dwi_ml 1.0. The tables of docs/migration_from_dwi_ml.md are made of core/dwi_ml.py: python tests/test_dwi_ml.py writes
 them again.
@@ -32,6 +32,7 @@ from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.models.base import load_model
 from dwiml_nb.models.embeddings import names_here
 from dwiml_nb.models.learn2track import DWI_ML_GETTERS, Learn2TrackModel, dwi_ml_problems
+from dwiml_nb.models.transformers import OriginalTransformerModel, TransformerSrcAndTgtModel, TransformerSrcOnlyModel
 from dwiml_nb.runs.resume import trainer_from_folder
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.tracking.tracker import Tracker
@@ -60,6 +61,16 @@ CASES = {
     "all": dict(nb_previous_dirs=2, prev_dirs_embedding_key="nn_embedding", prev_dirs_embedded_size=5, use_skip_connection=True,
                 use_layer_normalization=True, dg_args=dict(add_eos=True), experiment_name="all", **CNN),
 }
+TRANSFORMER = dict(nb_features=6, input_embedded_size=16, nheads=4, n_layers_e=2, max_len=30, streamline_space="vox", legacy_half_voxel=True)
+TRANSFORMERS = {
+    "tts": (TransformerSrcOnlyModel, {}), "tts norm first": (TransformerSrcOnlyModel, dict(norm_first=True, activation="gelu", dropout_rate=0)),
+    "tts of the input as it is": (TransformerSrcOnlyModel, dict(input_embedding_key="no_embedding", input_embedded_size=None, nheads=3)),
+    "tts and eos": (TransformerSrcOnlyModel, dict(dg_args=dict(add_eos=True), ffnn_hidden_size=5, **GRID)), "ttst": (TransformerSrcAndTgtModel, dict(target_embedded_size=8)),
+    "ttst of classes": (TransformerSrcAndTgtModel, dict(target_embedded_size=4, sos_token_type="repulsion100", dg_key="sphere-classification")),
+    "ttst of labels as they are": (TransformerSrcAndTgtModel, dict(target_embedding_key="no_embedding")), "tto": (OriginalTransformerModel, {}),
+    "tto of another depth": (OriginalTransformerModel, dict(n_layers_d=1, sos_token_type="symmetric362", step_size=1., experiment_name="deep")),
+}
+CASES |= TRANSFORMERS
 
 
 def built(**options):
@@ -67,26 +78,53 @@ def built(**options):
     return Learn2TrackModel(**{**THEIRS, **options})
 
 
+def of_case(case):
+    "The model of a case, and the name of its class."
+    if case not in TRANSFORMERS: return built(**CASES[case]), "Learn2TrackModel"
+    cls, options = TRANSFORMERS[case]
+    torch.manual_seed(0)
+    return cls(**{**TRANSFORMER, **options}), cls.__name__
+
+
 # ---- names of parameters
 
-def parameters_in_dwi_ml(p):
+def parameters_in_dwi_ml(p, kind="Learn2TrackModel"):
     "Name -> shape of every parameter of the model that dwi_ml makes of a parameters.json."
-    table, getter, n, H = API["parameters"], p["dg_args"] or {}, p["nb_previous_dirs"], list(p["rnn_layer_sizes"])
-    r, filters, kernel = p["neighborhood_radius"] or 0, p["nb_cnn_filters"] or [], p["kernel_size"] or []
+    table, getter, r, filters, kernel = API["parameters"], p["dg_args"] or {}, p["neighborhood_radius"] or 0, p["nb_cnn_filters"] or [], p["kernel_size"] or []
     K = {None: 1, "axes": 1 + 6*r, "grid": (2*r + 1)**3}[p["neighborhood_type"]]
     cube = (2*r + 1 - sum(k - 1 for k in kernel))**3
     size = {"no_embedding": p["nb_features"]*K, "nn_embedding": p["input_embedded_size"], "cnn_embedding": cube*(filters or [0])[-1]}
+    values = dict(F=p["nb_features"], K=K, E=p["input_embedded_size"], eos=int(getter.get("add_eos", False)), filters=filters, kernel=kernel,
+                  V=len(sphere_vertices(getter.get("sphere", "symmetric724"))), N=getter.get("nb_gaussians", 3))
+    parts = [("input_embedding_layer", p["input_embedding_key"], len(filters)), ("direction_getter", p["dg_key"], 1)]
+    more, own = (of_learn2track if kind == "Learn2TrackModel" else of_transformers)(p, size[p["input_embedding_key"]])
+    values |= own; values["half"] = math.ceil(values["R"]/2)
+    return {f"{module}.{name.format(i=i)}": [eval(o, {}, {**values, "i": i}) for o in shape]      # `shape` is our own text
+            for module, kind, layers in parts + more for name, shape in table[module][kind].items() for i in range(layers if "{i}" in name else 1)}
+
+
+def of_learn2track(p, embedded):
+    "Its own modules, and what the letters of their shapes stand for."
+    n, H = p["nb_previous_dirs"], list(p["rnn_layer_sizes"])
     D = (p["prev_dirs_embedded_size"] or 3*n)*bool(n)
-    first = size[p["input_embedding_key"]] + D
-    R = sum(H) + first if p["use_skip_connection"] else H[-1]
-    values = dict(F=p["nb_features"], K=K, E=p["input_embedded_size"], n=n, D=D, G={"lstm": 4, "gru": 3}[p["rnn_key"]], H=H,
-                  B=[first, *(h + first*p["use_skip_connection"] for h in H)], R=R, half=math.ceil(R/2), eos=int(getter.get("add_eos", False)),
-                  V=len(sphere_vertices(getter.get("sphere", "symmetric724"))), N=getter.get("nb_gaussians", 3), filters=filters, kernel=kernel)
-    parts = [("input_embedding_layer", p["input_embedding_key"], len(filters)), ("rnn_model", "layers", len(H)), ("direction_getter", p["dg_key"], 1)]
+    first = embedded + D
+    parts = [("rnn_model", "layers", len(H))]
     if n: parts.append(("prev_dirs_embedding", p["prev_dirs_embedding_key"] or "no_embedding", 1))
     if p["use_layer_normalization"]: parts.append(("rnn_model", "use_layer_normalization", len(H)))
-    return {f"{module}.{name.format(i=i)}": [eval(o, {}, {**values, "i": i}) for o in shape]      # `shape` is our own text
-            for module, kind, layers in parts for name, shape in table[module][kind].items() for i in range(layers if "{i}" in name else 1)}
+    return parts, dict(n=n, D=D, G={"lstm": 4, "gru": 3}[p["rnn_key"]], H=H, B=[first, *(h + first*p["use_skip_connection"] for h in H)],
+                       R=sum(H) + first if p["use_skip_connection"] else H[-1])
+
+
+def of_transformers(p, embedded):
+    "The same for the three Transformers."
+    tokens = 4 if p.get("sos_token_type", "as_label") == "as_label" else len(sphere_vertices(p["sos_token_type"])) + 1
+    T = embedded if "n_layers_d" in p else p.get("target_embedded_size", 0) or tokens
+    D = embedded + T*("target_embedded_size" in p)
+    parts = [("position_encoding_layer", p["positional_encoding_key"], 1)]
+    if "sos_token_type" in p: parts.append(("embedding_layer_t", p["target_embedding_key"], 1))
+    stacks = {"encoder": p["n_layers_e"], "decoder": p["n_layers_d"]} if "n_layers_d" in p else {"layers": p["n_layers_e"]}
+    return parts + [("modified_torch_transformer", stack, layers) for stack, layers in stacks.items()], dict(
+        D=D, R=D, T=T, tokens=tokens, max_len=p["max_len"], ff=p["ffnn_hidden_size"] or D//2)
 
 
 def shapes(weights): return {k: list(v.shape) for k, v in weights.items()}
@@ -96,32 +134,33 @@ def shapes(weights): return {k: list(v.shape) for k, v in weights.items()}
 def test_the_table_of_names_is_that_of_dwi_ml(folder):
     "What dwi_ml itself wrote has these parameters and no others."
     weights = torch.load(folder/"model_state.pkl", weights_only=True)
-    assert shapes(weights) == parameters_in_dwi_ml(json.loads((folder/"parameters.json").read_text()))
+    assert shapes(weights) == parameters_in_dwi_ml(json.loads((folder/"parameters.json").read_text()), (folder/"model_type.txt").read_text())
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_folder_opens_in_dwi_ml(case, tmp_path):
     "Each option: dwi_ml's constructors take what parameters.json says, and its layers what model_state.pkl has."
-    model = built(**CASES[case])
+    model, kind = of_case(case)
     assert dwi_ml_problems(model) == []
     model.save_params_and_state(tmp_path/"model")
     params = json.loads((tmp_path/"model"/"parameters.json").read_text())
-    constructor(API["Learn2TrackModel"]).bind(**params)
+    constructor(API[kind]).bind(**params)
     constructor(API["direction_getters"][params["dg_key"]]).bind(input_size=1, **params["dg_args"] or {})
-    assert isinstance(params["dropout"], float) and isinstance(params["nb_features"], int)
-    assert shapes(torch.load(tmp_path/"model"/"model_state.pkl", weights_only=True)) == parameters_in_dwi_ml(params)
+    assert isinstance(params["dropout" if "dropout" in params else "dropout_rate"], float) and isinstance(params["nb_features"], int)
+    assert shapes(torch.load(tmp_path/"model"/"model_state.pkl", weights_only=True)) == parameters_in_dwi_ml(params, kind)
     again = load_model(tmp_path/"model")
-    assert again.params_for_checkpoint == model.params_for_checkpoint
+    assert again.what_is_saved()[0] == params and (kind != "Learn2TrackModel" or again.params_for_checkpoint == model.params_for_checkpoint)
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_folder_of_dwi_ml_opens(case, tmp_path):
     "Written as dwi_ml does: its arguments, its names, random weights."
-    params = built(**CASES[case]).what_is_saved()[0]
-    weights = {k: torch.randn(shape) for k, shape in parameters_in_dwi_ml(params).items()}
+    model, kind = of_case(case)
+    params = model.what_is_saved()[0]
+    weights = {k: torch.randn(shape) for k, shape in parameters_in_dwi_ml(params, kind).items()}
     (tmp_path/"parameters.json").write_text(json.dumps(params, indent=4, separators=(",", ": ")))
-    (tmp_path/"model_type.txt").write_text("Learn2TrackModel")
+    (tmp_path/"model_type.txt").write_text(kind)
     torch.save(weights, tmp_path/"model_state.pkl")
     model = load_model(tmp_path)
     assert (model.streamline_space, model.legacy_half_voxel, model.training) == ("vox", True, False)
@@ -153,6 +192,20 @@ def test_every_other_model_is_refused_by_dwi_ml(change, tmp_path):
     params = json.loads((tmp_path/"model"/"parameters.json").read_text())
     assert params == json.loads(json.dumps(model.params_for_checkpoint))
     with pytest.raises(TypeError, match="unexpected keyword argument '(streamline_space|legacy_half_voxel)'"): constructor(API["Learn2TrackModel"]).bind(**params)
+    assert load_model(tmp_path/"model").params_for_checkpoint == model.params_for_checkpoint
+
+
+@pytest.mark.parametrize("cls, change, says", [
+    (TransformerSrcOnlyModel, dict(positional_encoding_key="rotary"), "sinusoidal"), (OriginalTransformerModel, dict(streamline_space="voxmm"), "streamline_space"),
+    (TransformerSrcOnlyModel, {**CNN, "nb_cnn_filters": [3, 4], "input_embedded_size": None}, "no CNN"),
+    (TransformerSrcAndTgtModel, dict(target_embedding_key=dict(key="nn_embedding", output_size=8)), "target_embedding_key"),
+    (OriginalTransformerModel, dict(input_embedding_key="no_embedding", input_embedded_size=None, nheads=2), "input_embedded_size is a number")], ids=str)
+def test_every_other_transformer_is_refused_by_dwi_ml(cls, change, says, tmp_path):
+    model = cls(**{**TRANSFORMER, **change})
+    assert any(says in o for o in dwi_ml_problems(model))
+    model.save_params_and_state(tmp_path/"model")
+    params = json.loads((tmp_path/"model"/"parameters.json").read_text())
+    with pytest.raises(TypeError, match="unexpected keyword argument"): constructor(API[cls.__name__]).bind(**params)
     assert load_model(tmp_path/"model").params_for_checkpoint == model.params_for_checkpoint
 
 

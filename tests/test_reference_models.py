@@ -1,4 +1,4 @@
-"""Learn2Track models and direction getters of dwi_ml 1.0.0, reproduced number by number.
+"""Learn2Track models, Transformers and direction getters of dwi_ml 1.0.0, reproduced number by number.
 
 tests/data/dwi_ml_models/<name>/ and tests/data/direction_getters.* are copies of values that dwi_ml computed on synthetic inputs. Two of its faults are
 not reproduced: with EOS and a regression, the direction loss of each line's last row against (0, 0, 0), which for a cosine adds exactly 1; and the
@@ -18,6 +18,7 @@ from dwiml_nb.models.base import load_model
 
 DATA = Path(__file__).parent / "data"
 MODELS = sorted(p.name for p in (DATA / "dwi_ml_models").iterdir())
+RECURRENT = [name for name in MODELS if name.startswith("l2t")]
 GETTERS = json.loads((DATA / "direction_getters.json").read_text())
 TOLERANCE = 1e-5
 largest = {}
@@ -74,11 +75,12 @@ def hidden_values(states):
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_lines(name):
     model, io, inputs, seen, target = model_and_io(name)
-    assert type(model).__name__ == "Learn2TrackModel"
+    assert type(model).__name__ == (DATA / "dwi_ml_models" / name / "model_type.txt").read_text()
     assert (model.streamline_space, model.legacy_half_voxel) == ("vox", True)        # what a folder of dwi_ml's means
-    outputs, states = model(inputs, seen, return_hidden=True)
+    outputs = model(inputs, seen)
     same("outputs", outputs.data, io["outputs"])
-    for k, v in hidden_values(states).items(): same("hidden states", v, io[k])
+    if name in RECURRENT:
+        for k, v in hidden_values(model(inputs, seen, return_hidden=True)[1]).items(): same("hidden states", v, io[k])
     tainted = model.dg_key == "cosine-regression" and model.uses_last_point
     if model.uses_last_point:
         probs = model.compute_loss(outputs, target, return_eos_probs=True)[2]
@@ -114,15 +116,16 @@ def test_point_by_point(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_continued_and_compacted(name):
-    "Warm up on the first points, drop some lines, go on with `point_idx=-1`: the same outputs as on whole lines."
+    "Warm up on the first points, drop some lines, go on: the same outputs as on whole lines; Learn2Track also with `point_idx=-1`."
     model, io, inputs, seen, _ = model_and_io(name)
     k = int(io["tracking_prefix_points"])
     keep = seen.lengths > k
     with torch.no_grad():
         state = model.select_state(model.warm_up(Ragged.from_list([o[:k] for o in inputs]), Ragged.from_list([o[:k] for o in seen])), keep)
-        so_far = [o[:k+1] for o in seen[keep]]
-        outputs = model(inputs.data[inputs.offsets[:-1][keep] + k], so_far, hidden_recurrent_states=state, point_idx=-1)
-    same("outputs after a warm-up", outputs, io["outputs"][(seen.offsets[:-1][keep] + k).numpy()])
+        here, so_far = inputs.offsets[:-1][keep] + k, [o[:k+1] for o in seen[keep]]
+        if name in RECURRENT: same("outputs after a warm-up", model(inputs.data[here], so_far, hidden_recurrent_states=state, point_idx=-1), io["outputs"][here.numpy()])
+        outputs = model.tracking_step(inputs.data[here], previous_directions(seen, model.nb_previous_dirs).data[here], state)[0]
+    same("outputs after a warm-up", outputs, io["outputs"][here.numpy()])
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -7,6 +7,7 @@ __all__ = ['LooksAround', 'ModelWithNeighborhood', 'ModelWithOneInput', 'ModelWi
 
 # %% ../../nbs/05_models/02_parts.ipynb #e35ac393
 from typing import Literal
+import torch
 from torch import Tensor
 from ..core.options import check_number, with_parts
 from ..core.ragged import Ragged
@@ -70,6 +71,17 @@ class ModelWithOneInput(LooksAround):
 
     @property
     def input_specs(self) -> dict: return {'': InputSpec(self.nb_features, self.neighborhood_vectors)}
+
+# %% ../../nbs/05_models/02_parts.ipynb #947c5ff3
+def check_same_points(
+    inputs:Ragged, # (P, K·F)
+    lines:Ragged, # (P, 3)
+):
+    "Refuse inputs that are not those of the lines' points."
+    if inputs.offsets is lines.offsets or torch.equal(inputs.offsets, lines.offsets): return
+    found = [r.lengths.tolist()[:5] for r in (inputs, lines)]
+    raise ValueError(f"inputs and streamlines must have the same points: "
+                     f"inputs have {found[0]}…, streamlines {found[1]}… points a line.")
 
 # %% ../../nbs/05_models/02_parts.ipynb #cbf8255e
 @with_parts

@@ -143,6 +143,8 @@ def test_readers_give_what_nibabel_gives(tmp_path, seed):
         assert np.array_equal(ours.lines.data.numpy(), theirs.streamlines.get_data()) and ours.lines.lengths.tolist() == [len(x) for x in lines] and not ours.remarks
         assert ours.dps.keys() == theirs.tractogram.data_per_streamline.keys()
         for k, v in theirs.tractogram.data_per_streamline.items(): assert np.array_equal(ours.dps[k], v)
+        assert ours.dpp.keys() == theirs.tractogram.data_per_point.keys()
+        for k, v in theirs.tractogram.data_per_point.items(): assert np.array_equal(ours.dpp[k], v.get_data())
         format = tractogram_format(f"a.{kind}")
         assert format.size(tmp_path / f"a.{kind}") == (40, len(ours.lines.data)) and torch.equal(format.first_lines(tmp_path / f"a.{kind}", 7).data, ours.lines[:7].data)
 
@@ -273,6 +275,41 @@ def test_lines_of_no_point_are_written(tmp_path):
         save_tractogram(Tractogram(lines, GRID), tmp_path / f"a.{kind}")
         assert load_tractogram(tmp_path / f"a.{kind}").lines.lengths.tolist() == [len(x) for x in lines]
     with pytest.raises(DataProblem, match="a .trk file needs a line with points"): save_tractogram(Tractogram([NONE], GRID), tmp_path / "b.trk")
+
+
+@pytest.mark.parametrize("kind", ["trk", "trx"])
+def test_data_per_point_stay_with_their_points(tmp_path, kind):
+    "Written, read, chosen and written again; by nibabel and trx-python too."
+    lines = [LINES[0], NONE, *LINES[1:]]
+    n = sum(map(len, lines))
+    whole = Tractogram(lines, GRID, {"w": np.arange(len(lines))[:, None]}, dpp={"fa": np.arange(n)[:, None]/8, "v1": np.arange(3*n).reshape(n, 3)})
+    save_tractogram(whole, tmp_path/f"a.{kind}")
+    again = load_tractogram(tmp_path/f"a.{kind}")
+    assert again.lines.lengths.tolist() == [len(x) for x in lines] and again.dpp.keys() == {"fa", "v1"} == whole.dpp.keys() and "dpp ['fa', 'v1']" in repr(again)
+    for k, v in whole.dpp.items(): assert again.dpp[k].shape == v.shape and np.array_equal(again.dpp[k], v.astype(np.float32))
+    some = again[[3, 0]]
+    save_tractogram(some, tmp_path/f"b.{kind}")
+    assert np.array_equal(load_tractogram(tmp_path/f"b.{kind}").dpp["v1"], np.concatenate([whole.dpp["v1"][-len(lines[3]):], whole.dpp["v1"][:len(lines[0])]]))
+    if kind == "trk": theirs = nib.streamlines.load(tmp_path/"b.trk").tractogram.data_per_point
+    else:
+        from trx.trx_file_memmap import load
+        theirs = load(str(tmp_path/"b.trx")).data_per_vertex
+    assert np.array_equal(np.concatenate([np.asarray(x) for x in theirs["fa"]]), some.dpp["fa"])
+
+
+def test_data_per_point_are_not_lost_in_silence(tmp_path):
+    lines = Tractogram(LINES, GRID, dpp={"fa": np.ones((sum(map(len, LINES)), 1))})
+    with pytest.raises(DataProblem, match=r"a .tck file cannot keep the data per point \['fa'\]. To do: save a .trk or .trx, or pass drop_dps=True"): save_tractogram(lines, tmp_path/"a.tck")
+    save_tractogram(lines, tmp_path/"a.tck", drop_dps=True)
+    for name, kind, words in (("a.b", "trx", "cannot keep the name 'a.b'"), ("a name that is too long", "trk", "no room for the name")):
+        with pytest.raises(DataProblem, match=words): save_tractogram(Tractogram(LINES, GRID, dpp={name: lines.dpp["fa"]}), tmp_path/f"b.{kind}")
+    with pytest.raises(DataProblem, match="ten kinds of data per point. Expected: at most 10. Found: 11"):
+        save_tractogram(Tractogram(LINES, GRID, dpp={f"n{i}": lines.dpp["fa"] for i in range(11)}), tmp_path/"b.trk")
+    with pytest.raises(DataProblem, match="the data per point 'fa' does not fit. Expected: .* rows, one a point. Found: 2 rows"):
+        save_tractogram(Tractogram(LINES, GRID, dpp={"fa": np.ones(2)}), tmp_path/"b.trk")
+    save_tractogram(lines, tmp_path/"c.trx")
+    with zipfile.ZipFile(tmp_path/"c.trx", "a") as z: z.writestr("dpv/x.float32", np.ones(2, "<f4").tobytes())
+    with pytest.raises(DataProblem, match="dpv/x.float32 has 8 bytes"): load_tractogram(tmp_path/"c.trx")
 
 
 def test_trx_of_ours_is_theirs(tmp_path):

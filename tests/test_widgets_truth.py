@@ -201,6 +201,19 @@ def test_a_picture_that_draws_fewer_lines_says_so(monkeypatch):
     assert said == ["a scene", "a scene, 20 of 50 lines drawn", "20 of 50 lines drawn"]
 
 
+def test_a_picture_takes_no_more_dots_than_it_can_show(monkeypatch):
+    "Lines from one end of the picture to the other, thousands of them: fewer dots each, and all of them drawn."
+    counted, paint_dots = [], painter.paint_dots
+    monkeypatch.setattr(painter, "MOST_DOTS", 5000)
+    monkeypatch.setattr(painter, "paint_dots", lambda pixels, nearest, at, *more: counted.append(at) or paint_dots(pixels, nearest, at, *more))
+    scene = Scene("many").add_lines([np.array([[0, i/40, 0], [99, i/40, 0]], dtype="f4") for i in range(400)])
+    picture = painter.paint(scene, size=(200, 120))
+    assert 400 <= len(counted[0]) <= 5000 and len(np.unique(counted[0][:, 1].round(3))) == 400 and (picture < 250).any(2).sum() > 100
+    frame = painter.Frame(painter.frame_of(scene, "axial").view, np.zeros(3), 1e7, (200, 120))                       # so near that a line is 1e9 pixels long
+    at, depth, rows = painter.dots_of(scene.lines[0], frame, 3*np.arange(400))
+    assert len(at) == len(depth) == len(rows) <= 5000
+
+
 # ---- the training
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import torch
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 from scipy.interpolate import CubicSpline
 from scipy.ndimage import binary_dilation, binary_erosion
@@ -435,3 +436,31 @@ def write_phantom(
     nb_train = max(1, n_subjects - 2)
     write_study_files(root, ids[:nb_train], ids[nb_train:nb_train+1], ids[nb_train+1:], peaks)
     return root
+
+# %% ../../nbs/00_core/15_phantom.ipynb #40014491
+def circling_subject() -> tuple: # a dataset with one subject, its `Grid`, its volumes by name
+    "A field of directions around the z axis, a ring to stay in, and a part of the ring."
+    affine = np.diag([2., 2, 2, 1]); affine[:3, 3] = -40, -40, -6
+    grid = Grid(affine, (40, 40, 6))
+    centres = convert(np.indices(grid.dimensions).reshape(3, -1).T + .5, grid, 'vox', 'rasmm')
+    x,y,_ = np.moveaxis(centres.reshape(*grid.dimensions, 3), -1, 0)
+    field = torch.tensor(np.stack([-y, x, 0*x], -1)/np.hypot(x, y)[..., None], dtype=torch.float32)
+    ring = torch.tensor((np.hypot(x, y) > 15) & (np.hypot(x, y) < 32))[..., None].float()
+    volumes = dict(field=field, ring=ring, half=ring*torch.tensor(x > -12)[..., None])
+    subset = SimpleNamespace(name='testing', subjects=['sub-01'], grid=lambda subject, group: grid,
+                             get_volume=lambda subject, group, device='cpu': volumes[group])
+    return SimpleNamespace(volume_groups=list(volumes), testing=subset, training=subset,
+                           validation=subset), grid, volumes
+
+class FieldReader:
+    "A model without weights: it follows the field it reads, along its last direction."
+    step_size,neighborhood_vectors,uses_last_point,nb_previous_dirs,training = 1., None, False, 1, False
+    device = torch.device('cpu')
+    def train(self, mode=True): return self
+    def tracking_step(self, inputs, previous_dirs, state=None):
+        turn = torch.where((inputs*previous_dirs).sum(1, keepdim=True) < 0, -1., 1.)
+        return inputs*turn, state
+    def select_state(self, state, keep): return state
+    def warm_up(self, inputs, lines): return None
+    def get_tracking_directions(self, outputs, algo='det', eos_threshold=None,
+                                previous_dirs=None, draws=None): return outputs

@@ -26,37 +26,42 @@ from nibabel.streamlines.trk import (decode_value_from_name, encode_value_in_nam
                                      get_affine_trackvis_to_rasmm, header_2_dtype)
 from .errors import DataProblem, naming, need_file
 from .files import MOST_JSON, atomic_file, parse_json
-from .ragged import Ragged, as_ragged
+from .ragged import Ragged, as_ragged, rows_of
 from .registry import Registry
 from .space import Grid, fits_grid, grid_of, short_dimensions
 
 # %% ../../nbs/00_core/11_tractograms.ipynb #36d1389c
 @dataclass
 class Tractogram:
-    "Streamlines in RAS mm, with their grid and data per streamline."
+    "Streamlines in RAS mm, with their grid and the data of lines and points."
     lines:Ragged # (P, 3) float32, rasmm
     grid:Grid = None # The lattice of the image they belong to; a `.tck` has none of its own
     dps:dict = field(default_factory=dict) # name -> (S, k) array
     groups:dict = field(default_factory=dict) # name -> line numbers (`.trx` only)
     info:dict = field(default_factory=dict) # How it came to be: seeds, stop reasons, parameters
     remarks:list = field(default_factory=list) # What is odd about its file, in words
+    dpp:dict = field(default_factory=dict) # Data per point, name -> (P, k) array
 
     def __post_init__(self): self.lines = as_ragged(self.lines)
     def __len__(self): return len(self.lines)
     def __repr__(self):
         counts = f"{len(self)} lines, {len(self.lines.data)} points"
-        return f"Tractogram({counts}, rasmm, {self.grid or 'no grid'}, dps {sorted(self.dps)})"
+        more = f", dpp {sorted(self.dpp)}" if self.dpp else ''
+        return f"Tractogram({counts}, rasmm, {self.grid or 'no grid'}, dps {sorted(self.dps)}{more})"
     def __getitem__(self, which) -> 'Tractogram':
-        "The chosen lines with their data per streamline, without groups and info."
+        "The chosen lines with their data, without groups and info."
         if isinstance(which, (list, torch.Tensor)): which = np.asarray(which)
         which = np.arange(len(self))[which].reshape(-1)
-        return Tractogram(self.lines[which], self.grid, {k: v[which] for k,v in self.dps.items()})
+        dps,of,lines = {k: v[which] for k,v in self.dps.items()}, torch.as_tensor(which), self.lines
+        rows = rows_of(lines.offsets[:-1][of], lines.lengths[of]).numpy() if self.dpp else None
+        return Tractogram(lines[which], self.grid, dps, dpp={k: v[rows] for k,v in self.dpp.items()})
 
 # %% ../../nbs/00_core/11_tractograms.ipynb #61fa5525
 class TractogramFormat:
     "A kind of tractogram file: how to write it, read it and look into it."
     keeps_grid = True # Does a file name the grid of its image? If not, the image's is used
     keeps_dps = True # Does a file keep data per streamline?
+    keeps_dpp = False # Does a file keep data per point?
     reads_gz = False # Does it read files with `.gz` after their suffix, as they are?
     def __init__(self,
         suffix:str, # '.trk': the name it was registered under
@@ -227,33 +232,38 @@ def trk_places(
 # %% ../../nbs/00_core/11_tractograms.ipynb #b0257077
 def trk_columns(
     h:dict, # From `trk_header`
-) -> dict: # name -> slice of the numbers that follow each line
+    per_point:bool=False, # The data per point instead
+) -> dict: # name -> slice of the numbers that follow each line, or the three of each point
     "The data per streamline of a `.trk`."
-    n,at,found = int(h[Field.NB_PROPERTIES_PER_STREAMLINE]), 0, {}
-    for encoded in h['property_name'] if n else ():
+    count,names,rest = ((Field.NB_SCALARS_PER_POINT, 'scalar_name', 'scalars') if per_point else
+                        (Field.NB_PROPERTIES_PER_STREAMLINE, 'property_name', 'properties'))
+    n,at,found = int(h[count]), 0, {}
+    for encoded in h[names] if n else ():
         name,width = decode_value_from_name(encoded)
         if not 0 <= width <= n - at: raise ValueError(f"'{name}' has {width} columns, {n - at} are left")
         if not width: continue
         while name in found: name += '_2'
         found[name],at = slice(at, at + width), at + width
-    return found | ({'properties': slice(at, n)} if at < n else {})
+    return found | ({rest: slice(at, n)} if at < n else {})
 
 # %% ../../nbs/00_core/11_tractograms.ipynb #525600c4
 class NibabelFormat(TractogramFormat):
     "What nibabel writes for us: `.trk` and `.tck`."
     reads_gz = True
-    def write(self, tractogram:Tractogram, path, header=None, dps=None):
+    def write(self, tractogram:Tractogram, path, header=None, dps=None, dpp=None):
         "Write lines, with the other things that the format keeps."
         lines = tractogram.lines.to(torch.float32).to_array_sequence()
-        content = nib.streamlines.Tractogram(lines, data_per_streamline=dps, affine_to_rasmm=np.eye(4))
+        content = nib.streamlines.Tractogram(lines, data_per_streamline=dps, data_per_point=dpp,
+                                             affine_to_rasmm=np.eye(4))
         nib.streamlines.save(content, str(path), header=header)
 
 # %% ../../nbs/00_core/11_tractograms.ipynb #4900d733
 @TRACTOGRAM_FORMATS.register('.trk')
 class Trk(NibabelFormat):
-    "TrackVis: the grid in the header, ten kinds of data per streamline."
+    "TrackVis: the grid in the header, ten kinds of data per streamline and ten per point."
+    keeps_dpp = True
     def check(self, tractogram:Tractogram):
-        dps,grid = tractogram.dps, tractogram.grid
+        grid,data = tractogram.grid, (('streamline', tractogram.dps), ('point', tractogram.dpp))
         if grid is not None and max(grid.dimensions) > 32767:
             raise DataProblem("a .trk file has no room for such a grid", "at most 32767 voxels along an axis",
                               found=grid, do="save a .trx.")
@@ -261,10 +271,11 @@ class Trk(NibabelFormat):
             raise DataProblem("a .trk file needs a line with points",
                               found=f"{len(tractogram)} lines of none", do="leave them out, or save a .trx.")
         short_dimensions(tractogram.grid.dimensions)
-        if len(dps) > 10:
-            raise DataProblem("a .trk file keeps ten kinds of data per streamline", expected="at most 10",
-                              found=len(dps), do="save a .trx.")
-        for name,values in dps.items():
+        for what,named in data:
+            if len(named) <= 10: continue
+            raise DataProblem(f"a .trk file keeps ten kinds of data per {what}", expected="at most 10",
+                              found=len(named), do="save a .trx.")
+        for name,values in [o for _,named in data for o in named.items()]:
             try: encode_value_in_name(as_table(values).shape[1], name)
             except ValueError as e:
                 raise DataProblem(f"a .trk file has no room for the name '{name}'",
@@ -274,17 +285,21 @@ class Trk(NibabelFormat):
         header = {Field.VOXEL_TO_RASMM: grid.affine.astype(np.float32),
                   Field.DIMENSIONS: short_dimensions(grid.dimensions),
                   Field.VOXEL_SIZES: grid.voxel_sizes.astype(np.float32), Field.VOXEL_ORDER: grid.voxel_order}
-        dps = {k: as_table(v).astype(np.float32) for k,v in tractogram.dps.items()}
-        self.write(tractogram, path, header, dps)
+        table = lambda v: as_table(v).astype(np.float32)
+        dps = {k: table(v) for k,v in tractogram.dps.items()}
+        dpp = {k: tractogram.lines.with_data(torch.from_numpy(table(v))).to_array_sequence()
+               for k,v in tractogram.dpp.items()}
+        self.write(tractogram, path, header, dps, dpp)
     def opened(self, path, most:int=None) -> tuple:
         "A file's bytes, its header, and where its lines are."
         data = file_bytes(path)
         return data, (h := trk_header(data)), *trk_places(data, h, most)
     def load(self, path, most:int=None) -> Tractogram:
         data,h,*places = self.opened(path, most)
-        lines,dps = trk_content(h, *places)
+        lines,dps,dpp = trk_content(h, *places)
         remarks = trk_remarks(data, h, len(lines)) if most is None else []
-        return Tractogram(lines, Grid(h[Field.VOXEL_TO_RASMM], h[Field.DIMENSIONS]), dps, remarks=remarks)
+        return Tractogram(lines, Grid(h[Field.VOXEL_TO_RASMM], h[Field.DIMENSIONS]), dps, remarks=remarks,
+                          dpp=dpp)
     def first_lines(self, path, most:int) -> Ragged: return self.load(path, most).lines
     def header(self, path) -> tuple:
         h = self.opened(path, 1)[1]
@@ -301,7 +316,7 @@ def trk_content(
     words, # The three things that `trk_places` gives
     starts,
     counts,
-) -> tuple: # `Ragged` (P, 3) rasmm, dict of the data per streamline
+) -> tuple: # `Ragged` (P, 3) rasmm, dicts of the data per streamline and per point
     "The lines of a `.trk` and their data."
     each,more = 3 + int(h[Field.NB_SCALARS_PER_POINT]), int(h[Field.NB_PROPERTIES_PER_STREAMLINE])
     ends = starts + counts*each
@@ -309,10 +324,12 @@ def trk_content(
     values,after = words.view(np.float32), ends[:, None] + np.arange(more)
     is_point = np.ones(len(words), bool)
     is_point[starts - 1] = False; is_point[after] = False
-    points = np.ascontiguousarray(values[is_point].reshape(-1, each)[:, :3])
+    rows = values[is_point].reshape(-1, each)
+    points = np.ascontiguousarray(rows[:, :3])
     points = nib.affines.apply_affine(get_affine_trackvis_to_rasmm(h), points, inplace=True)
     dps = {k: values[after[:, o]] for k,o in trk_columns(h).items()}
-    return Ragged.from_lengths(torch.from_numpy(points), torch.from_numpy(counts.copy())), dps
+    dpp = {k: rows[:, 3:][:, o].copy() for k,o in trk_columns(h, per_point=True).items()}
+    return Ragged.from_lengths(torch.from_numpy(points), torch.from_numpy(counts.copy())), dps, dpp
 
 # %% ../../nbs/00_core/11_tractograms.ipynb #c9259097
 def tck_header(
@@ -413,13 +430,14 @@ def lines_of_rows(
 # %% ../../nbs/00_core/11_tractograms.ipynb #1d8fb897
 @TRACTOGRAM_FORMATS.register('.trx')
 class Trx(TractogramFormat):
-    "TRX: a zip of arrays, with data per streamline and groups of lines."
+    "TRX: a zip of arrays, with data per streamline and per point, and groups of lines."
+    keeps_dpp = True
     def check(self, tractogram:Tractogram):
-        for name in tractogram.dps:
+        for name in (*tractogram.dps, *tractogram.dpp):
             if set('./') & set(name):
                 raise DataProblem(f"a .trx file cannot keep the name '{name}'", found=name,
                                   do="rename it, or save a .trk.",
-                                  expected="data per streamline with no '.' and no '/' in their names")
+                                  expected="data with no '.' and no '/' in their names")
     def save(self, tractogram:Tractogram, path):
         data,offsets = tractogram.lines.to(torch.float32).numpy()
         grid,n = tractogram.grid, len(tractogram)
@@ -427,9 +445,10 @@ class Trx(TractogramFormat):
                   'VOXEL_TO_RASMM': grid.affine.astype(np.float32).tolist()}
         kind = 'uint32' if len(data) < 2**32 else 'uint64'
         arrays = {'positions.3.float32': data, f'offsets.{kind}': offsets.astype(kind)}
-        for k,v in tractogram.dps.items():
+        data = [('dps', *o) for o in tractogram.dps.items()] + [('dpv', *o) for o in tractogram.dpp.items()]
+        for place,k,v in data:
             width = as_table(v).shape[1]
-            arrays[f"dps/{k}.{f'{width}.'*(width != 1)}float32"] = as_table(v).astype(np.float32)
+            arrays[f"{place}/{k}.{f'{width}.'*(width != 1)}float32"] = as_table(v).astype(np.float32)
         arrays |= {f'groups/{k}.uint32': np.asarray(v, np.uint32) for k,v in tractogram.groups.items()}
         with zipfile.ZipFile(path, 'w') as z:
             z.writestr('header.json', json.dumps(header))
@@ -439,7 +458,8 @@ class Trx(TractogramFormat):
         h = check_trx(path)
         with zipfile.ZipFile(path) as z:
             arrays = {n: trx_array(z, n) for n in z.namelist()
-                      if n.startswith(('positions.', 'offsets.', 'dps/', 'groups/')) and not n.endswith('/')}
+                      if n.startswith(('positions.', 'offsets.', 'dps/', 'dpv/', 'groups/'))
+                      and not n.endswith('/')}
         return trx_content(arrays, h)
     def header(self, path) -> tuple:
         with zipfile.ZipFile(path) as z:
@@ -466,9 +486,9 @@ def trx_content(
     arrays:dict, # name in the archive -> array
     h:dict, # The header
 ) -> Tractogram:
-    "The content of a `.trx`. Points become float32, data per streamline keep their type."
+    "The content of a `.trx`. Points become float32, other data keep their type."
     n,points = int(h['NB_STREAMLINES']), np.zeros((0, 3), np.float32)
-    offsets,dps,groups = np.zeros(1, np.int64), {}, {}
+    offsets,dps,dpp,groups = np.zeros(1, np.int64), {}, {}, {}
     word_of = lambda name: name.split('/')[-1].split('.')[0]
     stems = Counter((name.split('/')[0].split('.')[0], '/' in name and word_of(name)) for name in arrays)
     stem,count = stems.most_common(1)[0] if arrays else ('', 0)
@@ -478,7 +498,7 @@ def trx_content(
         native = values.dtype.newbyteorder('=')
         if place == 'positions': points = np.array(values, np.float32).reshape(-1, 3)
         elif place == 'offsets': offsets = values.reshape(-1).astype(np.int64)
-        elif place == 'dps': dps[word] = values.astype(native)
+        elif place in ('dps', 'dpv'): (dps if place == 'dps' else dpp)[word] = values.astype(native)
         else: groups[word] = values.reshape(-1).astype(np.int64)
     offsets = np.append(offsets[:n], len(points))
     if len(offsets) != n + 1: raise ValueError(f"{len(offsets) - 1} offsets for {n} streamlines")
@@ -487,7 +507,8 @@ def trx_content(
     odd = [k for k,v in groups.items() if v.size and (v.min() < 0 or v.max() >= n)]
     if odd: raise ValueError(f"group {odd[0]} has lines that are not there")
     grid,remarks = trx_grid(h)
-    return Tractogram(Ragged(torch.from_numpy(points), offsets), grid, dps, groups, remarks=remarks)
+    return Tractogram(Ragged(torch.from_numpy(points), offsets), grid, dps, groups, remarks=remarks,
+                      dpp=dpp)
 
 # %% ../../nbs/00_core/11_tractograms.ipynb #fdbb0f8a
 def trx_grid(
@@ -560,10 +581,18 @@ def check_trx(
     return h
 
 # %% ../../nbs/00_core/11_tractograms.ipynb #5e4064f0
+def data_of(
+    tractogram:Tractogram,
+) -> list: # of (whose, what a format says if it keeps them, values by name, rows that there must be)
+    "The data of lines and of points."
+    return [('streamline', 'keeps_dps', tractogram.dps, len(tractogram)),
+            ('point', 'keeps_dpp', tractogram.dpp, len(tractogram.lines.data))]
+
+# %% ../../nbs/00_core/11_tractograms.ipynb #d46e6ca1
 def save_tractogram(
     tractogram:Tractogram, # Lines, their grid and data
     path, # .trk, .tck, .trx, or a suffix of `TRACTOGRAM_FORMATS`
-    drop_dps:bool=False, # Drop data per streamline if the format has none, such as `.tck`
+    drop_dps:bool=False, # Drop data per streamline and per point if the format has none, such as `.tck`
     overwrite:bool=True, # False: an existing file is an error, also one that appears meanwhile
 ):
     "Write streamlines to a file, whole or not at all."
@@ -572,13 +601,16 @@ def save_tractogram(
         do = f"give the tractogram a grid, or save a {suffixes(lambda o: not o.keeps_grid)}."
         raise DataProblem(f"a {format.suffix} file needs the grid of the image the lines belong to", do=do,
                           file=path)
-    if (names := sorted(tractogram.dps)) and not format.keeps_dps and not drop_dps:
-        raise DataProblem(f"a {format.suffix} file cannot keep the data per streamline {names}", file=path,
-                          do=f"save a {suffixes(lambda o: o.keeps_dps)}, or pass drop_dps=True.")
-    for name,values in tractogram.dps.items():
-        if len(values) == len(tractogram): continue
-        raise DataProblem(f"the data per streamline '{name}' does not fit", found=f"{len(values)} rows",
-                          expected=f"{len(tractogram)} rows, one a line", file=path)
+    for what,kept,named,rows in data_of(tractogram):
+        if named and not getattr(format, kept) and not drop_dps:
+            raise DataProblem(f"a {format.suffix} file cannot keep the data per {what} {sorted(named)}",
+                              file=path, do=f"save a {suffixes(lambda o, kept=kept: getattr(o, kept))}, "
+                              "or pass drop_dps=True.")
+        for name,values in named.items():
+            if len(values) == rows: continue
+            raise DataProblem(f"the data per {what} '{name}' does not fit", found=f"{len(values)} rows",
+                              expected=f"{rows} rows, one a {'line' if what == 'streamline' else what}",
+                              file=path)
     with naming("the tractogram cannot be saved", file=path): format.check(tractogram)
     with atomic_file(path, overwrite) as tmp: format.save(tractogram, tmp)
 
@@ -600,17 +632,19 @@ def read_tractogram(
     path, # .trk, .tck, .trx, or a suffix of `TRACTOGRAM_FORMATS`; .trk.gz and .tck.gz too
     reference=None, # Grid or image path: the grid of a `.tck`; the grids of others must fit it
 ) -> Tractogram: # with remarks on what is odd about the file
-    "Streamlines in RAS mm, float32, with data per streamline."
+    "Streamlines in RAS mm, float32, with their data."
     format = tractogram_format(path)
     need_tractogram(path, "no such tractogram", "check the path and the subject's folder.")
     with naming("the tractogram cannot be read", f"a whole {format.suffix} file",
                 "copy it again from its source; it may have been cut short.", file=path):
         tractogram = format.load(path)
         tractogram.lines = tractogram.lines.to(torch.float32)
-        tractogram.dps = {k: as_table(v) for k,v in tractogram.dps.items()}
-        for name,values in tractogram.dps.items():
-            if len(values) == len(tractogram): continue
-            raise ValueError(f"{len(values)} rows of '{name}' for {len(tractogram)} lines")
+        for what,_,named,rows in data_of(tractogram):
+            named.update({k: as_table(v) for k,v in named.items()})
+            for name,values in named.items():
+                if len(values) == rows: continue
+                raise ValueError(f"{len(values)} rows of '{name}' for {rows} "
+                                 f"{'lines' if what == 'streamline' else 'points'}")
     if reference is not None: tractogram.grid = matching_grid(tractogram.grid, grid_of(reference), path)
     return tractogram
 
@@ -618,7 +652,7 @@ def load_tractogram(
     path, # .trk, .tck, .trx, or a suffix of `TRACTOGRAM_FORMATS`; .trk.gz and .tck.gz too
     reference=None, # Grid or image path: the grid of a `.tck`; the grids of others must fit it
 ) -> Tractogram:
-    "Streamlines in RAS mm, float32, with data per streamline; a warning tells what is odd about the file."
+    "Streamlines in RAS mm, float32, with their data; a warning tells what is odd about the file."
     tractogram = read_tractogram(path, reference)
     for said in tractogram.remarks: warnings.warn(f"{path}: {said}.", stacklevel=2)
     return tractogram

@@ -18,7 +18,7 @@ from ..core.ragged import Ragged
 from ..core.space import Grid, convert, grid_of, inside
 from ..core.lines import lengths_of
 from ..core.tractograms import Tractogram
-from ..core.gradients import clear_shell, read_gradients
+from ..core.gradients import B0_MAX, clear_shell, read_gradients
 from ..core.sh import check_dwi, open_volume, values_of
 from ..core.phantom import FIBRE, S0, SimulatedSubject
 
@@ -34,6 +34,7 @@ class Acquisition(NamedTuple):
 # %% ../../nbs/10_evaluation/01_csd.ipynb #7e89c8a1
 def read_acquisition(
     subject, # Subject folder, `SimulatedSubject`, or `Acquisition`
+    b0_max:float=B0_MAX, # b-values up to this count as not weighted: they need no vector
 ) -> Acquisition:
     "The DWI, gradients and white-matter mask of a subject."
     if isinstance(subject, Acquisition): return subject
@@ -50,7 +51,8 @@ def read_acquisition(
     open_volume(white, 3, 'white matter mask')
     mask = values_of(white, 'white matter mask') > 0
     return Acquisition(values_of(dwi, 'DWI'),
-                       *read_gradients(folder/'dwi/dwi.bval', folder/'dwi/dwi.bvec', img.affine),
+                       *read_gradients(folder/'dwi/dwi.bval', folder/'dwi/dwi.bvec', img.affine,
+                                       b0_max=b0_max),
                        mask, grid_of(img))
 
 # %% ../../nbs/10_evaluation/01_csd.ipynb #cd5ef272
@@ -62,13 +64,15 @@ def csd_fodf(
     order:int=8, # Highest SH degree
     response=RESPONSE, # Eigenvalues (3,) and b0 signal of one fibre
     shell:float=None, # b-value; the highest when not given
+    width:float=None, # Take the volumes this far from `shell`; None takes a whole shell
+    b0_max:float=B0_MAX, # b-values up to this count as not weighted
 ) -> np.ndarray: # (X, Y, Z, c) float64, dipy's legacy descoteaux07 basis, image axes, 0 outside the mask
     "Fibre orientation distributions within the mask."
     with warnings.catch_warnings():         # here: they bring in fury, which switches warnings off
         from dipy.core.gradients import gradient_table
         from dipy.reconst.csdeconv import ConstrainedSphericalDeconvModel
     mask,bvals,bvecs = check_dwi(acquisition.dwi, acquisition.bvals, acquisition.bvecs, acquisition.mask)
-    b0,volumes,_ = clear_shell(bvals, shell)
+    b0,volumes,_ = clear_shell(bvals, shell, width, b0_max)
     use = b0 | volumes
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')              # dipy: fewer directions than coefficients, legacy basis
@@ -120,19 +124,22 @@ def track_csd(
     response=RESPONSE, # Eigenvalues and b0 signal of one fibre
     n_threads:int=0, # 0: all cores
     seed:int=1234, # For dipy's random draws
+    shell:float=None, # b-value; the highest when not given
+    width:float=None, # Take the volumes this far from `shell`; None takes a whole shell
+    b0_max:float=B0_MAX, # b-values up to this count as not weighted
 ) -> Tractogram:
     "A tractogram by dipy's deterministic tracker on CSD."
     with warnings.catch_warnings():
         from dipy.data import get_sphere
         from dipy.tracking.stopping_criterion import BinaryStoppingCriterion
         from dipy.tracking.tracker import deterministic_tracking
-    a = read_acquisition(subject)
+    a = read_acquisition(subject, b0_max)
     if mask is not None: a = a._replace(mask=np.asarray(mask) > 0)
     seeds = check_seeds(seeds, a.grid)
     info = {'method': 'CSD, dipy deterministic', 'step_mm': step_mm, 'max_angle': max_angle,
             'lengths_mm': [min_length_mm, max_length_mm], 'order': order, 'nb_seeds': len(seeds)}
     if not len(seeds): return Tractogram(Ragged.from_list([]), a.grid, info=info)
-    fodf,sphere = csd_fodf(a, order, response), get_sphere(name='symmetric362')
+    fodf,sphere = csd_fodf(a, order, response, shell, width, b0_max), get_sphere(name='symmetric362')
     small = a.mask.size*len(sphere.vertices)*8 < 2**30
     how = {'sf': amplitudes(fodf, a.mask, sphere)} if small else {'sh': fodf}
     with warnings.catch_warnings():

@@ -196,7 +196,7 @@ def test_every_other_model_is_refused_by_dwi_ml(change, tmp_path):
 
 
 @pytest.mark.parametrize("cls, change, says", [
-    (TransformerSrcOnlyModel, dict(positional_encoding_key="rotary"), "sinusoidal"), (OriginalTransformerModel, dict(streamline_space="voxmm"), "streamline_space"),
+    (TransformerSrcOnlyModel, dict(positional_encoding_key="rotary"), "sinusoidal"), (TransformerSrcOnlyModel, dict(window=40), "window"), (OriginalTransformerModel, dict(streamline_space="voxmm"), "streamline_space"),
     (TransformerSrcOnlyModel, {**CNN, "nb_cnn_filters": [3, 4], "input_embedded_size": None}, "no CNN"),
     (TransformerSrcAndTgtModel, dict(target_embedding_key=dict(key="nn_embedding", output_size=8)), "target_embedding_key"),
     (OriginalTransformerModel, dict(input_embedding_key="no_embedding", input_embedded_size=None, nheads=2), "input_embedded_size is a number")], ids=str)

@@ -126,16 +126,19 @@ class AbstractTransformerModel(ModelWithOneInput, ModelWithNeighborhood, ModelWi
         ffnn_hidden_size:int=None, # Features between the two linear layers of a layer; None: D/2
         activation:Literal['relu', 'gelu']='relu', # Between them
         norm_first:bool=False, # Normalise before each part of a layer, not after it
+        window:int=None, # Points that each point reads, itself among them; None: all of its line
         **parts, # Options of the input and the direction getter
     ):
         super().__init__(nb_features=nb_features, input_embedding_key=input_embedding_key, **parts)
         check_numbers(('max_len', max_len), ('nheads', nheads), ('n_layers_e', n_layers_e), least=1,
                       whole=True)
-        check_number('ffnn_hidden_size', ffnn_hidden_size, least=1, whole=True, none=True)
+        check_numbers(('ffnn_hidden_size', ffnn_hidden_size), ('window', window), least=1, whole=True,
+                      none=True)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is one of {', '.join(ACTIVATIONS)}, found {activation!r:.60}")
         self.max_len,self.nheads,self.n_layers_e = int(max_len), int(nheads), int(n_layers_e)
         self.positional_encoding_key,self.ffnn_hidden_size = positional_encoding_key, ffnn_hidden_size
+        self.window = window
         self.dropout_rate = check_number('dropout_rate', dropout_rate, least=0, most=1)
         self.dropout,self.activation,self.norm_first = nn.Dropout(dropout_rate), activation, bool(norm_first)
 
@@ -276,7 +279,7 @@ def encode(self:AbstractTransformerModel,
     "What the last layer says of each point."
     check_same_points(inputs, lines)
     check_longest(lines, self.max_len)
-    points = WholeLines(lines, self.position_encoding_layer, weights, kept)
+    points = WholeLines(lines, self.position_encoding_layer, weights, kept, self.window)
     dirs = previous_directions(lines, self.nb_previous_dirs).data
     return self.run(inputs.data, dirs, points)
 
@@ -303,7 +306,7 @@ def tracking_step(self:AbstractTransformerModel,
     state:KeysValues=None, # From the step before; None at the first point
 ) -> tuple: # ((n, outputs), state)
     "The outputs of one step of every line, and the new state."
-    if state is None: state = KeysValues.at_start(len(inputs), self.max_len, inputs.device)
+    if state is None: state = KeysValues.at_start(len(inputs), self.max_len, inputs.device, self.window)
     state = state.grown()
     points = NextPoint(state, self.position_encoding_layer)
     dirs = None if previous_dirs is None else previous_dirs[:, :3*self.nb_previous_dirs]
@@ -317,7 +320,7 @@ def warm_up(self:AbstractTransformerModel,
     "The state after the last point of the lines."
     inputs,lines,kept = as_ragged(inputs), as_ragged(lines), []
     self.encode(inputs, lines, kept=kept)
-    return KeysValues.of_lines(lines, kept, self.max_len)
+    return KeysValues.of_lines(lines, kept, self.max_len, self.window)
 
 @patch
 def select_state(self:AbstractTransformerModel,
@@ -335,6 +338,7 @@ def needs_of_transformers(
     keys = ('no_embedding', 'nn_embedding')
     return {
         "positional_encoding_key is 'sinusoidal'": p['positional_encoding_key'] == 'sinusoidal',
+        "window is None": p['window'] is None,
         "input_embedding_key is no CNN": p['input_embedding_key'] != 'cnn_embedding',
         "target_embedding_key is one of dwi_ml's": p.get('target_embedding_key', keys[0]) in keys}
 
@@ -351,7 +355,7 @@ def what_is_saved(self:AbstractTransformerModel) -> tuple: # arguments as JSON v
     "What a model's folder keeps of it: all in dwi_ml's words, where it has them."
     params,weights = super(AbstractTransformerModel, self).what_is_saved()
     if dwi_ml_problems(self): return params, weights
-    params = {k: v for k,v in params.items() if k not in ('streamline_space', 'legacy_half_voxel')}
+    params = {k: v for k,v in params.items() if k not in ('streamline_space', 'legacy_half_voxel', 'window')}
     params |= dict(dropout_rate=float(self.dropout_rate), ffnn_hidden_size=self.ffnn_hidden_size)
     if 'n_layers_d' in params: params['n_layers_d'] = self.n_layers_d
     return params, weights

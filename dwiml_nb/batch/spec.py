@@ -76,6 +76,8 @@ class ModelSpec:
     nb_previous_dirs:int = 0 # Steps that a tracker remembers for it
     nb_draws:int = 4 # Uniform numbers per line and step that probabilistic tracking gives it
     has_step_length:bool = False # Is the length of its directions that of a step, and not any number?
+    max_len:int = None # Most points of a line that it takes; None: any number
+    bytes_per_point:int = 0 # Memory that tracking keeps of each point of a line
     inputs:dict = None # name -> `InputSpec`, in the order of `forward`; None: one unnamed input
     name:str = 'the model' # Of its class, for messages
     takes_inputs:bool = True # `forward(inputs, streamlines)`, not `forward(streamlines)`
@@ -204,7 +206,8 @@ def not_written(
 # %% ../../nbs/03_batch/00_spec.ipynb #c9d0eefa
 ASKED = ('step_size', 'nb_points', 'compress_lines',
          'neighborhood_vectors', 'streamline_space', 'legacy_half_voxel',
-         'uses_last_point', 'accepts_ragged', 'nb_previous_dirs', 'nb_draws', 'has_step_length')
+         'uses_last_point', 'accepts_ragged', 'nb_previous_dirs', 'nb_draws', 'has_step_length',
+         'max_len', 'bytes_per_point')
 
 def is_written(
     model,

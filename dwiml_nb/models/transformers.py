@@ -150,7 +150,7 @@ class AbstractTransformerModel(ModelWithOneInput, ModelWithNeighborhood, ModelWi
 @patch
 def set_size(self:AbstractTransformerModel,
     d_model:int, # D
-    nb_layers:int, # Of all stacks, for the memory they need
+    nb_attentions:int, # Of all layers
 ):
     "Make what depends on the number of features: the positions and the direction getter."
     if d_model % self.nheads:
@@ -158,8 +158,9 @@ def set_size(self:AbstractTransformerModel,
                          f"of nheads ({self.nheads})")
     self.d_model = d_model
     if self.ffnn_hidden_size is None: self.ffnn_hidden_size = max(1, d_model//2)
-    need_memory(16.*nb_layers*d_model*(8*d_model + 2*self.ffnn_hidden_size),
-                f"{nb_layers} layers of {d_model}", "take smaller or fewer layers.")
+    need_memory(16.*nb_attentions*d_model*(4*d_model + 2*self.ffnn_hidden_size),
+                f"{nb_attentions} attentions of {d_model}", "take smaller or fewer layers.")
+    self.bytes_per_point = nb_attentions*2*4*d_model       # what tracking keeps: a key and a value in each
     encoding = POSITION_ENCODINGS[self.positional_encoding_key]
     self.position_encoding_layer = encoding(d_model, self.nheads, self.max_len)
     self.instantiate_direction_getter(d_model)
@@ -250,7 +251,7 @@ class OriginalTransformerModel(AbstractTransformerModelWithTarget):
         self.n_layers_d = n_layers_d or self.n_layers_e
         size = self.computed_input_embedded_size
         self.embedding_layer_t = embedding(self.target_embedding_key, self.tokens.nb_features, size)
-        self.set_size(size, self.n_layers_e + self.n_layers_d)
+        self.set_size(size, self.n_layers_e + 2*self.n_layers_d)
         self.modified_torch_transformer = EncoderDecoder(self.n_layers_e, self.n_layers_d,
                                                          *self.layer_options)
 

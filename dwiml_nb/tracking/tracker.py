@@ -55,6 +55,29 @@ def check_raw_steps(
         raise ValueError(f"step_mm=0 walks as far as a direction is long, and {first_direction} says "
                          "nothing of a length. Give step_mm, in mm, or take first_direction='model'.")
 
+# %% ../../nbs/06_tracking/03_tracker.ipynb #40e8096a
+KEPT = 2 << 30 # bytes that a model may keep of the lines that walk together, unless `batch_size` is given
+
+def most_points(
+    spec, # `ModelSpec`
+    max_length_mm:float,
+    step_mm:float, # 0: steps have lengths of their own
+) -> int:
+    "The most points of a line, if the model takes them."
+    most = int(max_length_mm/(step_mm or .01) + 1e-6) + 1
+    if spec.max_len is None or most <= spec.max_len: return most
+    if step_mm == 0: return spec.max_len
+    raise ValueError(f"lines of max_length_mm={max_length_mm:g} have up to {most} points, and {spec.name} "
+                     f"takes max_len={spec.max_len}. Give a shorter max_length_mm, or train a model of a "
+                     "larger max_len or a longer step_size.")
+
+def lines_together(
+    spec, # `ModelSpec`
+    nb_points:int, # Of the longest line
+) -> int:
+    "How many lines walk together if nobody says so: 20,000, or what memory there is for."
+    return min(20_000, max(1, KEPT//max(1, spec.bytes_per_point*nb_points)))
+
 # %% ../../nbs/06_tracking/03_tracker.ipynb #0cd32897
 def find_subject(
     dataset, # `MultiSubjectDataset`
@@ -94,7 +117,7 @@ class Tracker(NamesOfDwiml):
         first_direction:str='model', # Or 'peaks:GROUP': the first step follows a volume of peaks
         eos_threshold=None, # Passed to the direction getter; None: its default
         keep_last_point:bool=False, # Keep the point that left the mask
-        batch_size:int=None, # Lines walking together; None: 20,000
+        batch_size:int=None, # Lines walking together; None: 20,000, fewer if the model keeps much of each
         seed:int=1234, # For algo='prob'
         stop_rules=None, # Further reasons to stop: names of `STOP_RULES`, classes or objects
         mask_interp:Literal['nearest', 'trilinear']='nearest', # The mask's value between centres of voxels
@@ -113,8 +136,10 @@ class Tracker(NamesOfDwiml):
         self.model,self.subset,self.subject,self.subj_id = model, *find_subject(dataset, subj_id), subj_id
         self.input_group_name,groups = input_group_name, groups_of_inputs(spec, input_group_name, dataset)
         self.grid = self.subset.grid(self.subject, next(iter(groups.values()))[0])
-        self.batch_size,self.first_direction = batch_size or 20_000, first_direction
         self.min_length_mm,self.max_length_mm,self.step_mm = min_length_mm,max_length_mm,step_mm
+        self.most_points = most_points(spec, max_length_mm, step_mm)
+        self.batch_size = batch_size or lines_together(spec, self.most_points)
+        self.first_direction = first_direction
         self.forward_only,self.compress = bool(forward_only), compress
         mask = None if tracking_mask_group is None else \
             self.volume_on_grid(dataset, tracking_mask_group, 1, "a tracking mask")
@@ -201,8 +226,7 @@ def track_batch(self:Tracker,
     on_end=None, # Called with the number of lines that have just been completed
 ) -> tuple: # Ragged of whole lines, voxmm; (n, 2) stop codes of the end and the start
     "Every line, from its two halves."
-    raw,k = self.step_mm == 0, max(1, self.walk.spec.nb_previous_dirs)
-    most = int(self.max_length_mm/(self.step_mm or .01) + 1e-6) + 1
+    raw,most,k = self.step_mm == 0, self.most_points, max(1, self.walk.spec.nb_previous_dirs)
     first_dirs = None if self.peaks is None else sample_nearest(self.peaks, seeds/self.walk.sizes, outside=0.)
     if first_dirs is not None: self.walk.check_rows(first_dirs, seeds, f"the {self.first_direction}")
     def on_last(*step):

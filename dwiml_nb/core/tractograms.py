@@ -14,10 +14,10 @@ import os
 import re
 import warnings
 import zipfile
-from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+import numba
 import numpy as np
 import torch
 import nibabel as nib
@@ -26,6 +26,7 @@ from nibabel.streamlines.trk import (decode_value_from_name, encode_value_in_nam
                                      get_affine_trackvis_to_rasmm, header_2_dtype)
 from .errors import DataProblem, naming, need_file
 from .files import MOST_JSON, atomic_file, parse_json
+from .kernels import kernel
 from .ragged import Ragged, as_ragged, rows_of
 from .registry import Registry
 from .space import Grid, fits_grid, grid_of, short_dimensions
@@ -179,7 +180,7 @@ def check_trk_order(
         raise DataProblem("the header has no voxel sizes: nothing says how long the lines are",
                           "three sizes above 0 mm", sizes.tolist(), "write the file again with its image.")
     if min(dimensions) < 0: raise ValueError(f"negative dimensions in the header: {dimensions}")
-    own = ''.join(nib.aff2axcodes(Grid(h[Field.VOXEL_TO_RASMM], dimensions).affine))
+    own = Grid(h[Field.VOXEL_TO_RASMM], dimensions).voxel_order
     said = h[Field.VOXEL_ORDER].decode('latin1').strip('\0 ').upper() or 'LPS'
     if len(said) != 3 or any(sum(c in pair for c in said) != 1 for pair in ('LR', 'AP', 'IS')):
         raise DataProblem("the voxel order in the header is not understood", "such as LPS or RAS", repr(said),
@@ -208,6 +209,25 @@ def trk_remarks(
     return [said for said,true in found.items() if true]
 
 # %% ../../nbs/00_core/11_tractograms.ipynb #4a8f3dfe
+@kernel(lambda: (as_read_only(np.zeros(8, np.int32)), 3, 0, np.empty((2, 2), np.int64),
+                 np.empty(2, np.int64)))
+def walk_lines(words, each, more, places, found):
+    "The word at which each line's points begin, their number; how many lines, and where the last ends."
+    for _ in numba.prange(1):                         # a line alone says where the next one begins
+        at,n,points = np.int64(0), 0, np.int64(0)
+        while at < len(words) and n < len(places) and points >= 0:
+            points = np.int64(words[at])
+            places[n, 0],places[n, 1] = at + 1, points
+            at += 1 + points*each + more
+            n += 1
+        found[0],found[1] = n, at
+
+def as_read_only(
+    array,
+) -> np.ndarray: # The same: a file that is mapped has another type for a kernel than what can be written
+    array.flags.writeable = False
+    return array
+
 def trk_places(
     data, # (n,) uint8 of a .trk
     h:dict, # From `trk_header`
@@ -215,19 +235,23 @@ def trk_places(
 ) -> tuple: # (W,) int32 words after the header; (S,) word at which each line's points begin; (S,) how many
     "Where the lines of a `.trk` are."
     words = np.frombuffer(data, h[Field.ENDIANNESS] + 'i4', (len(data) - 1000)//4, 1000)
-    words = words.astype(np.int32, copy=False)
-    view,end,at,starts,counts = memoryview(words), len(words), 0, array('q'), array('q')
+    words = as_read_only(words.astype(np.int32, copy=False))
     each,more = 3 + int(h[Field.NB_SCALARS_PER_POINT]), int(h[Field.NB_PROPERTIES_PER_STREAMLINE])
-    while at < end and len(starts) != most:
-        n = view[at]
-        starts.append(at + 1); counts.append(n)
-        at += 1 + n*each + more
-        if n < 0 or at > end:
-            raise ValueError(f"line {len(starts) - 1} claims {n} points, more than there is left of the file")
+    at,n,found,blocks = 0, 0, np.zeros(2, np.int64), [np.empty((0, 2), np.int64)]
+    while at < len(words) and n != most:
+        block = np.empty((min(1 << 14, (most or len(words)) - n), 2), np.int64)
+        walk_lines(words[at:], each, more, block, found)
+        block = block[:found[0]]
+        if block[-1, 1] < 0 or at + found[1] > len(words):
+            raise ValueError(f"line {n + len(block) - 1} claims {block[-1, 1]} points, more than there is "
+                             "left of the file")
+        block[:, 0] += at
+        at,n = at + int(found[1]), n + len(block)
+        blocks.append(block)
     if most is None and len(data) % 4: raise ValueError("the file ends within a line")
-    if most is None and (promised := int(h[Field.NB_STREAMLINES])) > len(starts):
-        raise ValueError(f"{len(starts)} streamlines, the header says {promised}: the file was cut short")
-    return words, np.frombuffer(starts, np.int64), np.frombuffer(counts, np.int64)
+    if most is None and (promised := int(h[Field.NB_STREAMLINES])) > n:
+        raise ValueError(f"{n} streamlines, the header says {promised}: the file was cut short")
+    return words, *np.concatenate(blocks).T.copy()
 
 # %% ../../nbs/00_core/11_tractograms.ipynb #b0257077
 def trk_columns(
@@ -325,11 +349,12 @@ def trk_content(
     is_point = np.ones(len(words), bool)
     is_point[starts - 1] = False; is_point[after] = False
     rows = values[is_point].reshape(-1, each)
-    points = np.ascontiguousarray(rows[:, :3])
-    points = nib.affines.apply_affine(get_affine_trackvis_to_rasmm(h), points, inplace=True)
+    points,to_rasmm = np.ascontiguousarray(rows[:, :3]), get_affine_trackvis_to_rasmm(h)
+    for i in range(0, len(points), 1 << 15):
+        nib.affines.apply_affine(to_rasmm, points[i:i + (1 << 15)], inplace=True)
     dps = {k: values[after[:, o]] for k,o in trk_columns(h).items()}
     dpp = {k: rows[:, 3:][:, o].copy() for k,o in trk_columns(h, per_point=True).items()}
-    return Ragged.from_lengths(torch.from_numpy(points), torch.from_numpy(counts.copy())), dps, dpp
+    return Ragged.from_lengths(torch.from_numpy(points), torch.from_numpy(counts)), dps, dpp
 
 # %% ../../nbs/00_core/11_tractograms.ipynb #c9259097
 def tck_header(
@@ -424,7 +449,7 @@ def lines_of_rows(
     "The lines of a `.tck`, those without points too."
     ends = line_ends(rows)
     is_point = np.ones(len(rows), bool); is_point[ends] = False
-    with np.errstate(over='ignore'): points = rows[is_point].astype(np.float32)
+    with np.errstate(over='ignore'): points = rows[is_point].astype(np.float32, copy=False)
     return Ragged.from_lengths(torch.from_numpy(points), torch.from_numpy(np.diff(ends, prepend=-1) - 1))
 
 # %% ../../nbs/00_core/11_tractograms.ipynb #1d8fb897

@@ -185,15 +185,15 @@ def enter(self:ModelSpec,
 # %% ../../nbs/03_batch/00_spec.ipynb #91333440
 MODEL_METHODS = (
     'to', 'train', 'eval', 'training', 'parameters', 'state_dict', 'load_state_dict',  # `torch.nn.Module`
-    'named_parameters', 'register_forward_pre_hook', 'register_forward_hook',
+    'named_parameters', 'modules', 'register_forward_pre_hook', 'register_forward_hook',
     'double', 'device', 'compute_loss', 'set_context',
     'tracking_step', 'warm_up', 'select_state', 'get_tracking_directions',  # only to track
     'params_for_checkpoint', 'class_for_checkpoint', 'save_params_and_state', 'load_state',  # only to save
     'load_model_from_params_and_state')
 GETTER_METHODS = (
     'to', 'train', 'eval', 'double', 'parameters',
-    'compute_loss', 'get_tracking_directions', 'log_density', 'picture',
-    'add_eos', 'axis_head', 'is_probabilistic', 'nb_draws', 'density_on', 'has_step_length',
+    'compute_loss', 'get_tracking_directions', 'eos_probs', 'log_density', 'picture',
+    'input_size', 'add_eos', 'axis_head', 'is_probabilistic', 'nb_draws', 'density_on', 'has_step_length',
     'supports_compressed_streamlines')  # what it can do
 
 def not_written(

@@ -9,7 +9,7 @@ __all__ = ['OTHER_DEVICE', 'weights_of', 'check_learns', 'check_every_weight', '
 # %% ../../nbs/05_models/12_check_losses.ipynb #0ebcf1d3
 import re
 import torch
-from torch import Tensor, nn
+from torch import nn
 from ..core.ragged import Ragged
 from .check_outputs import MODEL_CHECKS, ModelCase
 from .findings import Broken, NotApplicable, check_in, need

@@ -7,7 +7,6 @@ __all__ = ['built', 'check_model', 'check_direction_getter']
 
 # %% ../../nbs/05_models/14_checks.ipynb #e9f34eb2
 import torch
-from torch import nn
 from ..directions.registry import direction_getter
 from . import check_states   # noqa: F401, its checks register themselves
 from .check_getters import GETTER_CHECKS, GetterCase

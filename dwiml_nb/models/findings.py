@@ -8,7 +8,7 @@ __all__ = ['Status', 'Broken', 'NotApplicable', 'need', 'check_in', 'Finding', '
 
 # %% ../../nbs/05_models/09_findings.ipynb #a35f1355
 import traceback
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 import torch
 from fastcore.basics import patch
@@ -76,6 +76,9 @@ class CheckReport(dict):
     def failed(self) -> list: return self.named('failed')
     @property
     def ok(self) -> bool: return not self.failed
+    def as_dict(self) -> dict:
+        "The report as JSON can keep it."
+        return dict(subject=self.subject, ok=self.ok, findings=[asdict(o) for o in self.findings])
     def headline(self) -> str:
         "One line."
         return f"{self.subject}: " + ', '.join(f"{len(self.named(o))} {o}" for o in Status.__args__)

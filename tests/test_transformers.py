@@ -100,6 +100,22 @@ def test_outputs_and_gradients_are_those_of_masks_and_padding(kind, form):
     assert torch.allclose(torch.autograd.grad((ours*way).sum(), weight)[0], torch.autograd.grad((peer*way).sum(), of_peer)[0], atol=1e-10)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("where", ["whole lines", "padded"])
+def test_dropout_drops_weights(window, where):
+    "As many as asked for, in the mean the attention without; none of the future."
+    lines = Ragged.from_lengths(torch.zeros(20, 1), [6, 11, 3])
+    q, k, v = torch.randn(3, 20, 2, 4, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    plain, buckets = look_back(q, k, v, lines, LengthBuckets(lines), window=window), LengthBuckets(lines, 1 if where == "padded" else 8)
+    ones = torch.stack([look_back(q, k, torch.ones_like(v), lines, buckets, .25, window) for _ in range(300)])[..., 0]
+    assert torch.allclose(ones.mean(0), torch.ones(20, 2), atol=.15)
+    first = ones[:, lines.offsets[:-1]]                                                              # they read themselves alone: dropped, or not
+    assert set(first.unique().tolist()) <= {0., torch.tensor(4/3).item()} and abs((first == 0).float().mean() - .25) < .06
+    assert torch.allclose(torch.stack([look_back(q, k, v, lines, buckets, .25, window) for _ in range(3000)]).mean(0), plain, atol=.12)
+    assert not look_back(q, k, v, lines, buckets, 1., window).any()
+
+
 @pytest.mark.parametrize("nb_buckets", [1, 2, 3, 8])
 def test_groups_change_no_number(nb_buckets):
     "Lines without points, alone, all alike; gradients too."
@@ -254,6 +270,24 @@ def test_states_are_values(kind):
         outputs, _ = model.tracking_step(shifted, prev[(at + 5)[chosen]], after)
         assert not torch.allclose(outputs[0], outputs[2])
     assert model.select_state(None, chosen) is None
+
+
+def test_a_window_forgets():
+    "A state of full windows goes on in two ways as long as what it remembers is there; then it says so."
+    model, (inputs, lines) = made("tto", window=3), batch((9, 9))
+    prev, at = previous_directions(lines, 1).data, lines.offsets[:-1]
+    step = lambda i, state: model.tracking_step(inputs.data[at + i], prev[at + i], state)
+    with torch.no_grad():
+        state, whole = None, model(inputs, lines).data
+        for i in range(5): _, state = step(i, state)
+        kept = copy.deepcopy(state)
+        one, other = step(5, state), step(5, state)
+        for outputs, after in (one, other):
+            assert torch.allclose(outputs, whole[at + 5], atol=1e-5) and torch.allclose(step(6, after)[0], whole[at + 6], atol=1e-5)
+        _, first = step(5, kept)
+        step(6, first)
+        with pytest.raises(RuntimeError, match="2 steps were made from this state.*copy.deepcopy"): step(5, kept)
+        with pytest.raises(RuntimeError, match="2 steps"): model.select_state(kept, torch.tensor([0]))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -42,9 +42,8 @@ def same_place(
     b, # Path
 ) -> bool:
     "Would two names be one file?"
-    if os.path.realpath(a) == os.path.realpath(b): return True
     try: return os.path.samefile(a, b)
-    except OSError: return False
+    except OSError: return os.path.realpath(a) == os.path.realpath(b)
 
 # %% ../../nbs/00_core/01_files.ipynb #d733dd42
 KINDS = {stat.S_IFDIR: 'a folder', stat.S_IFIFO: 'a pipe', stat.S_IFCHR: 'a device', stat.S_IFBLK: 'a device',

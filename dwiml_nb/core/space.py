@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHEAR_TOLERANCE_DEG', 'GRID_TOLERANCE_MM', 'SMALLER', 'MOST_VOXELS', 'SPACES', 'Space', 'order_of_axes', 'Grid',
-           'corners_apart', 'same_grid', 'almost_same_grid', 'fits_grid', 'place_remarks', 'check_image_size',
-           'open_image', 'value_reader', 'image_values', 'grid_of', 'short_dimensions', 'nifti_path', 'save_volume',
-           'to_vox_matrix', 'apply_affine', 'convert', 'need_right_angles', 'inside']
+           'corners_apart', 'same_grid', 'almost_same_grid', 'fits_grid', 'place_remarks', 'check_voxels', 'looking_at',
+           'open_image', 'NiftiHeader', 'open_header', 'value_reader', 'image_values', 'grid_of', 'short_dimensions',
+           'nifti_path', 'save_volume', 'to_vox_matrix', 'apply_affine', 'convert', 'need_right_angles', 'inside']
 
 # %% ../../nbs/00_core/05_space.ipynb #14b3a040
 import gzip
@@ -157,59 +157,100 @@ def heard_of_nibabel(): # -> list of str, filled within
 # %% ../../nbs/00_core/05_space.ipynb #3713a550
 SMALLER = {'.gz': 1100, '.mgz': 1100, '.bz2': 1_000_000, '.zst': 100_000} # Zeros become so many times smaller
 
-def check_image_size(
-    image, # nibabel image
-    path, # Of its file
+def check_voxels(
+    shape, # Of the image
+    dtype, # Of its values, as the file has them
+    path, # Of the file that holds them
 ):
     "Refuse an image that claims more voxels than its file can hold."
-    if not isinstance(image, (nib.AnalyzeImage, nib.MGHImage)): return                 # else NIfTI, too
-    path = image.file_map['image'].filename or path                                    # of a pair, the .img
-    claimed,size = image.get_data_dtype().itemsize*math.prod(image.shape), os.stat(path).st_size
+    claimed,size = dtype.itemsize*math.prod(shape), os.stat(path).st_size
     size *= SMALLER.get(Path(path).suffix.lower(), 1)
     if claimed <= size: return
     raise DataProblem("the image claims more voxels than its file can hold", file=path,
-                      expected=f"at most {size} bytes", found=f"{image.shape}: {claimed} bytes",
+                      expected=f"at most {size} bytes", found=f"{shape}: {claimed} bytes",
                       do="copy it again from its source.")
+
+@contextmanager
+def looking_at(
+    path, # An image
+    remarks:list, # Gets what nibabel mended
+):
+    "Within this, an error says that the image cannot be read."
+    need_file(path, "no such image")
+    with naming("the image cannot be read", "a whole NIfTI file", "copy it again from its source.",
+                file=path):
+        with heard_of_nibabel() as mended: yield
+        remarks += [f"nibabel mended its header: {m}" for m in dict.fromkeys(mended)]
 
 def open_image(
     path, # NIfTI, or another image that nibabel reads
     said:list=None, # Gets the remarks on its place; they are warnings if there is no list
 ): # -> nibabel's image, its values still in the file
     "An image that has a place in the world."
-    need_file(path, "no such image")
-    with naming("the image cannot be read", "a whole NIfTI file", "copy it again from its source.",
-                file=path):
-        with heard_of_nibabel() as mended: image = nib.load(path)
+    remarks = []
+    with looking_at(path, remarks):
+        image = nib.load(path)
         if not hasattr(image, 'affine') or len(image.shape) < 3:
             raise DataProblem("this is no volume", "values on a grid of three axes",
                               f"{type(image).__name__} of shape {getattr(image, 'shape', None)}")
         offset = image.dataobj.offset if isinstance(image, nib.Nifti1Image) else None
         if offset is not None and offset < image.header['sizeof_hdr']:
             raise ValueError(f"the values begin at byte {offset}, within the header")
-        check_image_size(image, path)
-        remarks = [f"nibabel mended its header: {m}" for m in dict.fromkeys(mended)] + place_remarks(image)
+        if isinstance(image, (nib.AnalyzeImage, nib.MGHImage)):                        # NIfTI is one, too
+            values = image.file_map['image'].filename or path                          # of a pair, the .img
+            check_voxels(image.shape, image.get_data_dtype(), values)
+        remarks += place_remarks(image)
     if said is not None: said += remarks
     else:
         for remark in remarks: warnings.warn(f"{path}: {remark}.", stacklevel=2)
     return image
+
+# %% ../../nbs/00_core/05_space.ipynb #cdd1e885
+class NiftiHeader:
+    "What a `.nii` or `.nii.gz` says before its values."
+    def __init__(self,
+        path, # Of the file
+    ):
+        self.path,self.packed = path, str(path).lower().endswith('.gz')
+        with self.open() as f:
+            length = f.read(4); f.seek(0)
+            second = 540 in (int.from_bytes(length, order) for order in ('little', 'big'))
+            h = self.header = (nib.Nifti2Header if second else nib.Nifti1Header).from_fileobj(f)
+        self.shape,self.dtype,self.offset = h.get_data_shape(), h.get_data_dtype(), int(h.get_data_offset())
+        self.affine,self.scale = h.get_best_affine(), h.get_slope_inter()
+        if self.offset < h['sizeof_hdr']:
+            raise ValueError(f"the values begin at byte {self.offset}, within the header")
+        check_voxels(self.shape, self.dtype, path)
+    def open(self):
+        "The file, unpacked."
+        return gzip.open(self.path) if self.packed else open(self.path, 'rb')
+
+def open_header(
+    path, # .nii or .nii.gz
+    said:list, # Gets the remarks on its place
+) -> NiftiHeader:
+    "The header of an image that has a place in the world."
+    with looking_at(path, said):
+        found = NiftiHeader(path)
+        if len(found.shape) < 3:
+            raise DataProblem("this is no volume", "values on a grid of three axes", f"shape {found.shape}")
+        said += place_remarks(found)
+    return found
 
 # %% ../../nbs/00_core/05_space.ipynb #cc0ba9d3
 @contextmanager
 def value_reader(
     path, # .nii or .nii.gz
     dtype=None, # Of the values; as they are when not given
-): # -> nibabel's image, a function: (number of the first value, shape) -> values, x fastest, in turn
+): # -> its `NiftiHeader`, a function: (number of the first value, shape) -> values, x fastest, in turn
     "Read the values of an image in turn; a `.nii.gz` is read to its end and must have its checksum."
-    image = nib.load(path)
-    check_image_size(image, path)
-    if not isinstance(image, nib.Nifti1Image): raise ValueError(f"{type(image).__name__}, not a NIfTI image")
-    a,packed = image.dataobj, str(path).lower().endswith('.gz')
-    with gzip.open(path) if packed else open(path, 'rb') as f:
+    a = NiftiHeader(path)
+    with a.open() as f:
         def read(at, shape):
-            where = shape, a.dtype, a.offset + at*a.dtype.itemsize, a.slope, a.inter
+            where = shape, a.dtype, a.offset + at*a.dtype.itemsize, *a.scale
             return np.asanyarray(nib.arrayproxy.ArrayProxy(f, where, mmap=False), dtype)
-        yield image, read
-        for _ in range(64*packed):                                 # a little more than the image may follow
+        yield a, read
+        for _ in range(64*a.packed):                               # a little more than the image may follow
             if not f.read(1 << 20): break
 
 def image_values(
@@ -218,7 +259,7 @@ def image_values(
 ) -> np.ndarray:
     "All values of an image; a `.nii.gz` is read to its end and must have its checksum."
     if not str(path).lower().endswith('.nii.gz'): return np.asanyarray(nib.load(path).dataobj, dtype)
-    with value_reader(path, dtype) as (image,read): return read(0, image.shape)
+    with value_reader(path, dtype) as (found,read): return read(0, found.shape)
 
 # %% ../../nbs/00_core/05_space.ipynb #7eac3588
 def grid_of(

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from ..core.errors import DataProblem, did_you_mean, naming, need_file
 from ..core.sizes import read_array
-from ..core.space import Grid, grid_of, need_right_angles, open_image, same_grid
+from ..core.space import Grid, need_right_angles, open_header, same_grid
 from ..core.tractograms import (TRACTOGRAM_FORMATS, is_tractogram, matching_grid, need_tractogram,
                                         tractogram_format)
 from .entities import bids_name, find_entities
@@ -71,8 +71,8 @@ def image_header(
                           file=path)
     with naming("the image cannot be read", "a whole NIfTI file", "copy it again from its source.",
                 file=path):
-        image = open_image(path, [] if said is None else said)
-        shape,dtype = image.shape, image.get_data_dtype()
+        image = open_header(path, [] if said is None else said)
+        shape,dtype = image.shape, image.dtype
         if dtype.kind not in 'iuf':
             raise DataProblem("the image holds no plain numbers", expected="integers or floats", found=dtype,
                               do="convert it on purpose, for instance to magnitudes.")
@@ -84,7 +84,7 @@ def image_header(
         if max(shape[:3]) > MOST_VOXELS:
             raise DataProblem("the image has too many voxels along an axis", found=shape[:3],
                               expected=f"at most {MOST_VOXELS}, which is what a study and a .trk can say")
-        grid = grid_of(image)
+        grid = Grid(image.affine, shape[:3])
         need_right_angles(grid)
     return grid, 1 if len(shape) == 3 else shape[3]
 

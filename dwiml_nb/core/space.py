@@ -88,6 +88,7 @@ def corners_apart(
 ) -> float: # mm; infinite if the numbers of voxels differ
     "The largest distance between a corner of one volume and the same corner of the other."
     if a.dimensions != b.dimensions: return math.inf
+    if np.array_equal(a.affine, b.affine): return 0.
     corners = np.stack(np.meshgrid(*[(-.5, n - .5) for n in a.dimensions], [1.]), -1).reshape(-1, 4)
     return float(np.linalg.norm(corners @ (a.affine - b.affine)[:3].T, axis=1).max())
 
@@ -216,8 +217,8 @@ class NiftiHeader:
             length = f.read(4); f.seek(0)
             second = 540 in (int.from_bytes(length, order) for order in ('little', 'big'))
             h = self.header = (nib.Nifti2Header if second else nib.Nifti1Header).from_fileobj(f)
-        self.shape,self.dtype,self.offset = h.get_data_shape(), h.get_data_dtype(), int(h.get_data_offset())
-        self.affine,self.scale = h.get_best_affine(), h.get_slope_inter()
+        self.shape,self.dtype,self.affine = h.get_data_shape(), h.get_data_dtype(), h.get_best_affine()
+        self.offset,self.scale = int(h.get_data_offset()), h.get_slope_inter()
         if self.offset < h['sizeof_hdr']:
             raise ValueError(f"the values begin at byte {self.offset}, within the header")
         check_voxels(self.shape, self.dtype, path)

@@ -10,12 +10,14 @@ __all__ = ['TRACTOGRAM_FORMATS', 'Tractogram', 'TractogramFormat', 'as_table', '
 import gzip
 import json
 import math
+import mmap
 import os
 import re
 import warnings
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 import numba
 import numpy as np
@@ -139,8 +141,9 @@ def file_bytes(
     size = os.path.getsize(path)
     if not size: raise ValueError("the file is empty")
     if not str(path).lower().endswith('.gz'):
-        try: return np.memmap(path, np.uint8, 'r')
-        except (OSError, ValueError): return np.fromfile(path, np.uint8)     # a file system without maps
+        with open(path, 'rb') as f:
+            try: return np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            except (OSError, ValueError): return np.fromfile(f, np.uint8)    # a file system without maps
     most = max(64 << 20, 50*size)
     with gzip.open(path) as f: data = f.read(most + 1)
     if len(data) > most: raise ValueError(f"{size} bytes that would become more than {most}")
@@ -335,6 +338,19 @@ class Trk(NibabelFormat):
     def is_empty(self, path) -> bool: return not len(self.opened(path, 1)[-1])
 
 # %% ../../nbs/00_core/11_tractograms.ipynb #01ffdae0
+@lru_cache(1024)
+def trk_to_rasmm(
+    affine:bytes, # Fields of the header, in this machine's byte order: float32
+    dimensions:bytes, # int16
+    sizes:bytes, # float32
+    order:bytes, # 'LPS' …
+) -> np.ndarray: # (4, 4)
+    "The matrix that leads from TrackVis's millimetres to RAS; the files of a study share few."
+    return get_affine_trackvis_to_rasmm({
+        Field.VOXEL_TO_RASMM: np.frombuffer(affine, np.float32).reshape(4, 4), Field.VOXEL_ORDER: order,
+        Field.DIMENSIONS: np.frombuffer(dimensions, np.int16),
+        Field.VOXEL_SIZES: np.frombuffer(sizes, np.float32)})
+
 def trk_content(
     h:dict, # From `trk_header`
     words, # The three things that `trk_places` gives
@@ -349,7 +365,10 @@ def trk_content(
     is_point = np.ones(len(words), bool)
     is_point[starts - 1] = False; is_point[after] = False
     rows = values[is_point].reshape(-1, each)
-    points,to_rasmm = np.ascontiguousarray(rows[:, :3]), get_affine_trackvis_to_rasmm(h)
+    points = np.ascontiguousarray(rows[:, :3])
+    numbers = lambda field,kind: np.asarray(h[field], kind).tobytes()
+    to_rasmm = trk_to_rasmm(numbers(Field.VOXEL_TO_RASMM, np.float32), numbers(Field.DIMENSIONS, np.int16),
+                            numbers(Field.VOXEL_SIZES, np.float32), bytes(h[Field.VOXEL_ORDER]))
     for i in range(0, len(points), 1 << 15):
         nib.affines.apply_affine(to_rasmm, points[i:i + (1 << 15)], inplace=True)
     dps = {k: values[after[:, o]] for k,o in trk_columns(h).items()}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['StudyReport', 'noting', 'mapping_hindrance', 'check_attribute', 'check_grid', 'remark_missing', 'check_volume_group',
-           'check_beside', 'check_streamlines_group', 'check_group', 'linked_subject', 'check_root', 'check_nb_points',
-           'check_grids', 'check_agreeing', 'open_to_check', 'check_study']
+           'check_beside', 'check_streamlines_group', 'check_group', 'linked_subject', 'check_root', 'check_index',
+           'check_nb_points', 'check_grids', 'check_agreeing', 'open_to_check', 'check_study']
 
 # %% ../../nbs/01_study/15_check.ipynb #59ef4d6f
 import math
@@ -20,6 +20,7 @@ from ..core.errors import DataProblem, html_text, need_file, printable
 from ..core.space import Grid, almost_same_grid, corners_apart, need_right_angles, same_grid
 from .config import FRAMES
 from .describe import columns, html_table
+from .headers import check_said, headers_in, index_of
 from .line_tables import LineTable, blocks, check_places, check_points, check_stored
 from .lists import SUBSETS
 from .schema import (FORMAT_VERSION, allowing_links, attr_value, attr_words, check_links,
@@ -352,6 +353,23 @@ def check_root(
             report.remarks.append(DataProblem("the config cannot be read", do="reading needs none of it."))
     return [i for i in dict.fromkeys(ids) if i in there]
 
+# %% ../../nbs/01_study/15_check.ipynb #c4aebe32
+def check_index(
+    report:StudyReport, # Gets the problems
+    file, # HDF5 file
+    found, # Subjects that can be read
+):
+    "What the root says of the headers, against the groups themselves."
+    try: told = index_of(file) or {}
+    except ValueError as e:
+        report.remarks.append(DataProblem("the index of headers cannot be used", found=e,
+                                          do="opening takes longer; dwiml_hdf5_repack writes a new one."))
+        return
+    for s in told.keys() & set(found):
+        own = headers_in(linked_subject(file, s))
+        for g in sorted(told[s].keys() & own.keys()):
+            with noting(report, "the index of headers", s, g): check_said(told[s][g], own[g])
+
 # %% ../../nbs/01_study/15_check.ipynb #af32b474
 def check_nb_points(
     report:StudyReport, # Gets the problem
@@ -452,6 +470,7 @@ def check_study(
                             check_nb_points(report, subject[g]['lengths'], nb_points,
                                             dict(subject=s, group=g))
             check_agreeing(report, found)
+            check_index(report, file, found)
             report.looked_at = {'subjects': len(found), **report.looked_at}
     report.seconds = time.time() - start
     return report

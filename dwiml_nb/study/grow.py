@@ -26,12 +26,12 @@ from .create import (StudySummary, check_room, check_target, copy_attributes, co
                                    finished_parts, linked_files, links_of, plan_study,
                                    remove_linked, told_plainly)
 from .files import hdf5_descriptor, stamp_of
-from .headers import headers_in, read_index, write_index
+from .headers import headers_in, index_of, write_index
 from .parts import StudyOptions, parts_folder, steady_hdf5
 from .config import VolumeSpec, raise_problems, read_config
 from .files import open_hdf5
 from .lists import SUBSETS
-from .schema import (allowing_links, attr_value, attr_words, check_links, found_in, group_grid,
+from .schema import (allowing_links, attr_value, attr_words, found_in, group_grid,
                                    group_kind, open_study, study_config, subject_in)
 from .sources import attempt, check_alike, check_sources
 
@@ -160,7 +160,7 @@ def headers_known(
     old, # Open study
 ) -> dict: # subject -> group -> `Header`
     "The headers of a study: of its index, or of its subjects where there is none that can be used."
-    try: told = read_index(old) or {}
+    try: told = index_of(old) or {}
     except ValueError: told = {}
     for s in set(old) - told.keys():
         try: told[s] = headers_in(found_in(old, s))
@@ -289,13 +289,14 @@ def checked_growth(
 
 # %% ../../nbs/01_study/12_grow.ipynb #bcd4752f
 def datasets_of(
-    group, # HDF5 group or dataset
+    study, # HDF5 file
+    name:str, # Of a subject, or of something else in it
 ) -> list: # of HDF5 datasets
-    "All datasets of a group."
-    found = [group] if isinstance(group, h5py.Dataset) else []
-    if isinstance(group, h5py.Group):
-        check_links(group)
-        group.visititems(lambda _,o: found.append(o) if isinstance(o, h5py.Dataset) else None)
+    "All datasets of a subject."
+    found = [one] if isinstance(one := found_in(study, name), h5py.Dataset) else []
+    if isinstance(one, h5py.Group):
+        subject_in(study, name).visititems(
+            lambda _,o: found.append(o) if isinstance(o, h5py.Dataset) else None)
     return found
 
 def repack_study(
@@ -311,7 +312,7 @@ def repack_study(
     target = path if same_place(look(), path) else look()
     with allowing_links(allow_links), parts_folder(target), open_study(path) as old:
         look()                                                                 # once more, under the lock
-        needed = sum((o.size or 0)*o.dtype.itemsize for s in old for o in datasets_of(found_in(old, s)))
+        needed = sum((o.size or 0)*o.dtype.itemsize for s in old for o in datasets_of(old, s))
         check_room(target.parent, needed, 'in one file')
         remove_partials(target)
         linked = linked_files(target)

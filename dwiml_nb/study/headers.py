@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['INDEX', 'INDEX_TABLES', 'INDEX_KEYS', 'Traits', 'Header', 'parts_of', 'check_tables', 'header_of', 'headers_in',
-           'write_index', 'read_index', 'Look', 'look_at', 'stamps_of', 'check_claims', 'check_said', 'looks_of']
+           'write_index', 'read_index', 'Look', 'look_at', 'stamps_of', 'check_claims', 'check_said', 'index_of',
+           'looks_of']
 
 # %% ../../nbs/01_study/06_headers.ipynb #c40ff095
 import json
@@ -125,7 +126,9 @@ def headers_in(
 ) -> dict: # group -> `Header`; without groups that cannot be read, or lie elsewhere
     "The headers of the groups that lie in a subject's own file."
     found,file_of = {}, lambda o: h5py.h5g.get_objinfo(o.id).fileno
-    for name,group in members(subject).items():
+    try: inside = members(subject) if isinstance(subject, h5py.Group) else {}
+    except Exception: inside = {}                                       # a link leads nowhere
+    for name,group in inside.items():
         try:
             if (kind := group_kind(group)) and file_of(group) == file_of(subject):
                 found[name],_ = header_of(group, kind)
@@ -142,7 +145,9 @@ def write_index(
     headers:dict, # subject -> group -> `Header`
 ):
     "Write the index of a study's headers."
-    rows = [(s, g, h) for s in sorted(headers) for g,h in headers[s].items() if is_sayable(h.traits)]
+    fits = lambda h: all(0 <= n < 2**63 for n in (*h.dimensions, h.n, h.points))
+    rows = [(s, g, h) for s in sorted(headers) for g,h in headers[s].items()
+            if is_sayable(h.traits) and fits(h)]
     names = [list(dict.fromkeys(x)) for x in ((s for s,_,_ in rows), (g for _,g,_ in rows),
                                               (h.traits for *_,h in rows))]
     number = [{v: i for i,v in enumerate(x)} for x in names]
@@ -298,13 +303,23 @@ def check_said(
     if said == own: return
     plain = [{**h.traits._asdict(), **h._asdict(), 'affine': np.frombuffer(h.affine).tolist()}
              for h in (said, own)]
-    plain = [{k: v for k,v in p.items() if k != 'traits'} for p in plain]
-    odd = [k for k in plain[0] if plain[0][k] != plain[1][k]]
+    # in one piece or not, the values are the same: other tools rewrite studies, too
+    odd = [k for k in plain[0] if k not in ('traits', 'direct') and plain[0][k] != plain[1][k]]
+    if not odd: return
     expected,found = (', '.join(f"{k} {p[k]}" for k in odd) for p in plain)
     raise DataProblem("the study's index says something else than the group itself", expected=expected,
                       found=found, do="the group was changed, or its file replaced, after the index was "
                       "written. If that was meant, dwiml_hdf5_repack writes a new index; dwiml_hdf5_check "
                       "tells all that differs.")
+
+# %% ../../nbs/01_study/06_headers.ipynb #e60064af
+def index_of(
+    file, # HDF5 file, a study
+) -> dict: # subject -> group -> `Header`; None where there is no index
+    "The headers that the root of a study tells; `ValueError` if they cannot be true, or cannot be read."
+    try: return read_index(file)
+    except (TypeError, KeyError, OSError, ArithmeticError, RuntimeError) as e:
+        raise ValueError(f"it cannot be read: {e}") from e
 
 # %% ../../nbs/01_study/06_headers.ipynb #2b028cc4
 def looks_of(
@@ -313,15 +328,16 @@ def looks_of(
 ) -> dict: # subject -> group -> `Look`
     "What the index says of all subjects; nothing, and a warning, if it cannot be true."
     try:
-        if (told := read_index(file.handle)) is None: return {}
+        if (told := index_of(file.handle)) is None: return {}
         stamps = stamps_of(file)
-        found = {s: {g: Look(h, stamps[s], told=True) for g,h in groups.items()} for s,groups in told.items()
-                 if s in stamps}
+        # an empty group is never read, so that its header would never be compared: it is looked at itself
+        found = {s: {g: Look(h, stamps[s], told=True) for g,h in groups.items()
+                     if h.n and 0 not in h.dimensions} for s,groups in told.items() if s in stamps}
         check_claims(found)
         for s in (known or {}).keys() & found.keys():
             for g in known[s].keys() & found[s].keys(): check_said(found[s][g].header, known[s][g].header)
         return found
-    except (ValueError, TypeError, KeyError, OSError, ArithmeticError, RecursionError) as e:
+    except (ValueError, TypeError, KeyError, OSError, ArithmeticError, RuntimeError) as e:
         why = getattr(e, 'problem', e)
         warnings.warn(f"{file.path.name}: its index of headers is not used ({why}), so the header of each "
                       f"subject is read, which takes longer. `dwiml_hdf5_repack {file.path.name}` writes a "

@@ -57,11 +57,12 @@ def encode(self:Learn2TrackModel,
     inputs:Ragged, # (P, K·F)
     lines:Ragged, # (P, 3)
     hidden:list=None, # State of each layer, to go on from
-) -> tuple: # (Ragged (P, rnn output), state of each layer)
+    only_states:bool=False, # Leave out the outputs
+) -> tuple: # (Ragged (P, rnn output) or None, state of each layer)
     "The recurrent layers' outputs and states for whole lines."
     check_same_points(inputs, lines)
     dirs = self.embed_lines(lines) if self.nb_previous_dirs else None
-    return self.rnn_model(inputs.with_data(self.features(inputs.data, dirs)), hidden)
+    return self.rnn_model(inputs.with_data(self.features(inputs.data, dirs)), hidden, only_states)
 
 # %% ../../nbs/05_models/05_learn2track.ipynb #c0a940e6
 @patch
@@ -104,7 +105,7 @@ def warm_up(self:Learn2TrackModel,
     lines:Ragged, # (P, 3) lines that exist already
 ) -> list: # State of each layer
     "The state after the last point of the lines."
-    return self.encode(as_ragged(inputs), as_ragged(lines))[1]
+    return self.encode(as_ragged(inputs), as_ragged(lines), only_states=True)[1]
 
 # %% ../../nbs/05_models/05_learn2track.ipynb #64b02776
 DWI_ML_GETTERS = {

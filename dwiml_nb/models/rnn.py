@@ -147,7 +147,8 @@ def through_layers(self:StackedRNN,
     x:Tensor, # (M, D)
     hidden, # One state per layer, or None
     run, # (layer, x, state) -> (outputs, state)
-) -> tuple: # ((M, output_size), one state per layer)
+    only_states:bool=False, # Leave out the outputs
+) -> tuple: # ((M, output_size) or None, one state per layer)
     "The outputs of all layers, one after the other."
     outputs,states,y = [], [], x
     for i in range(len(self.layer_sizes)):
@@ -156,6 +157,7 @@ def through_layers(self:StackedRNN,
         if self.use_layer_normalization: y = self.get_submodule(f'layer_norm_{i}')(y)
         if i < len(self.layer_sizes) - 1: y = F.relu(self.dropout(y))
         outputs.append(y); states.append(state)
+    if only_states: return None, states
     return (torch.cat([*outputs, x], 1) if self.use_skip_connection else y), states
 
 # %% ../../nbs/05_models/03_rnn.ipynb #57b8ec66
@@ -163,15 +165,17 @@ def through_layers(self:StackedRNN,
 def forward(self:StackedRNN,
     x:Ragged, # (P, D)
     hidden:list=None, # One state per layer in line order, each (1, S, H) or (h, c); zeros when not given
-) -> tuple: # (Ragged (P, output_size), one state per layer)
+    only_states:bool=False, # Leave out the outputs, which take much memory
+) -> tuple: # (Ragged (P, output_size) or None, one state per layer)
     "The outputs and the last states of whole lines."
     if len(x.data) == 0: return x.with_data(x.data.new_zeros(0, self.output_size)), hidden
     steps = TimeSteps(x)
     run = lambda layer, x, state: run_layer(layer, x, steps.sizes, state)
     sorted_hidden = None if hidden is None else [steps.state_by_time(o) for o in hidden]
-    y,states = self.through_layers(steps.by_time(x.data), sorted_hidden, run)
+    y,states = self.through_layers(steps.by_time(x.data), sorted_hidden, run, only_states)
     before = [None]*len(states) if hidden is None else hidden
-    return x.with_data(steps.by_line(y)), [steps.state_by_line(o, b) for o,b in zip(states, before)]
+    states = [steps.state_by_line(o, b) for o,b in zip(states, before)]
+    return None if only_states else x.with_data(steps.by_line(y)), states
 
 # %% ../../nbs/05_models/03_rnn.ipynb #0ce5c7cb
 @patch

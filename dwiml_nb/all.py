@@ -47,8 +47,10 @@ from .batch.loader import (Batch, DWIMLBatchLoader, DWIMLBatchLoaderOneInput,
 
 # %% ../nbs/all.ipynb #dd3f1e5f
 from .directions.base import DIRECTION_GETTERS, DirectionGetter
-from .directions.regression import CosineRegressionDG
-from .directions.sphere import SphereClassificationDG
+from .directions.regression import CosineRegressionDG, CosPlusL2RegressionDG, L2RegressionDG
+from .directions.sphere import SmoothSphereClassificationDG, SphereClassificationDG
+from .directions.gaussian import GaussianMixtureDG, SingleGaussianDG
+from .directions.fisher import FisherVonMisesDG, FisherVonMisesMixtureDG
 from .directions.registry import direction_getter
 
 # %% ../nbs/all.ipynb #8a96e338
@@ -89,6 +91,7 @@ from .viz.theme import direction_colours, matplotlib_style, plotly_style
 from .viz.scene import LineSet, PointSet, Scene, Slices, scene_of_batch, scene_of_subject
 from .viz.painter import paint_side_by_side, paint_views, to_png
 from .viz.plots import histogram_figure, loss_figure, plot_logs
+from .viz.spheres import sphere_figure
 
 # %% ../nbs/all.ipynb #a7f7078b
 from .evaluation.bundles import (Reference, Scores, bundle_table, load_reference, score_tractogram,

@@ -55,8 +55,12 @@ CASES = {
     "previous": dict(nb_previous_dirs=2, normalize_prev_dirs=True),
     "nn of previous": dict(nb_previous_dirs=1, prev_dirs_embedding_key="nn_embedding", prev_dirs_embedded_size=4),
     "eos": dict(dg_args=dict(add_eos=True, eos_weight=.5, dropout=.1)), "step": dict(step_size=1), "points": dict(nb_points=20),
-    "compressed": dict(compress_lines=.1), "normalised": dict(dg_args=dict(normalize_targets=1., normalize_outputs=1.)),
+    "compressed": dict(compress_lines=.1, dg_key="l2-regression"), "normalised": dict(dg_args=dict(normalize_targets=1., normalize_outputs=1.)),
     "sphere": dict(dg_key="sphere-classification"), "dropout of a whole number": dict(dropout=0),
+    "l2": dict(dg_key="l2-regression", dg_args=dict(normalize_targets=1.)), "cosine and l2": dict(dg_key="cosine-plus-l2-regression", dg_args=dict(add_eos=True)),
+    "smooth": dict(dg_key="smooth-sphere-classification", dg_args=dict(sphere="repulsion200")),
+    "gaussian": dict(dg_key="gaussian", dg_args=dict(normalize_targets=1., entropy_weight=.1, add_eos=True, eos_weight=.5)),
+    "fisher": dict(dg_key="fisher-von-mises", dg_args=dict(add_eos=True, dropout=.1)),
     "sphere and eos": dict(dg_key="sphere-classification", dg_args=dict(add_eos=True, sphere="repulsion100", dropout=.1)),
     "all": dict(nb_previous_dirs=2, prev_dirs_embedding_key="nn_embedding", prev_dirs_embedded_size=5, use_skip_connection=True,
                 use_layer_normalization=True, dg_args=dict(add_eos=True), experiment_name="all", **CNN),
@@ -181,7 +185,8 @@ def test_the_getters_of_dwi_ml():
 
 @pytest.mark.parametrize("change", [
     dict(streamline_space="voxmm"), dict(legacy_half_voxel=False), dict(rnn_key=dict(key="gru", bias=False)), dict(dg_args=dict(axis_head=True)),
-    dict(dg_args=dict(axis_head=False)), dict(dg_args=dict(add_eos=True, normalize_outputs=1.)), dict(neighborhood_type="axes"),
+    dict(dg_args=dict(axis_head=False)), dict(dg_key="gaussian-mixture"), dict(dg_key="fisher-von-mises-mixture"), dict(dg_key="cos-plus-l2-regression"),
+    dict(dg_key="fisher-von-mises", dg_args=dict(max_kappa=9.)), dict(dg_args=dict(add_eos=True, normalize_outputs=1.)), dict(neighborhood_type="axes"),
     dict(nb_previous_dirs=None), dict(input_embedding_key=dict(key="nn_embedding", output_size=3)), {**CNN, "nb_cnn_filters": 3, "kernel_size": 3},
     {**CNN, "input_embedded_size": 9}, {**CNN, "neighborhood_radius": 3, "nb_cnn_filters": [2], "kernel_size": [2]}], ids=str)
 def test_every_other_model_is_refused_by_dwi_ml(change, tmp_path):
@@ -262,10 +267,10 @@ def test_older_arguments_of_dwi_ml(tmp_path):
     with pytest.raises(DataProblem, match="takes no argument 'start_from_copy_prev'"): load_model(tmp_path)
 
 
-@pytest.mark.parametrize("change, says", [(dict(dg_key="gaussian"), "unknown direction getter 'gaussian'"), (dict(neighborhood_radius=[1., 3.]), "TypeError"),
+@pytest.mark.parametrize("change, says", [(dict(dg_key="gausian"), "unknown direction getter 'gausian'.*Did you mean 'gaussian'"), (dict(neighborhood_radius=[1., 3.]), "TypeError"),
                                           (dict(rnn_layer_sizes=None), "no model can be built with these arguments")], ids=str)
 def test_arguments_that_make_no_model_are_told(tmp_path, change, says):
-    "A getter that is not here yet, or a value that makes no sense: one sentence with the file."
+    "A getter that nobody has, or a value that makes no sense: one sentence with the file."
     shutil.copytree(DATA/"dwi_ml_models"/"l2t_lstm", tmp_path/"model")
     file = tmp_path/"model"/"parameters.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
@@ -477,7 +482,9 @@ def check(node, objects):
         known = list(inspect.signature(f).parameters)
         for k in node.keywords:
             if known != ["args", "kwargs"] and k.arg not in known and "kwargs" not in known: raise TypeError(f"{ast.unparse(node)}: no {k.arg} among {known}")
-            if k.arg == "dg_args": assert {o.arg for o in k.value.keywords} <= set(options_of(door.CosineRegressionDG))
+            if k.arg == "dg_args":
+                key = next((o.value.value for o in node.keywords if o.arg == "dg_key"), "cosine-regression")
+                assert {o.arg for o in k.value.keywords} <= set(options_of(door.DIRECTION_GETTERS[key]))
         return f(*arguments) if ast.unparse(node).startswith("subset.streamlines_of") else UNKNOWN
     if isinstance(node, ast.Constant): return node.value
     if isinstance(node, ast.BinOp): check(node.left, objects); check(node.right, objects); return UNKNOWN

@@ -115,9 +115,10 @@ def test_a_record_from_before_an_option_existed():
 
 @pytest.mark.parametrize("axis", [False, True])
 @pytest.mark.parametrize("eos", [False, True])
-@pytest.mark.parametrize("key", ["cosine-regression", "sphere-classification", "halves", "distance"])
+@pytest.mark.parametrize("key", ["cosine-regression", "l2-regression", "cosine-plus-l2-regression", "sphere-classification", "smooth-sphere-classification",
+                                 "gaussian", "gaussian-mixture", "fisher-von-mises", "fisher-von-mises-mixture", "halves", "distance"])
 def test_every_getter_ends_and_starts(key, eos, axis):
-    args = {"sphere": "repulsion100"} if key == "sphere-classification" else {}
+    args = {"sphere": "repulsion100"} if "sphere" in key else {}
     check_direction_getter(key, add_eos=eos, axis_head=axis, **args)
     getter = direction_getter(key, 6, add_eos=eos, axis_head=axis, second_step_weight=0.0, **args)
     seen = LINES if eos else all_but_last(LINES)
@@ -134,7 +135,7 @@ def test_every_getter_ends_and_starts(key, eos, axis):
     assert n == (len(rows) if isinstance(getter.end, EndClass) else len(directions(LINES).data))
 
 
-@pytest.mark.parametrize("key", ["cosine-regression", "sphere-classification", "halves"])
+@pytest.mark.parametrize("key", ["cosine-regression", "sphere-classification", "gaussian-mixture", "fisher-von-mises", "halves"])
 def test_rows_of_all_points_are_fine_without_eos(key):
     getter = direction_getter(key, 6, axis_head=True)
     rows = torch.randn(len(LINES.data), getter.nb_columns + 6)
@@ -146,7 +147,7 @@ def test_rows_of_all_points_are_fine_without_eos(key):
         with pytest.raises(ValueError, match="rows of outputs for 5 lines that need 18"): getter.compute_loss(torch.zeros(n, rows.shape[1]), LINES)
 
 
-@pytest.mark.parametrize("key", ["cosine-regression", "halves"])
+@pytest.mark.parametrize("key", ["cosine-regression", "gaussian", "fisher-von-mises-mixture", "smooth-sphere-classification", "halves"])
 def test_a_line_that_was_cut_does_not_end(key):
     getter = direction_getter(key, 6, add_eos=True)
     rows, last = torch.randn(len(LINES.data), getter.nb_columns + 1), LINES.offsets[1:] - 1
@@ -156,8 +157,8 @@ def test_a_line_that_was_cut_does_not_end(key):
     whole, cut = (getter.compute_loss(rows, LINES, average_results=False, ends=e)[0].data for e in (None, ends))
     assert (whole != cut).nonzero().flatten().tolist() == [int(last[1])]
     mean = getter.compute_loss(rows, LINES, ends=ends)[0]
-    if key == "halves": torch.testing.assert_close(mean, cut.sum() / (len(rows) - 1))    # it has no answer there, so it does not count
-    else: torch.testing.assert_close(cut[last[1]], F.softplus(rows[last[1], 3]))
+    if isinstance(getter.end, EndClass): torch.testing.assert_close(mean, cut.sum() / (len(rows) - 1))    # it has no answer there, so it does not count
+    else: torch.testing.assert_close(cut[last[1]], F.softplus(rows[last[1], getter.nb_columns]))
 
 
 # ---- by name

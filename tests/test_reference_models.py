@@ -1,8 +1,7 @@
 """Learn2Track models, Transformers and direction getters of dwi_ml 1.0.0, reproduced number by number.
 
 tests/data/dwi_ml_models/<name>/ and tests/data/direction_getters.* are copies of values that dwi_ml computed on synthetic inputs. Two of its faults are
-not reproduced: with EOS and a regression, the direction loss of each line's last row against (0, 0, 0), which for a cosine adds exactly 1; and the
-normalisation of the EOS logit. Run this file alone to print the largest differences: python tests/test_reference_models.py
+not reproduced: with EOS as a logit, the direction loss of each line's last row against (0, 0, 0); and the normalisation of the EOS logit. Run this file alone to print the largest differences: python tests/test_reference_models.py
 """
 import json
 from pathlib import Path
@@ -13,6 +12,8 @@ import torch
 
 from dwiml_nb.core.lines import directions, previous_directions
 from dwiml_nb.core.ragged import Ragged
+from dwiml_nb.directions.densities import DensityDG
+from dwiml_nb.directions.ends_starts import EndClass, EndLogit
 from dwiml_nb.directions.registry import direction_getter
 from dwiml_nb.models.base import load_model
 
@@ -56,9 +57,27 @@ def check_losses(what, compute_loss, outputs, target, io, eos_weight=None, eos_p
         ends = eos_weight*bce(eos_probs.astype(np.float64), lengths)
         has_direction = np.ones(len(ends), bool); has_direction[last] = False
         same(f"{what}: loss per point, last rows apart", per_point[has_direction], io["loss_per_point"][has_direction])
-        same(f"{what}: loss of last rows (reference - 1)", per_point[last], io["loss_per_point"][last] - 1)
+        same(f"{what}: loss of last rows, the end's alone", per_point[last], ends[last])
         same(f"{what}: loss", loss, (io["loss_per_point"] - ends)[has_direction].mean() + ends.mean())
         assert n == has_direction.sum()
+
+
+def as_there(getter, rows):
+    "Our outputs as dwi_ml's: of two heads, the mean with its end, and sigma or kappa."
+    if not isinstance(getter, DensityDG): return {"output": rows}
+    own, more = rows.split([getter.nb_columns, rows.shape[1] - getter.nb_columns], 1)
+    _, means, widths = getter.components(own)
+    return {"output_0": torch.cat([means[:, 0], more], 1), "output_1": widths[:, 0].exp() if getter.key == "gaussian" else widths[:, 0, 0]}
+
+
+def same_outputs(what, getter, rows, io, name="output", at=slice(None)):
+    "Compare raw outputs with the arrays `name` or `name_0`, `name_1`."
+    for k, v in as_there(getter, rows).items(): same(what, v, io[name + k.removeprefix("output")][at])
+
+
+def is_tainted(getter):
+    "Where dwi_ml compares last rows with (0, 0, 0)."
+    return getter.add_eos and isinstance(getter.end, EndLogit) and not isinstance(getter.end, EndClass)
 
 
 def model_and_io(name):
@@ -78,10 +97,10 @@ def test_whole_lines(name):
     assert type(model).__name__ == (DATA / "dwi_ml_models" / name / "model_type.txt").read_text()
     assert (model.streamline_space, model.legacy_half_voxel) == ("vox", True)        # what a folder of dwi_ml's means
     outputs = model(inputs, seen)
-    same("outputs", outputs.data, io["outputs"])
+    same_outputs("outputs", model.direction_getter, outputs.data, io, "outputs")
     if name in RECURRENT:
         for k, v in hidden_values(model(inputs, seen, return_hidden=True)[1]).items(): same("hidden states", v, io[k])
-    tainted = model.dg_key == "cosine-regression" and model.uses_last_point
+    tainted = is_tainted(model.direction_getter)
     if model.uses_last_point:
         probs = model.compute_loss(outputs, target, return_eos_probs=True)[2]
         same("eos probability", probs, io["eos_probs_mean"])
@@ -98,7 +117,7 @@ def test_lists_give_lists(name):
     model, io, inputs, seen, target = model_and_io(name)
     outputs = model(inputs.unbind(), seen.unbind())
     assert isinstance(outputs, list) and [len(o) for o in outputs] == io["lengths"].tolist()
-    same("outputs from lists", torch.cat(outputs), io["outputs"])
+    same_outputs("outputs from lists", model.direction_getter, torch.cat(outputs), io, "outputs")
     losses, _ = model.compute_loss(outputs, target.unbind(), average_results=False)
     assert isinstance(losses, list) and [len(o) for o in losses] == io["loss_lengths"].tolist()
 
@@ -110,7 +129,7 @@ def test_point_by_point(name):
     with torch.no_grad():
         for i in range(int(io["tracking_prefix_points"])):
             outputs, state = model.tracking_step(inputs.data[first + i], prev[first + i], state)
-    same("tracking outputs", outputs, io["tracking_output"])
+    same_outputs("tracking outputs", model.direction_getter, outputs, io, "tracking_output")
     same("tracking directions", model.get_tracking_directions(outputs, "det", .5), io["tracking_direction_det"])
 
 
@@ -123,9 +142,11 @@ def test_continued_and_compacted(name):
     with torch.no_grad():
         state = model.select_state(model.warm_up(Ragged.from_list([o[:k] for o in inputs]), Ragged.from_list([o[:k] for o in seen])), keep)
         here, so_far = inputs.offsets[:-1][keep] + k, [o[:k+1] for o in seen[keep]]
-        if name in RECURRENT: same("outputs after a warm-up", model(inputs.data[here], so_far, hidden_recurrent_states=state, point_idx=-1), io["outputs"][here.numpy()])
+        if name in RECURRENT:
+            outputs = model(inputs.data[here], so_far, hidden_recurrent_states=state, point_idx=-1)
+            same_outputs("outputs after a warm-up", model.direction_getter, outputs, io, "outputs", here.numpy())
         outputs = model.tracking_step(inputs.data[here], previous_directions(seen, model.nb_previous_dirs).data[here], state)[0]
-    same("outputs after a warm-up", outputs, io["outputs"][here.numpy()])
+    same_outputs("outputs after a warm-up", model.direction_getter, outputs, io, "outputs", here.numpy())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -152,6 +173,24 @@ def test_the_model_comes_back_from_our_own_folder(tmp_path):
         assert torch.equal(again(inputs, seen).data, model(inputs, seen).data)
 
 
+def check_normalised(getter, inputs, outputs, target, io):
+    "dwi_ml's values are tainted throughout: what they should be, in numpy."
+    (a, b), (c, d) = ((io[f"state/layers.{i}.weight"].astype(np.float64), io[f"state/layers.{i}.bias"]) for i in (0, 1))
+    raw = np.maximum(inputs @ a.T + b, 0) @ c.T + d
+    dirs = getter.normalize_outputs*raw[:, :3]/np.linalg.norm(raw[:, :3], axis=1, keepdims=True)
+    same("normalised outputs", outputs, np.concatenate([dirs, raw[:, 3:]], 1))
+    same("normalised directions", dirs/getter.normalize_outputs, io["output"][:, :3]/np.linalg.norm(io["output"][:, :3], axis=1, keepdims=True))
+    lengths = target.lengths.numpy()
+    last = np.cumsum(lengths) - 1
+    steps, of = directions(target).data.numpy(), np.setdiff1d(np.arange(len(raw)), last)
+    apart = {"cosine-regression": lambda y, t: 1 - (y*t).sum(1)/np.linalg.norm(y, axis=1)/np.linalg.norm(t, axis=1),
+             "l2-regression": lambda y, t: np.linalg.norm(y - t, axis=1)}[getter.key](dirs[of], steps)
+    ends = getter.eos_weight*bce(1/(1 + np.exp(-raw[:, 3])), lengths)
+    per_row = ends.copy(); per_row[of] += apart
+    same("losses of normalised outputs", getter.compute_loss(outputs, target, average_results=False)[0].data, per_row)
+    same("losses of normalised outputs", getter.compute_loss(outputs, target)[0], apart.mean() + ends.mean())
+
+
 @pytest.mark.parametrize("case", GETTERS["cases"])
 def test_direction_getter(case):
     z = np.load(DATA / "direction_getters.npz")
@@ -160,15 +199,12 @@ def test_direction_getter(case):
     getter = direction_getter(GETTERS["cases"][case]["key"], GETTERS["input_size"], **init).eval()
     getter.load_state_dict({k.removeprefix("state/"): torch.from_numpy(v) for k, v in io.items() if k.startswith("state/")})
     target = Ragged.from_lengths(torch.from_numpy(z["target_streamlines"]), z["target_lengths"])
-    outputs = getter(torch.from_numpy(z["inputs_eos" if getter.add_eos else "inputs_no_eos"]))
-    if getattr(getter, "normalize_outputs", False) and getter.add_eos:                # tainted throughout: check the meaning instead
-        same("normalised directions", outputs[:, :3].norm(dim=1), np.full(len(outputs), 2., np.float32))
-        plain = torch.from_numpy(io["output"])
-        same("normalised directions", torch.nn.functional.normalize(plain[:, :3], dim=1), torch.nn.functional.normalize(outputs[:, :3], dim=1).detach())
-        return
-    same("getter outputs", outputs, io["output"])
-    tainted = getter.add_eos and getter.key == "cosine-regression"
-    check_losses("getters", getter.compute_loss, outputs, target, io, 1. if tainted else None, io.get("eos_prob"))
+    inputs = z["inputs_eos" if getter.add_eos else "inputs_no_eos"]
+    outputs = getter(torch.from_numpy(inputs))
+    if getattr(getter, "normalize_outputs", False) and getter.add_eos: return check_normalised(getter, inputs, outputs, target, io)
+    same_outputs("getter outputs", getter, outputs, io)
+    tainted = is_tainted(getter)
+    check_losses("getters", getter.compute_loss, outputs, target, io, getter.eos_weight if tainted else None, io.get("eos_prob"))
     same("getter directions", getter.get_tracking_directions(outputs), io["direction_det"])
     if getter.add_eos:
         same("getter eos probability", getter.eos_probs(outputs), io["eos_prob"])

@@ -623,12 +623,13 @@ def test_a_cell_does_not_replace_what_the_library_registered():
     "Of the same name: refused, unless it does the same, as when a page of the library is run."
     ours = DIRECTION_GETTERS["cosine-regression"]
     def defined(body):
-        names = {"__name__": "__main__", "DirectionGetter": DirectionGetter, "check_numbers": None, "float": float}
+        names = {"__name__": "__main__", "DirectionGetter": DirectionGetter, "F": torch.nn.functional}
         exec(f"class CosineRegressionDG(DirectionGetter):\n    key = 'cosine-regression'\n    {body}", names)
         return names["CosineRegressionDG"]
-    with pytest.raises(ValueError, match="the direction getter 'cosine-regression' is there already"): DIRECTION_GETTERS.register(obj=defined("def det_directions(self, rows): return -rows"))
+    with pytest.raises(ValueError, match="the direction getter 'cosine-regression' is there already"): DIRECTION_GETTERS.register(obj=defined("def direction_terms(self, rows, dirs): return rows[:, 0]"))
     assert DIRECTION_GETTERS["cosine-regression"] is ours
-    try: DIRECTION_GETTERS.register(obj=defined("def det_directions(self, rows): return rows"))
+    same = "def direction_terms(self, rows, dirs): return 1 - F.cosine_similarity(rows, dirs.data.to(rows.dtype), dim=1)"
+    try: DIRECTION_GETTERS.register(obj=defined(same))
     finally: DIRECTION_GETTERS.entries["cosine-regression"] = ours
 
 

@@ -358,10 +358,10 @@ def test_weights_are_read_as_data_only(tmp_path, monkeypatch):
 def test_eos_max_with_many_lines(algo, stop):
     "Classification with 'max' crashed for more than one line, regression for any."
     for key in library_getters():
-        if key == "cosine-regression" and algo == "prob": continue
         getter = direction_getter(key, 4, add_eos=True)
-        rows = torch.zeros(6, getter.layers[1].out_features)
-        rows[::2, -1 if key != "cosine-regression" else 3] = 9.0
+        if algo == "prob" and not getter.is_probabilistic: continue
+        rows = torch.zeros(6, getter.nb_columns + 1)
+        rows[::2, getter.nb_columns] = 9.0
         rows[:, 0] += 1.0
         assert getter.get_tracking_directions(rows, algo, stop).isnan().all(1).tolist() == [True, False] * 3
 
@@ -389,7 +389,7 @@ def test_command_defaults_are_the_functions():
 
 def learner(key="cosine-regression", rnn_key="lstm", space="voxmm", nb_previous_dirs=2, **dg_args):
     torch.manual_seed(3)
-    if key == "sphere-classification": dg_args["sphere"] = "repulsion100"
+    if "sphere" in key: dg_args["sphere"] = "repulsion100"
     model = Learn2TrackModel(4, rnn_key, [8, 8], nb_previous_dirs=nb_previous_dirs, dg_key=key, dg_args=dg_args, step_size=1.0, streamline_space=space,
                              neighborhood_type="axes", neighborhood_radius=1)
     return model
@@ -397,10 +397,11 @@ def learner(key="cosine-regression", rnn_key="lstm", space="voxmm", nb_previous_
 
 HEADS = [("cosine-regression", {}), ("cosine-regression", {"add_eos": True}), ("cosine-regression", {"axis_head": True}),
          ("sphere-classification", {}), ("sphere-classification", {"add_eos": True}), ("sphere-classification", {"add_eos": True, "axis_head": True})]
+MORE_HEADS = [("l2-regression", {}), ("cosine-plus-l2-regression", {"add_eos": True}), ("smooth-sphere-classification", {}), ("gaussian", {"add_eos": True}),
+              ("gaussian-mixture", {"axis_head": True}), ("fisher-von-mises", {}), ("fisher-von-mises-mixture", {"add_eos": True, "axis_head": True})]
 
 
-@pytest.mark.parametrize("key,args", HEADS)
-@pytest.mark.parametrize("rnn_key", ["gru", "lstm"])
+@pytest.mark.parametrize("rnn_key,key,args", [(rnn_key, *head) for rnn_key in ("gru", "lstm") for head in HEADS] + [("gru", *head) for head in MORE_HEADS])
 def test_every_head_trains_a_step_and_tracks_alike_in_any_company(key, args, rnn_key):
     model = learner(key, rnn_key, **args)
     lines = random_lines(6, 3, 9)
@@ -415,7 +416,7 @@ def test_every_head_trains_a_step_and_tracks_alike_in_any_company(key, args, rnn
     model.eval()
     dataset, grid = one_subject()
     seeds = seeds_from_mask(np.ones((30, 12, 10)), grid.affine, nt=23)
-    for algo in ("det", "prob") if key == "sphere-classification" else ("det",):
+    for algo in ("det", "prob") if model.direction_getter.is_probabilistic else ("det",):
         options = dict(algo=algo, theta_deg=150, min_length_mm=0, max_length_mm=12, eos_threshold=0.9 if args.get("add_eos") else None)
         whole, small = (Tracker(model, dataset, "sub-01", "input", batch_size=b, **options).track(seeds, quiet=True) for b in (None, 4))
         assert len(whole) + sum(whole.info["dropped"].values()) == 23 and len(whole) > 5

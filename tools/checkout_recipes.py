@@ -233,7 +233,10 @@ def parts(dataset, model=None, loader=None, sampler=None, inputs="input"):
     sampler = {**dict(batch_size_training=24, batch_size_validation=50, seed=8), **(sampler or {})}
     if not isinstance(model, torch.nn.Module):
         nb_features = sum(dataset.nb_features[g] for g in groups)
-        model = Learn2TrackModel(nb_features, **{**SMALL, **(model or {})})
+        options = {**SMALL, **(model or {})}
+        compress = options.pop("compress_lines", None)          # set afterwards: most direction getters refuse it
+        model = Learn2TrackModel(nb_features, **options)
+        if compress: model.set_preprocessing(compress_lines=compress)
     loader = DWIMLBatchLoaderOneInput(dataset, model, inputs, "bundles", seed=9, **(loader or {}))
     return model, DWIMLBatchIDSampler(dataset, "bundles", **sampler), loader
 

@@ -355,9 +355,6 @@ DOOR |= {
     **for_each("`EMBEDDINGS`", 'keys_to_embeddings', 'keys_to_tensor_embeddings'),
     **for_each("`Embedding`", 'EmbeddingAbstract'),
     **for_each("`RNNS`", 'keys_to_rnn_class'),
-    **for_each("`CosineRegressionDG` or `SphereClassificationDG`; the other getters are not here yet",
-               'L2RegressionDG', 'CosPlusL2RegressionDG', 'SmoothSphereClassificationDG', 'SingleGaussianDG',
-               'GaussianMixtureDG', 'FisherVonMisesDG', 'FisherVonMisesMixtureDG'),
     **for_each("`dwiml_nb.models.transformers.AbstractTransformerModel`", 'AbstractTransformerModel'),
     **for_each("`POSITION_ENCODINGS`", 'keys_to_positional_encodings'),
     **for_each("`dwiml_nb.core.sphere.sphere_vertices`", 'TorchSphere'),
@@ -507,11 +504,12 @@ OPTIONS['l2t_train_model'] = {
         use_layer_normalization='use_layer_normalization=True',
         dg_key="dg_key='sphere-classification'", dg_dropout='dg_args=dict(dropout=.1)',
         normalize_targets='dg_args=dict(normalize_targets=1.)', add_eos='dg_args=dict(add_eos=True)',
-        normalize_outputs='dg_args=dict(normalize_outputs=1.)', eos_weight='dg_args=dict(eos_weight=2.)'),
-    '--compress': '`Learn2TrackModel(compress_lines=.01)`, in mm',
-    '--dg_key': "`Learn2TrackModel(dg_key='sphere-classification')`; two of dwi_ml's getters so far",
-    **for_each(f'{YET}: the getter that it belongs to', '--add_entropy_to_gauss', '--dg_nb_gaussians',
-               '--dg_nb_clusters'),
+        normalize_outputs='dg_args=dict(normalize_outputs=1.)', eos_weight='dg_args=dict(eos_weight=2.)',
+        add_entropy_to_gauss="dg_key='gaussian', dg_args=dict(entropy_weight=1.)",
+        dg_nb_gaussians="dg_key='gaussian-mixture', dg_args=dict(nb_gaussians=3)",
+        dg_nb_clusters="dg_key='fisher-von-mises-mixture', dg_args=dict(nb_clusters=3)"),
+    '--compress': "`Learn2TrackModel(compress_lines=.01, dg_key='l2-regression')`, in mm; "
+                  'getters that learn the angle alone refuse it',
 }
 
 # %% ../../nbs/00_core/17_dwi_ml.ipynb #a5a9e897

@@ -143,7 +143,7 @@ def naming(
         told = stand_in(file) or misnamed(file)
         if told: raise DataProblem(f"{problem}: it is {told[0]}", expected, None, told[1], subject, group,
                                    file) from e
-        raise DataProblem(problem, expected, f"{type(e).__name__}: {str(e)[:300]}",
+        raise DataProblem(problem, expected, f"{type(e).__name__}: {str(e)[:600]}",
                           do, subject, group, file) from e
 
 # %% ../../nbs/00_core/00_errors.ipynb #b2524c89

@@ -6,6 +6,7 @@
 __all__ = ['LooksAround', 'ModelWithNeighborhood', 'ModelWithOneInput', 'ModelWithPreviousDirections', 'ModelWithDirectionGetter']
 
 # %% ../../nbs/05_models/02_parts.ipynb #e35ac393
+import warnings
 from typing import Literal
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from ..core.ragged import Ragged
 from ..core.lines import previous_directions, unit
 from ..core.volume import neighborhood_vectors
 from ..batch.spec import InputSpec
+from ..directions.base import DIRECTION_GETTERS, DirectionGetter
 from ..directions.registry import direction_getter
-from .base import MainModelAbstract
+from .base import MainModelAbstract, is_reading
 from .embeddings import embedding
 
 # %% ../../nbs/05_models/02_parts.ipynb #f7d06059
@@ -121,6 +123,21 @@ class ModelWithPreviousDirections(MainModelAbstract):
         return self.embed_previous_dirs(previous_directions(lines, self.nb_previous_dirs).data)
 
 # %% ../../nbs/05_models/02_parts.ipynb #42dd7c4d
+def check_compression(
+    getter:DirectionGetter,
+    key:str, # Its name
+    compress_lines:float, # What the model asks for, mm; None: nothing
+):
+    "Refuse compressed lines for a getter that does not support them; only warn where a file asks for it."
+    if not compress_lines or getter.supports_compressed_streamlines: return
+    able = [k for k,cls in DIRECTION_GETTERS.items() if cls.supports_compressed_streamlines]
+    message = (f"the direction getter '{key}' does not support compressed lines, and the model asks for them "
+               f"(compress_lines={compress_lines:g}). Take step_size instead, or one of {', '.join(able)}. A "
+               "getter of your own supports them if its class says supports_compressed_streamlines = True.")
+    if not is_reading.get(): raise ValueError(message)
+    warnings.warn(message)
+
+# %% ../../nbs/05_models/02_parts.ipynb #99a03060
 @with_parts
 class ModelWithDirectionGetter(MainModelAbstract):
     "Has a direction getter as its last part, and can track."
@@ -136,6 +153,7 @@ class ModelWithDirectionGetter(MainModelAbstract):
 
     def instantiate_direction_getter(self, input_size):
         self.direction_getter = direction_getter(self.dg_key, input_size, **self.dg_args)
+        check_compression(self.direction_getter, self.dg_key, self.compress_lines)
 
     @property
     def nb_draws(self) -> int: return 4 if self.direction_getter is None else self.direction_getter.nb_draws

@@ -423,3 +423,16 @@ def test_the_other_name_in_a_file(tmp_path):
     file = tmp_path / "model" / "parameters.json"
     file.write_text(file.read_text().replace("cosine-plus-l2", "cos-plus-l2"))
     assert load_model(tmp_path / "model").direction_getter.key == "cosine-plus-l2-regression"
+
+
+@pytest.mark.parametrize("key", GAUSSIANS)
+def test_a_spread_beyond_the_ends_comes_back(key):
+    getter = getter_of(key, add_eos=True, **({"entropy_weight": 0.1} if key == "gaussian" else {}))
+    for log_sigma in (-1e6, -90.0, 90.0, 1e6):
+        rows = rows_of(getter, len(LINES.data), torch.float32)
+        widths = slice(getter.nb_columns - 3 * getter.nb_components, getter.nb_columns)
+        rows[:, widths] = log_sigma
+        finite_everywhere(getter, rows)
+        rows.requires_grad_()
+        slope = torch.autograd.grad(getter.compute_loss(rows, LINES)[0], rows)[0][:, widths].sum(1)
+        assert (slope * math.copysign(1, log_sigma) >= 0).all() and (slope != 0).any()

@@ -57,6 +57,10 @@ def log_gaussian_on_sphere(
 class Gaussian(Law):
     "Steps around a mean, with independent axes."
     head,nb_widths = 'layers_sigmas',3
+    most = 16                                   # Largest log of a standard deviation, of either sign
+    def read(self, means, widths):
+        ends = widths.clamp(-self.most, self.most)
+        return means, widths + (ends - widths).detach()
     def log_density(self, dirs, means, widths): return log_gaussian(dirs, means, widths)
     def log_on_sphere(self, dirs, means, widths):
         return log_gaussian_on_sphere(dirs, means, widths).to(means.dtype)
@@ -94,7 +98,8 @@ class SingleGaussianDG(GaussiansDG):
     def direction_terms(self, rows, dirs):
         losses = super().direction_terms(rows, dirs)
         if not self.entropy_weight: return losses
-        return losses - self.entropy_weight*(rows[:, 3:6].sum(1) + 1.5*(1 + math.log(2*math.pi)))
+        log_sigmas = self.components(rows)[2]
+        return losses - self.entropy_weight*(log_sigmas.sum((1, 2)) + 1.5*(1 + math.log(2*math.pi)))
 
 # %% ../../nbs/04_directions/05_gaussian.ipynb #f8dd6d21
 @DIRECTION_GETTERS.register()

@@ -160,7 +160,7 @@ def check_getter_tracking(case:GetterCase) -> str:
     return ", ".join(did)
 
 # %% ../../nbs/05_models/13_check_getters.ipynb #e05a518c
-@check_in(GETTER_CHECKS, 'extremes', needs=('rows', 'tracking'))
+@check_in(GETTER_CHECKS, 'extremes', needs=('gradients', 'tracking'))
 def check_getter_extremes(case:GetterCase) -> str:
     "Loss, gradients and directions are numbers for extreme outputs and steps."
     getter,usual,draws = case.copy(), case.rows(), case.draws()

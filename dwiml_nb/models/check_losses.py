@@ -52,22 +52,24 @@ def check_every_weight(case:ModelCase, tries:int=6) -> str:
     if not case.spec.has_loss: raise NotApplicable("no compute_loss")
     model = case.copy().train()
     weights_of(model)
-    unreached,seen = {k for k,p in model.named_parameters() if p.requires_grad}, set()
-    total = len(unreached)
+    named = {k: p for k,p in model.named_parameters() if p.requires_grad}
+    unreached,seen,start = set(named), set(), {k: p.detach().clone() for k,p in named.items()}
     for i in range(tries):
+        with torch.no_grad():
+            for k,p in named.items():
+                size = (0, .3, .3, 1, 1, 3)[i % 6]*float(start[k].abs().mean().clamp(min=.1))
+                p.copy_(start[k] + size*torch.randn_like(p))
         loss = case.call(model, *case.batch(seed=i))[1]
         if not loss.requires_grad: break
-        named = {k: p for k,p in model.named_parameters() if p.requires_grad}
         found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
         grads = {k: g for k,g in zip(named, found) if g is not None}
         seen |= set(grads)
         unreached -= {k for k,g in grads.items() if bool((g != 0).any())}
-        if not unreached: return f"{total} of {total}"
-        with torch.no_grad():
-            for p in model.parameters(): p.add_(.3*torch.randn_like(p)*float(p.abs().mean().clamp(min=.1)))
+        if not unreached: return f"{len(named)} of {len(named)}"
     names = sorted(unreached)
     what = "have a gradient of exactly zero" if unreached <= seen else "are reached by no gradient"
-    raise Broken(f"{len(names)} of {total} weights {what}: {', '.join(names[:5])}{', …'*(len(names) > 5)}.",
+    shown = ', '.join(names[:5]) + ', …'*(len(names) > 5)
+    raise Broken(f"{len(names)} of {len(named)} weights {what}: {shown}.",
                  "use them in forward, or remove them; where they are meant to stay, say "
                  "requires_grad_(False). Look for detach() and no_grad() before them.")
 

@@ -54,6 +54,7 @@ class ModelCase:
         self.dtype = dtypes[0] if dtypes else torch.float32
         digits = max(torch.finfo(o).eps for o in [*dtypes, torch.float32])
         self.limit = 1000*digits # A smaller difference has no meaning
+        self.known = None # Parts of outputs that can be read; see `known_parts`
 
     def copy(self) -> nn.Module:
         "The model again, in evaluation mode."
@@ -116,13 +117,24 @@ def lines_of(
     return [unpadded(o, n) for o,n in zip(part, lengths)]
 
 @patch
+@torch.no_grad()
+def known_parts(self:ModelCase) -> list: # of their numbers
+    "The parts of outputs that can be read line by line, in a batch of five lines."
+    if self.known is None:
+        seen = [self.spec.seen(o) for o in [*self.batch()[0], self.batch()[1]]]
+        parts = in_parts(self.outputs(self.copy(), tuple(seen[:-1]), seen[-1]), len(seen[-1]))
+        lengths = seen[-1].lengths.tolist()
+        self.known = [i for i,o in enumerate(parts) if lines_of(o, lengths) is not None]
+    return self.known
+
+@patch
 def rows(self:ModelCase,
     outputs, # What `forward` returned
     lines:Ragged, # The points that it saw
 ) -> list: # of parts, each a list of tensors
     "The outputs, part by part and line by line."
-    lengths = lines.lengths.tolist()
-    parts = [lines_of(o, lengths) for o in in_parts(outputs, len(lengths))]
+    lengths,parts = lines.lengths.tolist(), in_parts(outputs, len(lines))
+    parts = [lines_of(o, lengths) for i,o in enumerate(parts) if i in self.known_parts()]
     return [o for o in parts if o is not None]
 
 # %% ../../nbs/05_models/10_check_outputs.ipynb #798982a4

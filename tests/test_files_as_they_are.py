@@ -39,7 +39,7 @@ from dwiml_nb.study.create import create_study
 from dwiml_nb.study.grow import add_subjects
 from dwiml_nb.study.lists import read_subject_list
 from dwiml_nb.study.schema import open_study
-from dwiml_nb.study.volumes_in import load_labels
+from dwiml_nb.study.volumes_in import load_labels, load_volume
 from dwiml_nb.training.checkpoints import read_checkpoint
 from dwiml_nb.widgets.viz import viz
 
@@ -514,6 +514,21 @@ def test_affines_that_differ_by_rounding(folder):
     away = far.copy(); away[0, 3] += .01
     image(folder.sub / "mask.nii.gz", np.ones(SHAPE, np.uint8), away)
     with pytest.raises(DataProblem, match="different grids"): folder.create(config=folder.config(std_mask="mask.nii.gz", standardization="all"))
+
+
+@pytest.mark.parametrize("kind", ["<i2", ">i2", "<f4", ">f8"])
+@pytest.mark.parametrize("slope, shift", [(0, 0), (-0., 5), (np.nan, np.nan), (np.inf, 0), (.1, 3.3), (-2, 0)])
+def test_scaling_as_the_header_has_it(tmp_path, kind, slope, shift):
+    "A slope of 0, or none, means the values as they are: many programs write that."
+    header = nib.Nifti1Header(endianness=kind[0])
+    header.set_data_dtype(np.dtype(kind)); header.set_data_shape((3, 4, 5, 2)); header.set_sform(AFFINE, 1)
+    header["scl_slope"], header["scl_inter"], header["vox_offset"], header["magic"] = slope, shift, 352, b"n+1"
+    values = np.arange(120).reshape(3, 4, 5, 2).astype(kind)
+    raw = header.binaryblock + bytes(4) + values.tobytes("F")
+    (tmp_path / "a.nii").write_bytes(raw); (tmp_path / "a.nii.gz").write_bytes(gzip.compress(raw))
+    expected = np.asanyarray(nib.load(tmp_path / "a.nii").dataobj, np.float32)
+    for name in ("a.nii", "a.nii.gz"): assert np.array_equal(load_volume(tmp_path / name), expected)
+    if not slope: assert np.array_equal(expected, values)
 
 
 # ---- labels

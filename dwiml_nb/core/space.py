@@ -218,7 +218,9 @@ class NiftiHeader:
             second = 540 in (int.from_bytes(length, order) for order in ('little', 'big'))
             h = self.header = (nib.Nifti2Header if second else nib.Nifti1Header).from_fileobj(f)
         self.shape,self.dtype,self.affine = h.get_data_shape(), h.get_data_dtype(), h.get_best_affine()
-        self.offset,self.scale = int(h.get_data_offset()), h.get_slope_inter()
+        slope,shift = h.get_slope_inter()                         # None: a header that says 0 or NaN
+        self.scale = (1., 0.) if slope is None else (slope, shift)
+        self.offset = int(h.get_data_offset())
         if self.offset < h['sizeof_hdr']:
             raise ValueError(f"the values begin at byte {self.offset}, within the header")
         check_voxels(self.shape, self.dtype, path)

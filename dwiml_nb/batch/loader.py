@@ -26,7 +26,7 @@ from .spec import spec_of
 from .inputs import InputsAt, groups_of_inputs, known_group, model_scale
 from .order import keyed_rng
 from .sampler import BatchIds, batch_words
-from .augment import Augmentation, Draws, augment, displaced, draw, real_ends
+from .augment import Augmentation, Draws, augment, displaced, draw, points_left
 
 # %% ../../nbs/03_batch/07_loader.ipynb #da02c903
 class Place(NamedTuple):
@@ -84,6 +84,7 @@ class Batch:
     inputs:tuple=None # (P', K*F) of each input, at the points a model sees; None: not sampled yet
     ends:Tensor=None # (S, 2) bool: is a line's first, last point an end of a streamline (not a cut)?
     seen:Ragged=None # (P', 3) what `forward` gets; None: not finished yet
+    left:Tensor=None # (S, 2) int64: points of the streamline before a line's first, after its last point
     form:object=None # Function that gives the lines their form when the batch is unpacked; None: as they are
 
     def __iter__(self):
@@ -122,7 +123,7 @@ def apply(self:Batch,
     once = lambda r: None if r is None else lines if r is self.lines else f(r)
     inputs = None if self.inputs is None else tuple(map(f, self.inputs))
     return replace(self, lines=lines, targets=once(self.targets),
-                   inputs=inputs, ends=once(self.ends), seen=once(self.seen))
+                   inputs=inputs, ends=once(self.ends), left=once(self.left), seen=once(self.seen))
 
 @patch
 def to(self:Batch, device, **kwargs) -> Batch: return self.apply(lambda r: r.to(device, **kwargs))
@@ -133,7 +134,8 @@ def pin_memory(self:Batch) -> Batch: return self.apply(lambda r: r.pin_memory())
 def tensors(self:Batch) -> list:
     "Every tensor of the batch."
     rageds = [r for r in (self.lines, self.targets, self.seen, *(self.inputs or ())) if r is not None]
-    return [t for r in rageds for t in (r.data, r.offsets)] + ([] if self.ends is None else [self.ends])
+    more = [t for t in (self.ends, self.left) if t is not None]
+    return [t for r in rageds for t in (r.data, r.offsets)] + more
 
 # %% ../../nbs/03_batch/07_loader.ipynb #4bf8886b
 class DWIMLBatchLoader(NamesOfDwiml):
@@ -152,6 +154,8 @@ class DWIMLBatchLoader(NamesOfDwiml):
         off_track_corr_mm:float=8., # How slow, mm
         lead_mm:float=None, # How far ahead the target aims; None: 5 mm
         seed:int=1234,
+        ends_ratio:float=0., # Share of segments that reach an end of their line, each of any length
+        beyond_mm:float=0., # Lines go straight on beyond their real ends; there, they count as ended
     ):
         check_numbers(('noise_mm_forward', noise_mm_forward), ('noise_mm_loss', noise_mm_loss),
                       least=0, unit='in mm')
@@ -161,21 +165,26 @@ class DWIMLBatchLoader(NamesOfDwiml):
         self.noise_mm_forward,self.noise_mm_loss,self.spaces,self.at_hand = (
             noise_mm_forward, noise_mm_loss, {}, None)
         self.augmentation = Augmentation(reverse_ratio, segment_mm, widen_mm, off_track_mm, off_track_corr_mm,
-                                         lead_mm=lead_mm, split_ratio=split_ratio)
-        if (off_track_mm or segment_mm) and not self.spec.step_size:
+                                         lead_mm=lead_mm, split_ratio=split_ratio, ends_ratio=ends_ratio,
+                                         beyond_mm=beyond_mm)
+        if beyond_mm and not (self.spec.uses_last_point and 'left' in self.spec.loss_takes):
+            raise ValueError("beyond_mm is for models that learn where lines end (add_eos=True). "
+                             "Its compute_loss takes left=.")
+        if (off_track_mm or segment_mm or beyond_mm) and not self.spec.step_size:
             instead = ' instead of compress_lines' if self.spec.compress_lines else ''
-            raise ValueError("off_track_mm and segment_mm need equidistant points: "
+            raise ValueError("off_track_mm, segment_mm and beyond_mm need equidistant points: "
                              f"give the model a step_size (mm){instead}.")
 
     @property
     def params(self) -> dict:
         "The arguments that make the same loader again, as JSON can keep them."
         a = self.augmentation
+        more = {k: v for k,v in dict(ends_ratio=a.ends_ratio, beyond_mm=a.beyond_mm).items() if v}
         return dict(streamline_group_name=self.streamline_group_name,
                     split_ratio=a.split_ratio, reverse_ratio=a.reverse_ratio, segment_mm=a.segment_mm,
                     noise_mm_forward=self.noise_mm_forward, noise_mm_loss=self.noise_mm_loss,
                     widen_mm=a.widen_mm, off_track_mm=a.off_track_mm, off_track_corr_mm=a.off_track_corr_mm,
-                    lead_mm=a.lead_mm, seed=self.seed)
+                    lead_mm=a.lead_mm, seed=self.seed, **more)
     def __getstate__(self): return {**vars(self), 'at_hand': None}  # a worker has other batches
     def __repr__(self):
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k,v in self.params.items())})"
@@ -261,6 +270,7 @@ def made_by(self:DWIMLBatchLoader,
                 streamline_space=spec.streamline_space)
     if subset == 'training':
         said |= dict(noise_mm_forward=self.noise_mm_forward, noise_mm_loss=self.noise_mm_loss)
+        if a.beyond_mm: said['beyond_mm'] = a.beyond_mm
     return (said if draws.sigma_mm is None
             else said | dict(off_track_corr_mm=a.off_track_corr_mm, lead_mm=a.lead_mm))
 
@@ -279,13 +289,17 @@ def load_batch_streamlines(self:DWIMLBatchLoader,
     if draws is None: draws = self.draw_batch(lines.lengths, ids_per_subj)
     history = dict(ids=batch_ids, draws=draws, made_by=self.made_by(batch_ids, ids_per_subj.subset, draws),
                    to_rasmm={s: self.space_of(subset, s)[1] for s in ids_per_subj})
-    ends = real_ends(lines.lengths, draws)
+    left,beyond = points_left(lines.lengths, draws), None
+    ends = left == 0
+    if self.augmentation.beyond_mm and ids_per_subj.subset == 'training':
+        beyond = ends[:, 1]*max(1, round(self.augmentation.beyond_mm/spec.step_size))
+        left[:, 1] -= beyond
     if draws.split is not None: ids_per_subj = slices_after_split(ids_per_subj, draws.split)
     walked,targets = augment(lines, draws, self.augmentation, spec.step_size,
-                             self.as_model_wants if cut_first else None)
+                             self.as_model_wants if cut_first else None, beyond)
     same,walked = targets is walked, self.to_model_space(walked, ids_per_subj)
     return Batch(walked, ids_per_subj, walked if same else self.to_model_space(targets, ids_per_subj),
-                 history, ends=ends)
+                 history, ends=ends, left=left)
 
 # %% ../../nbs/03_batch/07_loader.ipynb #5a1f13d4
 @patch

@@ -160,7 +160,7 @@ def checked_loss(
     return loss.reshape(()), checked_rows(n), *(v for v in values if v)
 
 # %% ../../nbs/03_batch/00_spec.ipynb #97d3217a
-LOSS_OPTIONS = ('average_results', 'ends')
+LOSS_OPTIONS = ('average_results', 'ends', 'left')
 
 @patch
 def loss(self:ModelSpec,
@@ -168,9 +168,10 @@ def loss(self:ModelSpec,
     outputs, # What its `forward` returned
     targets, # Whole lines, in the model's form
     ends:Tensor=None, # (S, 2) bool: is the first, the last point of each line a real end?
+    left:Tensor=None, # (S, 2) int64: points of the streamline before the first, after the last point
 ) -> tuple: # (scalar tensor, n), and {name: value} where the model gave values
     "The loss of a model's outputs, checked."
-    options = {'average_results': True, 'ends': ends}
+    options = {'average_results': True, 'ends': ends, 'left': left}
     result = model.compute_loss(outputs, targets, **{k: options[k] for k in self.loss_takes})
     return checked_loss(result, outputs)
 

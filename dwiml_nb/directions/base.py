@@ -40,14 +40,17 @@ class DirectionGetter(nn.Module):
         axis_head:bool=False, # Six more outputs: the axis of the bundle, for first steps
         axis_weight:float=1., # Weight of the axis's loss; the direction's is 1
         second_step_weight:float=0., # With an axis head: additional weight of the step after the first
+        eos_pos_weight:float=1., # Weight of a row where a line ends in the end's loss; the others have 1
     ):
         super().__init__()
         check_number('dropout', dropout or 0., least=0, most=1)
         check_numbers(('eos_weight', eos_weight), ('axis_weight', axis_weight),
                       ('second_step_weight', second_step_weight), least=0)
+        check_number('eos_pos_weight', eos_pos_weight, above=0)
         self.input_size,self.nb_columns = int(input_size), int(nb_columns or self.nb_columns)
         self.add_eos,self.eos_weight,self.axis_head = bool(add_eos), float(eos_weight), bool(axis_head)
-        self.end = (self.end_part if add_eos else NoEnd)(self.nb_columns, eos_weight)
+        more = {} if eos_pos_weight == 1 else dict(pos_weight=eos_pos_weight)
+        self.end = (self.end_part if add_eos else NoEnd)(self.nb_columns, eos_weight, **more)
         after = self.nb_columns + self.end.nb_columns
         self.start = (self.start_part if axis_head else NoStart)(after, axis_weight, second_step_weight)
         self.make_layers()
@@ -132,13 +135,14 @@ def terms(self:DirectionGetter,
 @patch
 def mean_loss(self:DirectionGetter, rows:Tensor, lines:Ragged, ends:Tensor=None) -> tuple: # (scalar, n)
     "The loss that training minimises, and the number of rows in the mean."
-    return self.end.mean(*self.terms(rows, lines), rows, lines, ends)
+    terms,where = self.terms(rows, lines)
+    return self.end.mean(self.end.before_ends(terms, where, lines, ends), where, rows, lines, ends)
 
 @patch
 def row_losses(self:DirectionGetter, rows:Tensor, lines:Ragged, ends:Tensor=None) -> Tensor: # (M,)
     "The loss of each row."
     terms,where = self.terms(rows, lines)
-    return self.end.per_row(sum_of(terms), where, rows, lines, ends)
+    return self.end.per_row(sum_of(self.end.before_ends(terms, where, lines, ends)), where, rows, lines, ends)
 
 # %% ../../nbs/04_directions/01_base.ipynb #80b00492
 def rows_and_form(
@@ -172,11 +176,12 @@ def compute_loss(self:DirectionGetter,
     average_results:bool=True, # False: one loss per row, line by line
     return_eos_probs:bool=False, # Also return P(end), averaged or not like the loss
     ends:Tensor=None, # (S, 2) bool, first and last points that are real ends of lines; None: all
+    left:Tensor=None, # (S, 2) int, points of the streamline beyond them, see `end_rows`; instead of `ends`
 ) -> tuple: # (loss, n[, eos_probs]); n = 1 when not averaged
     "How far the outputs are from the lines they should follow."
     lines = as_ragged(target_streamlines)
     rows,back = rows_and_form(outputs, target_streamlines)
-    rows = self.fitting_rows(rows, lines)
+    rows,ends = self.fitting_rows(rows, lines), ends if left is None else left
     probs = [self.end.probs(rows)] if return_eos_probs else []
     if average_results: return *self.mean_loss(rows, lines, ends), *(o.mean() for o in probs)
     lengths = self.rows_with_direction(lines)[2]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 from ..core.lines import unit
-from ..core.ragged import Ragged
+from ..core.ragged import Ragged, rows_of
 
 # %% ../../nbs/04_directions/00_ends_starts.ipynb #62f4d406
 def mean_of(
@@ -37,7 +37,8 @@ class NoEnd:
     def __init__(self,
         column:int, # The first column after those of the direction
         weight:float=1., # Weight of the end's loss; the direction's is 1
-    ): self.column,self.weight = int(column), float(weight)
+        pos_weight:float=1., # Weight of a row where a line ends; the other rows have 1
+    ): self.column,self.weight,self.pos_weight = int(column), float(weight), float(pos_weight)
 
     def seen(self, rows): return rows[:, :self.column]      # what the loss of the direction sees
     def probs(self, rows):
@@ -47,11 +48,12 @@ class NoEnd:
         where:Tensor, # (D,) these rows among all M; None: all rows
         rows:Tensor, # (M, C)
         lines:Ragged, # The whole lines
-        ends:Tensor=None, # (S, 2) bool, the first and last points that are real ends; all when not given
+        ends:Tensor=None, # (S, 2) which first and last points are real ends, as for `end_rows`
     ) -> tuple: # (scalar, number of rows in the mean)
         "The loss that training minimises."
         return sum(mean_of(losses, counts) for losses,counts in terms), len(terms[0][0])
     def per_row(self, losses, where, rows, lines, ends=None): return losses
+    def before_ends(self, terms, where, lines, ends=None): return terms
 
 # %% ../../nbs/04_directions/00_ends_starts.ipynb #e2288b5b
 def check_threshold(
@@ -63,12 +65,14 @@ def check_threshold(
 
 def end_rows(
     lines:Ragged, # S lines, M points
-    ends:Tensor=None, # (S, 2) bool, the first and last points that are real ends; all when not given
-) -> tuple: # (rows of real ends, rows of last points where a line goes on)
-    "The rows of last points."
-    last,some = lines.offsets[1:] - 1, lines.lengths > 0
-    if ends is None: return last[some], last[:0]
-    return last[some & ends[:, 1]], last[some & ~ends[:, 1]]
+    ends:Tensor=None, # (S, 2) bool: real ends? Or int: points of the streamline beyond. None: all are real
+) -> tuple: # (rows where streamlines have ended, rows of last points where a line goes on)
+    "The last points of streamlines, with what lies beyond them, and those of cuts."
+    stop,lengths = lines.offsets[1:], lines.lengths
+    if ends is None: n = torch.ones_like(lengths)
+    else: n = ends[:, 1].long() if ends.dtype == torch.bool else (1 - ends[:, 1]).clamp(min=0)
+    n = n.minimum(lengths)
+    return rows_of(stop - n, n), stop[(n == 0) & (lengths > 0)] - 1
 
 class EndLogit(NoEnd):
     "One logit: the line ends here."
@@ -77,20 +81,27 @@ class EndLogit(NoEnd):
     def losses(self, rows, lines, ends=None): # (M,)
         label = torch.zeros(len(rows), dtype=rows.dtype, device=rows.device)
         label[end_rows(lines, ends)[0]] = 1
-        return F.binary_cross_entropy_with_logits(rows[:, self.column], label, reduction='none')
+        rare = None if self.pos_weight == 1 else rows.new_tensor(self.pos_weight)
+        return F.binary_cross_entropy_with_logits(rows[:, self.column], label, reduction='none',
+                                                  pos_weight=rare)
     def mean(self, terms, where, rows, lines, ends=None):
         loss,n = super().mean(terms, where, rows, lines, ends)
         return loss + self.weight*self.losses(rows, lines, ends).mean(), n
     def per_row(self, losses, where, rows, lines, ends=None):
         return (self.weight*self.losses(rows, lines, ends)).index_add(0, where, losses)
+    def before_ends(self, terms, where, lines, ends=None): # beyond its end, a line has no direction
+        if ends is None or ends.dtype == torch.bool: return terms
+        goes_on = torch.ones(len(lines.data), dtype=torch.bool, device=where.device)
+        goes_on[end_rows(lines, ends)[0]] = False
+        return [(losses, counts & goes_on[where]) for losses,counts in terms]
     def stops(self, rows, threshold=None): # (M,) bool
         return self.probs(rows) > (.5 if threshold in (None, 'max') else threshold)
 
 # %% ../../nbs/04_directions/00_ends_starts.ipynb #d7d5dee0
 class EndClass(EndLogit):
     "The end is one more class, after those of the direction."
-    def __init__(self, column, weight=1.):
-        super().__init__(column, weight)
+    def __init__(self, column, weight=1., pos_weight=1.):
+        super().__init__(column, weight, pos_weight)
         if self.weight == 1: return
         raise ValueError(f"the end is one of the classes here and cannot be weighted: "
                          f"eos_weight must be 1, found {weight}")
@@ -99,11 +110,13 @@ class EndClass(EndLogit):
     def probs(self, rows): return self.seen(rows).softmax(1)[:, self.column]
     def losses(self, rows, lines, ends=None): # (M,) 0 except at the end of each line
         at = end_rows(lines, ends)[0]
-        return rows.new_zeros(len(rows)).index_add(0, at, -self.seen(rows)[at].log_softmax(1)[:, self.column])
+        of_ends = -self.pos_weight*self.seen(rows)[at].log_softmax(1)[:, self.column]
+        return rows.new_zeros(len(rows)).index_add(0, at, of_ends)
     def mean(self, terms, where, rows, lines, ends=None):
         losses = self.per_row(sum_of(terms[:1]), where, rows, lines, ends)
         counts = torch.ones(len(rows), dtype=torch.bool, device=rows.device).index_copy(0, where, terms[0][1])
-        counts[end_rows(lines, ends)[1]] = False
+        ended,cut = end_rows(lines, ends)
+        counts[ended],counts[cut] = True, False
         return sum((mean_of(*term) for term in terms[1:]), mean_of(losses, counts)), len(rows)
     def stops(self, rows, threshold=None): # (M,) bool
         if threshold == 'max': return self.seen(rows).argmax(1) == self.column

@@ -169,10 +169,10 @@ class ModelWithDirectionGetter(MainModelAbstract):
         return getter is not None and getter.has_step_length and not getter.axis_head
 
     def compute_loss(self, outputs, target_streamlines, average_results=True, return_eos_probs=False,
-                     ends=None):
-        "The direction getter's loss on whole lines; it learns to end where `ends` has real ends."
+                     ends=None, left=None):
+        "The direction getter's loss on whole lines; it learns to end where `ends` or `left` has real ends."
         getter = self.direction_getter
-        return getter.compute_loss(outputs, target_streamlines, average_results, return_eos_probs, ends)
+        return getter.compute_loss(outputs, target_streamlines, average_results, return_eos_probs, ends, left)
 
     def get_tracking_directions(self, outputs, algo='det', eos_threshold=None, previous_dirs=None,
                                 draws=None):

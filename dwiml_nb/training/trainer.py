@@ -231,7 +231,7 @@ def run_one_batch(self:DWIMLTrainer,
     batch = self.batch_loader.finish(batch.to(self.device))
     inputs = batch.inputs if self.always_inputs or self.spec.takes_inputs else ()
     outputs = self.model(*map(self.spec.form, (*inputs, batch.seen)))
-    return self.spec.loss(self.model, outputs, self.spec.form(batch.targets), batch.ends)
+    return self.spec.loss(self.model, outputs, self.spec.form(batch.targets), batch.ends, batch.left)
 
 @patch
 def back_propagation(self:DWIMLTrainer,

@@ -12,10 +12,8 @@ from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.study.check import check_study
 from dwiml_nb.study.create import create_study
 from dwiml_nb.study.grow import add_subjects, repack_study
-from dwiml_nb.study.headers import INDEX, INDEX_TABLES
+from dwiml_nb.study.schema import INDEX, TABLE
 from dwiml_nb.study.toy import toy_study
-
-NUMBERS, AFFINES = INDEX_TABLES
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +43,14 @@ def number(row, column, value):
     def change(table):
         table[row, column] = value
         return table
-    return lambda study: put(study, NUMBERS, change)
+    return lambda study: put(study, TABLE, change)
 
 
 def line_counts(dataset): return {s.subj_id: s.streamlines["bundles"].nb_streamlines for subset in dataset.subsets.values() for s in subset.data}
 
 
-@pytest.mark.parametrize("key, value", [(NUMBERS, None), (AFFINES, None), (NUMBERS, h5py.Empty("i8")), (INDEX, h5py.Empty("S1")), (INDEX, 3), (INDEX, "["), (NUMBERS, 4.5),
-                                        (NUMBERS, lambda t: t.astype(float)), (NUMBERS, lambda t: t[:-1]), (NUMBERS, lambda t: t - 1), (AFFINES, lambda t: t*np.nan)])
+@pytest.mark.parametrize("key, value", [(TABLE, None), (TABLE, h5py.Empty("f8")), (INDEX, h5py.Empty("S1")), (INDEX, 3), (INDEX, "["), (TABLE, 4.5),
+                                        (TABLE, lambda t: t.astype(int)), (TABLE, lambda t: t[:, :-1]), (TABLE, lambda t: t - 1), (TABLE, lambda t: t*np.nan)])
 def test_a_damaged_index_is_passed_over_and_written_again_when_the_study_grows(toy, study, key, value):
     put(study, key, value)
     dataset, said = lazy(study)
@@ -85,9 +83,9 @@ def test_values_that_lie_otherwise_are_the_same_values(study):
         values = group["data"][()]
         del group["data"]
         group.create_dataset("data", data=values, compression="gzip")
-        affines = f.attrs[AFFINES]
-        affines[5, 0, 1] = -0.
-        f.attrs[AFFINES] = affines
+        table = f.attrs[TABLE]
+        table[5, 9] = -0.
+        f.attrs[TABLE] = table
     assert np.array_equal(lazy(study)[0].validation.get_volume("sub-02", "input").numpy(), values)
 
 
@@ -102,7 +100,7 @@ def test_numbers_that_an_index_cannot_hold_are_left_out_of_it(study):
     for dimensions in (np.array([16, 16, -5]), np.array([16, 16, 2**64 - 1], np.uint64)):
         with h5py.File(study, "r+") as f: f["sub-02/bundles"].attrs["dimensions"] = dimensions
         repack_study(study)
-        with h5py.File(study) as f: assert len(f.attrs[NUMBERS]) == 11
+        with h5py.File(study) as f: assert len(f.attrs[TABLE]) == 11
         assert not lazy(study)[1]
 
 

@@ -7,7 +7,9 @@ __all__ = ['groups_of', 'read_subject', 'look_at_groups', 'check_agreement', 'ch
 
 # %% ../../nbs/02_data/04_dataset.ipynb #2a74f40e
 import warnings
+from functools import cached_property
 from pathlib import Path
+import numpy as np
 from fastcore.basics import patch
 from ..core.dwi_ml import ByName, NamesOfDwiml
 from ..core.errors import DataProblem, did_you_mean, html_text, naming, printable
@@ -19,9 +21,9 @@ from ..study.config import raise_problems
 from ..study.describe import html_table, columns
 from ..study.headers import look_at, looks_of
 from ..study.lists import SUBSETS
-from ..study.schema import (StudyFile, allowing_links, attr_value, attr_words, group_kind, hard_link,
-                                   members, reached, study_config)
-from ..study.sources import check_alike, is_oblique
+from ..study.schema import (NOT_DEFINED, StudyFile, allowing_links, group_kind, hard_link, members,
+                                   quick_attr, reached, study_config)
+from ..study.sources import check_alike, turned_axes
 
 # %% ../../nbs/02_data/04_dataset.ipynb #2f789d21
 def groups_of(
@@ -87,7 +89,9 @@ def check_agreement(
     return bad + check_alike("voxel orders differ between subjects", orders,
                              "reorient the subjects alike and create the study again.")
 
-def check_told(subjects):
+def check_told(
+    subjects, # `SubjectData`s
+):
     "Raise if the study's index told something else of a group than the group itself."
     for group in (g for s in subjects for g in s.groups.values() if g.told): group.open_group()
 
@@ -106,17 +110,26 @@ class MultiSubjectDataset(NamesOfDwiml):
         self.file = StudyFile(hdf5_file, read_mode, allow_links)
         told = dict(do="see what dwiml_hdf5_check says of the file.", file=self.file.path)
         with allowing_links(allow_links), naming("the study is damaged", **told):
-            self.read_root(self.file.handle.attrs)
+            self.read_root(self.file.handle)
 
-    def read_root(self, attrs):
+    def read_root(self, root):
         "Read the root and the groups of the first subject."
-        self.subjects = {s: attr_words(attrs[f'{s}_subjs']) for s in SUBSETS}
-        self.step_size,self.nb_points,self.compress = (
-            attr_value(attrs, k) for k in ('step_size', 'nb_points', 'compress'))
-        self.config,self.first_subject = (             # all other subjects must have the groups of the first
-            study_config(attrs), next((ids[0] for ids in self.subjects.values() if ids), None))
-        self.all_groups = groups_of(self.file.open(self.first_subject)) if self.first_subject else ([], [])
+        self.subjects = self.file.subjects
+        said = [quick_attr(root, k) for k in ('step_size', 'nb_points', 'compress')]
+        self.step_size,self.nb_points,self.compress = (None if v == NOT_DEFINED else v for v in said)
+        # all other subjects must have the groups of the first
+        self.first_subject = next((ids[0] for ids in self.subjects.values() if ids), None)
+        first = self.file.open(self.first_subject) if self.first_subject else {}
+        self.all_groups = groups_of(first) if first else ([], [])
+        self.first_looks = {}
+        for g in self.all_groups[0]:
+            with told_of(self.file, f'{self.first_subject}/{g}'):
+                self.first_looks[g] = look_at(self.file, reached(first, g), 'volume')._replace(parts=None)
         self.choose_groups(*self.all_groups)
+    @cached_property
+    def config(self) -> dict: # None where it cannot be read
+        "The config that the study was made from."
+        return study_config(self.file.handle.attrs)
 
     @property
     def hdf5_file(self): return self.file.path
@@ -127,9 +140,7 @@ class MultiSubjectDataset(NamesOfDwiml):
         self.nb_features = ByName(nb_features or self.features_of(volume_groups))
     def features_of(self, volume_groups) -> dict: # group -> int
         "Number of features of volume groups, from the first subject."
-        if not volume_groups: return {}
-        first = SubjectData(self.file, self.first_subject, volume_groups, [])
-        return {g: v.nb_features for g,v in first.volumes.items()}
+        return {g: self.first_looks[g].header.n for g in volume_groups}
 
     @property
     def path(self) -> Path: return self.file.path
@@ -188,7 +199,8 @@ def load_data(self:MultiSubjectDataset,
     wanted = {name: [s for s in self.subjects[name] if load and (only is None or s in only)]
               for name,load in zip(SUBSETS, (load_training, load_validation, load_testing))}
     ids = [s for subset in wanted.values() for s in subset]
-    made,bad,told = {}, [], looks_of(self.file) if self.lazy and len(ids) > 1 else {}
+    made,bad,told = {}, [], {}
+    if self.lazy and len(ids) > 1: told = looks_of(self.file, {self.first_subject: self.first_looks})
     for s in ids:
         try:
             with (allowing_links(self.file.allow_links),
@@ -213,14 +225,10 @@ def load_data(self:MultiSubjectDataset,
 @patch
 def tell_frame(self:MultiSubjectDataset):
     "Warn once that image axes are assumed, if that matters."
-    oblique = {}                                                               # many subjects, few affines
-    def turned(volume):
-        key = volume.header.affine
-        if key not in oblique: oblique[key] = is_oblique(volume.grid)
-        return oblique[key]
-    unsaid = {s.subj_id: g for subset in self.subsets.values() for s in subset.data
-              for g,v in s.volumes.items() if v.frame is None and v.nb_features > 1 and turned(v)}
-    if unsaid:
+    silent = [(s.subj_id, g, v.header.affine) for subset in self.subsets.values() for s in subset.data
+              for g,v in s.volumes.items() if v.frame is None and v.nb_features > 1]
+    turned = turned_axes(np.frombuffer(b''.join(a for *_,a in silent)).reshape(-1, 4, 4))
+    if unsaid := {s: g for (s,g,_),is_turned in zip(silent, turned) if is_turned}:
         warnings.warn(f"{self.path.name}: the grid of {', '.join(unsaid)} is oblique and group "
                       f"'{next(iter(unsaid.values()))}' does not say which axes its directions use. "
                       "Image axes are assumed; a world-frame volume (MRtrix) must be rotated first.",

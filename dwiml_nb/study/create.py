@@ -38,10 +38,10 @@ from .parts import StudyOptions, make_parts, parts_folder, place_parts, steady_h
 from .config import VolumeSpec, raise_problems
 from .describe import columns, html_table
 from .files import open_hdf5
-from .headers import INDEX_KEYS, headers_in, write_index
+from .headers import headers_in, write_index
 from .lists import SUBSETS
-from .schema import (FORMAT_VERSION, NOT_DEFINED, check_claim, group_grid, group_kind,
-                                   open_study, opened)
+from .schema import (FORMAT_VERSION, INDEX_KEYS, NOT_DEFINED, check_claim, group_grid,
+                                   group_kind, open_study, opened)
 from .sources import Sources, check_sources
 
 # %% ../../nbs/01_study/11_create.ipynb #fa872d2e

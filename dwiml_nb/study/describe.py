@@ -12,8 +12,8 @@ from pathlib import Path
 import h5py
 from ..core.errors import html_text, naming, printable
 from .lists import SUBSETS
-from .schema import (allowing_links, attr_value, attr_words, group_grid, group_kind, open_study,
-                                   study_config, subject_in)
+from .schema import (INDEX, allowing_links, attr_value, attr_words, group_grid, group_kind,
+                                   open_study, study_config, subject_in)
 
 # %% ../../nbs/01_study/06_describe.ipynb #9d79b684
 @dataclass
@@ -26,6 +26,7 @@ class StudyDescription:
     rows:list # dicts: subject, subset, group, kind, shape, dtype, grid, bytes, notes, file
     bytes:int # Size of the file, and of those it links to
     config:dict = None # The config it was made from, where it can be read
+    indexed:bool = False # Is there an index of all headers?
 
     def table(self) -> list: # of tuples of str, the first one the header
         "The rows as words."
@@ -43,7 +44,7 @@ class StudyDescription:
                 or 'points as in the files')
         counts = ', '.join(f"{len(v)} {k}" for k,v in self.subsets.items())
         return (f"{self.path.name}: {self.bytes/1e6:.1f} MB, {counts} subjects, {said}, made "
-                f"{self.made or 'at an unknown time'}")
+                f"{self.made or 'at an unknown time'}{', with an index of headers'*self.indexed}")
 
 # %% ../../nbs/01_study/06_describe.ipynb #216a8242
 def group_notes(
@@ -95,7 +96,7 @@ def describe_study(
                                 {k: attr_value(f.attrs, k) for k in ('step_size', 'nb_points', 'compress')},
                                 subsets, rows, sum(Path(p).stat().st_size
                                                    for p in {f.filename, *(r['file'] for r in rows)}),
-                                study_config(f.attrs))
+                                study_config(f.attrs), INDEX in f.attrs)
 
 # %% ../../nbs/01_study/06_describe.ipynb #b0bab6b7
 def columns(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOST_VOXELS', 'find_files', 'image_header', 'tractogram_header', 'SubjectSources', 'placed', 'attempt',
-           'find_sources', 'check_on_grid', 'is_oblique', 'check_frame', 'check_volume', 'check_tractograms',
-           'check_connectivity', 'check_subject', 'check_alike', 'check_between', 'Sources', 'subject_folder',
-           'check_sources']
+           'find_sources', 'check_on_grid', 'is_oblique', 'turned_axes', 'check_frame', 'check_volume',
+           'check_tractograms', 'check_connectivity', 'check_subject', 'check_alike', 'check_between', 'Sources',
+           'subject_folder', 'check_sources']
 
 # %% ../../nbs/01_study/07_sources.ipynb #7d6e9ccd
 import glob
@@ -206,8 +206,16 @@ def is_oblique(
     degrees:float=.1, # Smaller angles do not count
 ) -> bool:
     "Whether the voxel axes are turned against the world's axes."
-    largest = np.abs(grid.affine[:3, :3]/grid.voxel_sizes).max(0)
-    return bool((largest < np.cos(np.deg2rad(degrees))).any())
+    return bool(turned_axes(grid.affine[None], degrees)[0])
+
+def turned_axes(
+    affines, # (n, 4, 4)
+    degrees:float=.1, # Smaller angles do not count
+) -> np.ndarray: # (n,) bool
+    "Which affines turn the voxel axes against the world's axes."
+    axes = affines[:, :3, :3]
+    largest = np.abs(axes/np.sqrt((axes**2).sum(1, keepdims=True))).max(1)
+    return (largest < np.cos(np.deg2rad(degrees))).any(1)
 
 def check_frame(
     src:SubjectSources,

@@ -7,18 +7,27 @@ import pytest
 import torch
 
 from dwiml_nb.batch.inputs import InputsAt
+from dwiml_nb.batch.loader import DWIMLBatchLoaderOneInput
+from dwiml_nb.batch.sampler import DWIMLBatchIDSampler
 from dwiml_nb.batch.spec import spec_of
+from dwiml_nb.cli.common import run_command
+from dwiml_nb.cli.tracking import dwiml_track_from_model
 from dwiml_nb.core import sizes
 from dwiml_nb.core.errors import DataProblem
 from dwiml_nb.core.lines import directions, lengths_of
 from dwiml_nb.core.space import Grid, convert
+from dwiml_nb.core.tractograms import load_tractogram
 from dwiml_nb.core.volume import sample_trilinear
+from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.directions.base import DIRECTION_GETTERS, DirectionGetter
 from dwiml_nb.models.learn2track import Learn2TrackModel
+from dwiml_nb.runs.track import track_from_model
+from dwiml_nb.study.toy import toy_study
 from dwiml_nb.tracking.propagate import Walk, line_draws
 from dwiml_nb.tracking.seeds import seeds_from_mask
 from dwiml_nb.tracking.stops import StopRule
 from dwiml_nb.tracking.tracker import Tracker
+from dwiml_nb.training.trainer import DWIMLTrainerOneInput
 
 SHAPE = (30, 24, 20)
 
@@ -302,3 +311,60 @@ def test_a_first_number_is_whole():
 
 def test_lines_of_no_seed():
     for options in ({}, dict(forward_only=True), dict(compress=.1), dict(step_mm=0)): assert len(tracked(n=0, **options)) == 0
+
+
+# ---- from an experiment
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tracked")
+    dataset = MultiSubjectDataset(toy_study(folder)).load_data()
+    torch.manual_seed(0)
+    model = Learn2TrackModel(dataset.nb_features["input"], "gru", [8], step_size=1., nb_previous_dirs=1, dg_args=dict(axis_head=True))
+    sampler, loader = DWIMLBatchIDSampler(dataset, "bundles", 40), DWIMLBatchLoaderOneInput(dataset, model, "input", "bundles")
+    trainer = DWIMLTrainerOneInput(model, folder/"experiments", "e", sampler, loader, max_epochs=1, learning_rates=[1e-2], device="cpu")
+    trainer.train_and_validate()
+    return trainer.experiment_folder
+
+
+def by_command(experiment, out, *words):
+    run_command(dwiml_track_from_model, [str(experiment), "sub-04", str(out), "seed_mask", "--tracking_mask_group", "wm_mask", "--nt", "60", "--min_length", "2", "--theta", "180",
+                                         "--device", "cpu", *words])
+    return load_tractogram(out)
+
+
+def test_the_options_of_the_command(experiment, tmp_path):
+    whole = by_command(experiment, tmp_path/"a.trk")
+    for number, (words, check) in enumerate({
+            "--compress": lambda o: len(o.lines.data) < len(whole.lines.data) and len(o) == len(whole), "--compress 3": lambda o: len(o.lines.data) < .5*len(whole.lines.data),
+            "--track_forward_only": lambda o: len(o.lines.data) < len(whole.lines.data), "--mask_interp trilinear": lambda o: len(o.lines.data) != len(whole.lines.data),
+            "--mask_interp nearest --step_size 1": lambda o: np.array_equal(o.lines.data, whole.lines.data), "--skip 30": lambda o: len(o)}.items()):
+        assert check(by_command(experiment, tmp_path/f"{number}.trk", *words.split())), words
+    with pytest.raises(SystemExit, match="have no length in mm"): by_command(experiment, tmp_path/"b.trk", "--step_size", "0")
+    np.save(tmp_path/"seeds.npy", seeds := whole.lines.data[::9].numpy())
+    with pytest.raises(SystemExit, match=f"skip is a whole number from 0 to {len(seeds) - 1}|skip"): by_command(experiment, tmp_path/"b.trk", "--in_custom_seeds", str(tmp_path/"seeds.npy"), "--skip", "100000")
+
+
+@pytest.mark.parametrize("kind", ["trk", "trx"])
+def test_seeds_are_saved_with_their_lines(experiment, tmp_path, kind):
+    "In voxels, centre origin, as dwi_ml does; in compressed and in forward lines too."
+    for words in ((), ("--compress", "--track_forward_only")):
+        lines = by_command(experiment, tmp_path/f"{len(words)}.{kind}", "--save_seeds", *words)
+        at = convert(torch.tensor(lines.dps["seeds"]).float(), lines.grid, "vox_center", "rasmm")
+        assert at.shape == (len(lines), 3) and len(lines) > 10
+        for seed, line in zip(at, lines.lines): assert (from_polyline(seed[None], line) if len(words) == 0 else (line[0] - seed).norm()) < 1e-3
+    with pytest.raises(SystemExit, match="a .tck file cannot keep seeds"): by_command(experiment, tmp_path/"a.tck", "--save_seeds")
+
+
+def test_processes_track_what_one_process_does(experiment, tmp_path):
+    options = dict(nt=60, tracking_mask_group="wm_mask", theta_deg=180, min_length_mm=2, device="cpu", batch_size=25, compress=.1)
+    one, two = (track_from_model(experiment, "sub-04", tmp_path/f"{n}.trx", "seed_mask", processes=n, **options) for n in (1, 2))
+    assert torch.equal(one.lines.data, two.lines.data) and torch.equal(one.info["stop_reasons"], two.info["stop_reasons"]) and one.info["dropped"] == two.info["dropped"]
+    with pytest.raises(DataProblem, match="no subject 'sub-99'"): track_from_model(experiment, "sub-99", tmp_path/"c.trx", "seed_mask", processes=2, device="cpu")
+
+
+def test_what_other_processes_cannot_have_is_tracked_here(experiment, tmp_path):
+    class Rule(StopRule):
+        def __call__(self, walk, positions, codes, state): return codes, state
+    with pytest.warns(UserWarning, match="Rule: other processes cannot have what is defined in a notebook's cell or in a function, so one process tracks"):
+        track_from_model(experiment, "sub-04", tmp_path/"a.trx", "seed_mask", nt=5, processes=2, device="cpu", stop_rules=Rule)

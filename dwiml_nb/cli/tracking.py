@@ -7,7 +7,7 @@ __all__ = ['read_seeds', 'eos_word', 'dwiml_track_from_model', 'dwiml_score']
 
 # %% ../../nbs/12_cli/05_tracking.ipynb #f3050286
 import numpy as np
-from .arguments import Number, angle, count, device, not_negative, positive, whole
+from .arguments import Number, angle, count, device, not_negative, positive, processes, whole
 from .common import Param, call_parse
 from ..core.errors import DataProblem, naming, need_file
 from ..core.files import check_outputs, write_json
@@ -64,6 +64,7 @@ def dwiml_track_from_model(
     keep_last_point:bool=False, # Keep the point that left the mask
     use_latest_epoch:bool=False, # The checkpoint's model instead of the best one
     batch_size:count=None, # Lines walking together
+    processes:processes=1, # On the CPU: that track at the same time
     device:device=None, # cpu, cuda; the first GPU if there is one
     rng_seed:whole=1234, # Of seeds and draws
     overwrite:Param("Replace an existing file", action=switch('-f'))=False,
@@ -79,7 +80,7 @@ def dwiml_track_from_model(
             min_length_mm=min_length, max_length_mm=max_length, eos_threshold=eos_stop,
             first_direction=first_direction, keep_last_point=keep_last_point, batch_size=batch_size,
             stop_rules=stop_rules, skip=skip, mask_interp=mask_interp, forward_only=track_forward_only,
-            compress=compress)
+            compress=compress, processes=processes)
         print(f"{len(lines)} streamlines in {out_tractogram}; dropped: {lines.info['dropped'] or 'none'}; "
               f"stopped by {lines.info['reasons']}")
 

@@ -6,15 +6,24 @@
 __all__ = ['read_experiment', 'record_of_dwi_ml', 'experiment_model', 'track_from_model', 'seeds_of_group']
 
 # %% ../../nbs/08_runs/00_track.ipynb #ad878e5d
+import multiprocessing
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
+import numpy as np
+import torch
 from ..core.errors import DataProblem, need_file, stand_in
 from ..core.files import check_outputs, read_json
 from ..core.folders import whole_folder
 from ..core.options import check_number
-from ..core.registry import trusting
+from ..core.ragged import Ragged
+from ..core.registry import SameTrust, trusting
 from ..core.space import convert
 from ..core.tractograms import Tractogram, save_tractogram, suffixes, tractogram_format
 from ..study.create import linked_files
+from ..study.parts import can_be_sent, in_worker
 from ..data.dataset import MultiSubjectDataset
 from ..batch.loader import known_group
 from ..models.base import load_model
@@ -82,6 +91,79 @@ def files_of_run(
     return own if study is None else [*own, Path(study), *linked_files(Path(study))]
 
 # %% ../../nbs/08_runs/00_track.ipynb #1dde8162
+def tracker_of_run(
+    experiment_path, # Folder of an experiment
+    subj_id:str, # Subject of the study
+    study, # Its file
+    input_group_name, # As for the loader
+    use_latest_epoch:bool, # The checkpoint's model instead of the best one
+    device, # None: the first GPU if there is one
+    allow_links:bool, # Also follow links that lead out of the study's folder
+    options:dict, # Of `Tracker`
+) -> tuple: # `Tracker`, `MultiSubjectDataset`
+    "The tracker of a trained experiment."
+    model = experiment_model(experiment_path, use_latest_epoch, device)
+    dataset = MultiSubjectDataset(study, lazy=True, allow_links=allow_links)
+    dataset.load_data(subj_id=subj_id)
+    return Tracker(model, dataset, subj_id, input_group_name, **options), dataset
+
+of_this_process = {}                              # what a process that works for another one has opened
+
+def begin_tracking(trust, how):
+    "How a process that tracks begins."
+    in_worker(trust)
+    of_this_process['tracker'],_ = tracker_of_run(*how)
+
+def batch_of_process(
+    seeds:np.ndarray, # (n, 3) voxmm
+    numbers:np.ndarray, # (n,)
+) -> tuple: # arrays of what `one_batch` gives: points, offsets, short, codes
+    "Track a batch for another process."
+    tracker = of_this_process['tracker']
+    lines,short,codes = tracker.one_batch(torch.from_numpy(seeds), torch.from_numpy(numbers))
+    return *lines.numpy(), short.numpy(), codes.numpy()
+
+# %% ../../nbs/08_runs/00_track.ipynb #8b7cf40e
+def in_processes(
+    tracker:Tracker,
+    jobs:list, # of (seeds, numbers)
+    processes:int, # At most so many
+    how:tuple, # Arguments of `tracker_of_run`
+): # -> iterator over what `one_batch` gives of each job
+    "Batches, tracked by other processes."
+    pool = ProcessPoolExecutor(min(processes, max(1, len(jobs))), multiprocessing.get_context('spawn'),
+                               begin_tracking, (SameTrust(), how))
+    try:
+        done = [pool.submit(batch_of_process, *(o.cpu().numpy() for o in job)) for job in jobs]
+        for points,offsets,*more in (o.result() for o in done):
+            yield Ragged(torch.from_numpy(points), torch.from_numpy(offsets)), *map(torch.from_numpy, more)
+    except BrokenProcessPool as e:
+        raise RuntimeError("A process that tracked ended before it was done: out of memory (use fewer "
+                           "processes, or a smaller batch_size), or a script that lacks `if __name__ == "
+                           "'__main__':` around the call, which processes need.") from e
+    finally: pool.shutdown(cancel_futures=True)
+
+def several(
+    tracker:Tracker,
+    processes:int, # Wanted
+    nb_seeds:int,
+    batch_size:int=None, # Wanted; None: all processes get some
+) -> bool: # Are there several?
+    "Whether several processes can track; they get batches that suit their number."
+    if check_number('processes', processes, least=1, most=1024, whole=True) == 1: return False
+    if tracker.walk.device.type != 'cpu':
+        raise ValueError("several processes do not share a GPU. Give device='cpu', or processes=1: a larger "
+                         "batch_size uses a GPU better.")
+    own = (*map(type, [tracker.model]), *tracker.walk.stop_rules)
+    if names := [getattr(o, '__name__', type(o).__name__) for o in own if not can_be_sent(o)]:
+        warnings.warn(f"{', '.join(names)}: other processes cannot have what is defined in a notebook's cell "
+                      "or in a function, so one process tracks. Define it in a .py file and trust that.",
+                      stacklevel=3)
+        return False
+    if batch_size is None: tracker.batch_size = max(1, min(tracker.batch_size, -(-nb_seeds//processes)))
+    return True
+
+# %% ../../nbs/08_runs/00_track.ipynb #9c8359ff
 def track_from_model(
     experiment_path, # Folder of an experiment
     subj_id:str, # Subject of the study
@@ -100,6 +182,7 @@ def track_from_model(
     trust=(), # Packages and .py files whose classes the experiment may name
     allow_links:bool=False, # Also follow links that lead out of the study's folder
     skip:int=0, # Begin with seed number `skip`: another run has those before it
+    processes:int=1, # On the CPU: batches of lines are tracked by so many processes
     **options, # Of `Tracker`: tracking_mask_group, step_mm, theta_deg, algo, …
 ) -> Tractogram:
     "The lines of a subject, tracked with a trained experiment and saved."
@@ -108,14 +191,15 @@ def track_from_model(
         record = read_experiment(experiment_path)
         study = hdf5_file or record['dataset']['hdf5_file']
         check_output(out_tractogram, save_seeds, overwrite, files_of_run(experiment_path, study))
-        model = experiment_model(experiment_path, use_latest_epoch, device)
-    dataset = MultiSubjectDataset(study, lazy=True, allow_links=allow_links)
-    dataset.load_data(subj_id=subj_id)
-    input_group_name = input_group_name or record['loader']['params']['input_group_name']
-    tracker = Tracker(model, dataset, subj_id, input_group_name, seed=seed, **options)
+        group = input_group_name or record['loader']['params']['input_group_name']
+        options = dict(options, seed=seed)
+        how = experiment_path, subj_id, study, group, use_latest_epoch, device, allow_links, options
+        tracker,dataset = tracker_of_run(*how)
     if seeds is None: seeds = seeds_of_group(tracker, dataset, seeding_mask_group, npv, nt, seed, skip)
     else: seeds = seeds[check_number('skip', skip, least=0, most=max(0, len(seeds) - 1), whole=True):]
-    tractogram = tracker.track(seeds, first_number=skip)
+    elsewhere = several(tracker, processes, len(seeds), options.get('batch_size'))
+    batches = partial(in_processes, processes=processes, how=how) if elsewhere else None
+    tractogram = tracker.track(seeds, first_number=skip, batches=batches)
     if save_seeds:
         seeds_vox = convert(tractogram.info['seeds'], tracker.grid, 'rasmm', 'vox_center')
         tractogram.dps['seeds'] = seeds_vox.numpy()

@@ -266,6 +266,17 @@ def finished(self:Tracker,
     short = (lengths_of(lines) < self.min_length_mm - 1e-3) | (lines.lengths < 2)
     return lines[~short], short
 
+@patch
+def one_batch(self:Tracker,
+    seeds:Tensor, # (n, 3) voxmm
+    numbers:Tensor, # (n,) each line's number
+    on_step=None, # See `propagate`
+    on_end=None, # See `track_batch`
+) -> tuple: # Ragged of the lines to save, (n,) bool: too short; (n, 2) stop codes; all on the CPU
+    "A batch from its seeds to what will be saved."
+    lines,codes = self.track_batch(seeds.to(self.walk.device), numbers.to(self.walk.device), on_step, on_end)
+    return *self.finished(lines.to('cpu')), codes.cpu()
+
 # %% ../../nbs/06_tracking/03_tracker.ipynb #3fecbcb1
 @patch
 def track(self:Tracker,
@@ -273,6 +284,7 @@ def track(self:Tracker,
     quiet:bool=None, # No progress bar
     on_step=None, # f(numbers (n,), positions (n, 3) voxmm, codes (n,)), in each half: at its seed, each step
     first_number:int=0, # The first seed's number, where those before it are tracked elsewhere; for draws
+    batches=None, # f(tracker, [(seeds, numbers), …]): what `one_batch` gives of each, in order
 ) -> Tractogram:
     "A line from every seed, in RAS mm; `info` has seeds and stop reasons of kept lines, and dropped counts."
     seeds = checked_seeds(seeds, self.grid, self.subj_id)
@@ -282,15 +294,15 @@ def track(self:Tracker,
     was_training = self.model.training
     self.model.train(False)
     bar,parts = progress(None, 'tracking', total=len(seeds), unit='line', disable=quiet), []
+    numbers = torch.arange(len(seeds)) + first_number
+    jobs = list(zip(in_mm.split(self.batch_size), numbers.split(self.batch_size))) if len(seeds) else []
     try:
-        for i in range(0, len(seeds), self.batch_size):
-            numbers = torch.arange(i, min(i+self.batch_size, len(seeds)), device=in_mm.device) + first_number
-            some,code = self.track_batch(in_mm[i:i+self.batch_size], numbers, on_step, bar.update)
-            parts.append((*self.finished(some.to('cpu')), code.cpu()))  # the device holds one batch of lines
+        if batches is None: parts = [self.one_batch(*job, on_step, bar.update) for job in jobs]
+        else:
+            for part in batches(self, jobs): parts.append(part); bar.update(len(part[1]))
     finally:
         bar.close(); self.model.train(was_training)
-    if not parts:
-        parts = [(Ragged.from_list([]), torch.zeros(0).bool(), torch.zeros(0, 2).long())]
+    if not parts: parts = [(Ragged.from_list([]), torch.zeros(0).bool(), torch.zeros(0, 2).long())]
     lines,short,codes = Ragged.cat([p[0] for p in parts]), *(torch.cat(o) for o in list(zip(*parts))[1:])
     lost = self.walk.leaving(in_mm).cpu() != 0
     dropped = {'seed outside the mask': int(lost.sum()),

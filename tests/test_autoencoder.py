@@ -19,6 +19,7 @@ from dwiml_nb.core.ragged import Ragged
 from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.models.autoencoder import ModelAE
 from dwiml_nb.models.base import load_model
+from dwiml_nb.models.learn2track import dwi_ml_problems
 from dwiml_nb.runs.resume import trainer_from_folder
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.training.trainer import DWIMLTrainer
@@ -73,6 +74,7 @@ def test_a_folder_of_ours_is_one_of_dwi_ml(theirs, tmp_path):
     new = ModelAE(streamline_space="vox", legacy_half_voxel=True).what_is_saved()
     assert set(new[0]) == set(params[1]) and list(new[1]) == list(reference)
     assert "streamline_space" in ModelAE().what_is_saved()[0]                            # lines in mm: dwi_ml has no word for them
+    assert dwi_ml_problems(ModelAE()) == ["dwi_ml needs that streamline_space is 'vox'", "dwi_ml needs that legacy_half_voxel is True"]
 
 
 @pytest.mark.parametrize("options", [dict(nb_points=100), dict(step_size=1.0), dict(compress_lines=0.1), dict(nb_points=256, step_size=0.5)], ids=str)

@@ -531,6 +531,13 @@ def test_getters(key):
     assert (report["density"] == "one direction, no density") == (DIRECTION_GETTERS[key].density_on is None)
 
 
+@pytest.mark.cuda
+def test_devices():
+    "What cannot be tried without values is tried on a GPU."
+    for cls, options in ((Learn2TrackModel, dict(nb_features=4)), (TransformerSrcOnlyModel, SMALL), (ModelAE, {})): assert check_model(cls, **options)["device"] == "runs on cuda"
+    assert check_model(AtHome, raise_on=None).failed == ["device"] and check_model(ThroughNumpy, raise_on=None).failed == ["device"]
+
+
 # ---- wrong getters
 
 class OneLoss(CosineRegressionDG):

@@ -538,6 +538,8 @@ OPTIONS['l2t_train_model'] |= {
     **for_each(f'{YET}: validation by tracking', '--add_a_tracking_validation_phase', '--tracking_mask',
                '--tracking_phase_frequency', '--tracking_phase_nb_segments_init'),
 }
+OPTIONS['ae_train_model'] = {k: v.replace('OneInput', '') for k,v in OPTIONS['l2t_train_model'].items()
+                             if 'Learn2TrackModel' not in v and 'tracking' not in k}
 OPTIONS['dwiml_visualize_noise_on_streamlines'] = {
     **{k: v for k,v in OPTIONS['l2t_train_model'].items() if 'noise' in k or '_ratio' in k},
     '--subset': '`BatchPreview`, whose controls choose it', '-f': 'nothing in its place: no file is written'}

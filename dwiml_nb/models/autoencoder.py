@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from fastcore.basics import patch
 from ..core.options import with_parts
 from ..core.ragged import Ragged, as_ragged
+from ..core.registry import class_path
 from .base import MainModelAbstract
+from .learn2track import DWI_ML_MODELS, dwi_ml_problems
 
 # %% ../../nbs/05_models/07_autoencoder.ipynb #aecb5d08
 def along(nb_in:int, nb_out:int, stride:int=1): # -> a layer
@@ -106,9 +108,11 @@ def compute_loss(self:ModelAE,
     return (losses if isinstance(outputs, Ragged) else losses.unbind()), 1
 
 # %% ../../nbs/05_models/07_autoencoder.ipynb #19d837c8
+DWI_ML_MODELS[class_path(ModelAE)] = lambda p: {}       # its lines in voxels, and nothing else
+
 @patch
 def what_is_saved(self:ModelAE) -> tuple: # arguments as JSON values, weights by name
     "What a model's folder keeps of it: in dwi_ml's words, where it has them."
     params,weights = super(ModelAE, self).what_is_saved()
-    if self.streamline_space != 'vox' or not self.legacy_half_voxel: return params, weights
+    if dwi_ml_problems(self): return params, weights
     return {k: v for k,v in params.items() if k not in ('streamline_space', 'legacy_half_voxel')}, weights

@@ -120,13 +120,15 @@ def needs_of_parts(
     p:dict, # Arguments of a model
 ) -> dict: # need -> is it met?
     "What dwi_ml needs of the parts that models share."
+    space = {"streamline_space is 'vox'": p['streamline_space'] == 'vox',
+             "legacy_half_voxel is True": p['legacy_half_voxel']}
+    if 'dg_key' not in p: return space                           # a model without these parts
     kind,key,options = p['neighborhood_type'], p['input_embedding_key'], p['dg_args'] or {}
     around,layers = [(p[a], p[b]) for a,b in (('neighborhood_radius', 'neighborhood_resolution'),
                                               ('nb_cnn_filters', 'kernel_size'))]
     cnn = key == 'cnn_embedding'
     return {
-        "streamline_space is 'vox'": p['streamline_space'] == 'vox',
-        "legacy_half_voxel is True": p['legacy_half_voxel'],
+        **space,
         "input_embedding_key is one of dwi_ml's": cnn or key in ('no_embedding', 'nn_embedding'),
         "a neighbourhood has a radius and a resolution": kind is None or None not in around,
         "a CNN has lists of filters and kernel sizes": all(isinstance(o, list) for o in layers) or not cnn,

@@ -32,7 +32,7 @@ from dwiml_nb.core.ragged import Ragged
 from dwiml_nb.core.space import Grid
 from dwiml_nb.core.tractograms import Tractogram, save_tractogram
 from dwiml_nb.data.dataset import MultiSubjectDataset
-from dwiml_nb.study import grow, parts
+from dwiml_nb.study import create as create_module, grow, parts
 from dwiml_nb.study.create import create_study
 from dwiml_nb.study.headers import INDEX_KEYS
 from dwiml_nb.study.grow import add_subjects, repack_study
@@ -515,6 +515,27 @@ def test_parts_of_other_sources_are_never_taken(tmp_path):
     attempt(overwrite=True)
     assert [r.taken for r in create(sources, study, overwrite=True).reports] == [True, False]
     assert json.loads((tmp_path / "study.json").read_text()) == CONFIG
+
+
+@pytest.mark.parametrize("when", ["planned", "read"])
+@pytest.mark.parametrize("shape", [(4, 4, 4), (4, 4, 4, 2), None])
+def test_files_that_change_under_a_creation_stop_it(tmp_path, monkeypatch, when, shape):
+    "Between the check of all subjects and the values of one, another image takes the place of the first, or none."
+    sources, study = make_sources(tmp_path / "in"), tmp_path / "study.hdf5"
+    def change():
+        path = sources / "b" / "fa.nii.gz"
+        path.unlink()
+        if shape: nib.save(nib.Nifti1Image(np.ones(shape, np.float32), np.eye(4)), path)
+    act, module, name = {"planned": (create_module.write_study, create_module, "write_study"), "read": (parts.add_subject, parts, "add_subject")}[when]
+    def changed(*args, **options):
+        if when == "planned": change()
+        made = act(*args, **options)
+        if when == "read" and args[1].subject == "b": change()
+        return made
+    monkeypatch.setattr(module, name, changed)
+    if when == "planned" and shape == (4, 4, 4, 2): return create(sources, study)                # it has not begun
+    with pytest.raises(DataProblem, match="b.*(changed while the study was made|is gone)"): create(sources, study)
+    assert not study.exists()
 
 
 def test_leftovers_of_the_dead_are_tidied(sources, tmp_path):

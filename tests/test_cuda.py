@@ -8,6 +8,7 @@ import torch
 
 from dwiml_nb.core.volume import neighborhood_vectors, sample_neighborhood, sample_trilinear
 from dwiml_nb.data.dataset import MultiSubjectDataset
+from dwiml_nb.directions.registry import DIRECTION_GETTERS, direction_getter
 from dwiml_nb.demo.recipe import recipe_model, recipe_tracker, recipe_trainer
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.tracking.seeds import seeds_from_mask
@@ -18,6 +19,8 @@ MODELS = {
     "cosine-axis": {},
     "cosine-eos": dict(dg_args=dict(add_eos=True), rnn_key="lstm"),
     "sphere-eos": dict(dg_key="sphere-classification", dg_args=dict(add_eos=True)),
+    "gaussian-mixture": dict(dg_key="gaussian-mixture"),
+    "fisher-mixture-eos": dict(dg_key="fisher-von-mises-mixture", dg_args=dict(add_eos=True)),
 }
 
 
@@ -73,6 +76,21 @@ def test_a_training_step(model, dataset, tmp_path, agree):
         assert each[0].device.type == device and each[1] < each[0]
         losses.append([loss.detach() for loss in each])
     agree(*losses, 1e-4)
+
+
+@pytest.mark.parametrize("key", [key for key, getter in DIRECTION_GETTERS.items() if getter.__module__.startswith("dwiml_nb.")])
+def test_directions_and_densities(key, agree):
+    "The same outputs and draws: the same directions, densities and pictures."
+    getter = direction_getter(key, 6, add_eos=True, axis_head=True)
+    gen = torch.Generator().manual_seed(0)
+    rows, draws, before = (torch.rand(200, n, generator=gen) for n in (getter.nb_columns + getter.nb_more, 4, 3))
+    found = []
+    for device in (GPU, "cpu"):
+        getter, rows, draws, before = (o.to(device) for o in (getter, rows, draws, before))
+        go = lambda algo: getter.get_tracking_directions(rows, algo, 1., before, draws)
+        found.append([go("det"), getter.picture(rows)] + ([go("prob"), getter.log_density(rows, before)] if getter.is_probabilistic else []))
+        assert {o.device.type for o in found[-1]} == {device}
+    agree(*found, 1e-3)
 
 
 def test_tracked_lines(dataset, tmp_path, agree):

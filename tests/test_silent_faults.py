@@ -77,8 +77,8 @@ def test_whole_model_gradcheck():
 # ---- 12.1.3, 12.2: what is not here yet is refused by name
 
 def test_missing_options_are_refused_by_name():
-    for name in ("gaussian", "fisher-von-mises", "gaussian-mixture"):
-        with pytest.raises(ValueError, match="unknown direction getter"): direction_getter(name, 4)
+    for name in ("gausian", "fisher-von-misses", "gaussian-mixtures"):
+        with pytest.raises(ValueError, match="unknown direction getter.*Did you mean"): direction_getter(name, 4)
 
 
 def test_augmentation_drops_no_line(toy):

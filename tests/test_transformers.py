@@ -100,8 +100,7 @@ def test_outputs_and_gradients_are_those_of_masks_and_padding(kind, form):
     assert torch.allclose(torch.autograd.grad((ours*way).sum(), weight)[0], torch.autograd.grad((peer*way).sum(), of_peer)[0], atol=1e-10)
 
 
-@pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize("where", ["whole lines", "padded"])
+@pytest.mark.parametrize("window, where", [(None, "in groups"), (4, "padded")])
 def test_dropout_drops_weights(window, where):
     "As many as asked for, in the mean the attention without; none of the future."
     lines = Ragged.from_lengths(torch.zeros(20, 1), [6, 11, 3])
@@ -112,7 +111,7 @@ def test_dropout_drops_weights(window, where):
     assert torch.allclose(ones.mean(0), torch.ones(20, 2), atol=.15)
     first = ones[:, lines.offsets[:-1]]                                                              # they read themselves alone: dropped, or not
     assert set(first.unique().tolist()) <= {0., torch.tensor(4/3).item()} and abs((first == 0).float().mean() - .25) < .06
-    assert torch.allclose(torch.stack([look_back(q, k, v, lines, buckets, .25, window) for _ in range(3000)]).mean(0), plain, atol=.12)
+    assert torch.allclose(torch.stack([look_back(q, k, v, lines, buckets, .25, window) for _ in range(600)]).mean(0), plain, atol=.2)
     assert not look_back(q, k, v, lines, buckets, 1., window).any()
 
 
@@ -138,8 +137,7 @@ def test_gradients_by_finite_differences(kind):
 
 # ---- what every model promises
 
-@pytest.mark.parametrize("kind, form", [("tts", "defaults"), ("tts", "axis"), ("tts", "norm first, gelu"), ("ttst", "rotary"), ("ttst", "classes"), ("ttst", "eos"),
-                                        ("tto", "norm first, gelu"), ("tto", "classes"), ("tto", "rotary")])
+@pytest.mark.parametrize("kind, form", [("tts", "axis"), ("tts", "norm first, gelu"), ("ttst", "classes"), ("ttst", "eos"), ("tto", "rotary"), ("tto", "classes")])
 def test_checks_of_models(kind, form, capsys):
     "Learns, gradients, lines are alone, steps as whole lines, a folder."
     found = check_model(made(kind, form, dropout_rate=0.))
@@ -354,7 +352,10 @@ def test_another_encoding():
     class Falling(PositionEncoding):
         def add(self, x, at): return x/(1 + at[:, None])
     POSITION_ENCODINGS.register("falling", Falling)
-    check_model(made("ttst", positional_encoding_key="falling", dropout_rate=0.))
+    model, (inputs, lines) = made("ttst", positional_encoding_key="falling"), batch()
+    with torch.no_grad(): found, _, _ = steps_of(model, inputs, lines)
+    assert torch.allclose(torch.cat(found), model(inputs, lines).data, atol=1e-5)
+    assert not torch.allclose(torch.cat(found), made("ttst")(inputs, lines).data, atol=1e-3)
 
 
 # ---- a study

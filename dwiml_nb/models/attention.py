@@ -8,6 +8,7 @@ __all__ = ['POSITION_ENCODINGS', 'LengthBuckets', 'in_window', 'dropped', 'atten
            'Attention', 'WholeLines', 'KeysValues', 'room_for', 'NextPoint']
 
 # %% ../../nbs/05_models/04_attention.ipynb #3011ffc5
+import inspect
 import math
 from functools import cache
 import torch
@@ -103,7 +104,7 @@ def attention_of_lengths(): # -> torch's function; None where torch has none
     "Attention over lines that lie one after the other, for GPUs."
     try: from torch.nn.attention.varlen import varlen_attn
     except ImportError: return None
-    return varlen_attn
+    return varlen_attn if 'window_size' in inspect.signature(varlen_attn).parameters else None
 
 def look_back(
     q:Tensor, # (P, H, C) what each point asks
@@ -277,6 +278,7 @@ class KeysValues:
         self.steps = [0] if steps is None else steps
         self.made = self.steps[0]
         self.longest = int(lengths.max()) if len(lengths) else 0
+        self.alike = not len(lengths) or int(lengths.min()) == self.longest     # of one length, all of them
 
     @classmethod
     def at_start(cls, nb_lines:int, max_len:int, device='cpu', window:int=None): # No line has a point yet
@@ -365,11 +367,6 @@ def put(self:KeysValues,
         rows = torch.arange(len(self), device=k.device) if self.rows is None else self.rows
         old.transpose(2, 3)[:, rows, place] = new
     return old[:, :, :, :self.nb_kept]
-
-@patch(as_prop=True)
-def alike(self:KeysValues) -> bool:
-    "Have all lines the same number of points?"
-    return bool((self.lengths == self.longest).all())
 
 # %% ../../nbs/05_models/04_attention.ipynb #ce44ce53
 class NextPoint:

@@ -23,7 +23,8 @@ from ..core.sphere import nearest_vertex, sphere_vertices
 from .embeddings import embedding
 from dwiml_nb.models.parts import (ModelWithDirectionGetter, ModelWithNeighborhood, ModelWithOneInput,
     check_same_points)
-from .attention import POSITION_ENCODINGS, Attention, KeysValues, NextPoint, WholeLines
+from dwiml_nb.models.attention import (POSITION_ENCODINGS, Attention, KeysValues, NextPoint, QuickDropout,
+    WholeLines)
 from .learn2track import DWI_ML_MODELS, dwi_ml_problems
 
 # %% ../../nbs/05_models/06_transformers.ipynb #1d7cf2c0
@@ -45,7 +46,7 @@ class TransformerLayer(nn.Module):
         if asks_encoder: self.multihead_attn = Attention(d_model, nheads, dropout)
         self.linear1,self.linear2 = nn.Linear(d_model, ffnn_hidden_size), nn.Linear(ffnn_hidden_size, d_model)
         for i in range(2 + asks_encoder): self.add_module(f'norm{i+1}', nn.LayerNorm(d_model))
-        self.dropout,self.norm_first = nn.Dropout(dropout), bool(norm_first)
+        self.dropout,self.norm_first = QuickDropout(dropout), bool(norm_first)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self,
@@ -140,7 +141,8 @@ class AbstractTransformerModel(ModelWithOneInput, ModelWithNeighborhood, ModelWi
         self.positional_encoding_key,self.ffnn_hidden_size = positional_encoding_key, ffnn_hidden_size
         self.window = window
         self.dropout_rate = check_number('dropout_rate', dropout_rate, least=0, most=1)
-        self.dropout,self.activation,self.norm_first = nn.Dropout(dropout_rate), activation, bool(norm_first)
+        self.dropout,self.activation = QuickDropout(dropout_rate), activation
+        self.norm_first = bool(norm_first)
 
     def read(self, inputs, dirs, starts):
         raise NotImplementedError(f"{self._get_name()} has no read(inputs, dirs, starts). Write one: it gives"

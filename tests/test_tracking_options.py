@@ -233,6 +233,11 @@ def test_heads_that_learn_no_length_are_refused(length_getter):
         with pytest.raises(ValueError, match="Learn2TrackModel have no length in mm. Expected.*Give step_mm"): make(**options)
         make(1., **options)
     make(dg_key="length")
+    for key in ("l2-regression", "cosine-plus-l2-regression", "gaussian", "gaussian-mixture"):
+        make(dg_key=key)
+        with pytest.raises(ValueError, match="have no length in mm"): make(dg_key=key, dg_args=dict(normalize_targets=1.))
+    for key in ("fisher-von-mises", "smooth-sphere-classification"):
+        with pytest.raises(ValueError, match="have no length in mm"): make(dg_key=key)
     with pytest.raises(ValueError, match="peaks:input says nothing of a length"): make(dg_key="length", more=dict(first_direction="peaks:input"))
     assert spec_of(SimpleNamespace()).has_step_length is False
 

@@ -80,6 +80,8 @@ class GaussiansDG(DensityDG):
         self.normalize_targets = check_number('normalize_targets', normalize_targets, above=0, none=True)
 
     def target_steps(self, dirs): return with_length(dirs, self.normalize_targets)
+    @property
+    def has_step_length(self) -> bool: return self.normalize_targets is None    # one length teaches none
 
 # %% ../../nbs/04_directions/05_gaussian.ipynb #6c13fc6d
 @DIRECTION_GETTERS.register()

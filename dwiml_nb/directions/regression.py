@@ -24,6 +24,7 @@ def with_length(
 
 class RegressionDG(DirectionGetter):
     "Three numbers per row; children say how far they are from the target."
+    learns_length = False                       # Does the loss tell a long step from a short one?
     def __init__(self,
         input_size:int, # D, features per row
         *,
@@ -45,6 +46,9 @@ class RegressionDG(DirectionGetter):
 
     def target_steps(self, dirs): return with_length(dirs, self.normalize_targets)
     def det_directions(self, rows): return rows
+    @property
+    def has_step_length(self) -> bool: # steps of one length teach none
+        return self.learns_length and not self.normalize_targets and not self.normalize_outputs
 
 # %% ../../nbs/04_directions/02_regression.ipynb #4ab6a86d
 @DIRECTION_GETTERS.register()
@@ -61,7 +65,7 @@ class CosineRegressionDG(RegressionDG):
 @DIRECTION_GETTERS.register()
 class L2RegressionDG(RegressionDG):
     "Three numbers per row, trained by the distance to the target step."
-    key,supports_compressed_streamlines = 'l2-regression',True
+    key,supports_compressed_streamlines,learns_length = 'l2-regression',True,True
     def direction_terms(self,
         rows:Tensor, # (D, 3)
         dirs:Ragged, # (D, 3) target steps
@@ -72,7 +76,7 @@ class L2RegressionDG(RegressionDG):
 @DIRECTION_GETTERS.register()
 class CosPlusL2RegressionDG(RegressionDG):
     "Three numbers per row, trained by the angle and the distance together."
-    key = 'cosine-plus-l2-regression'
+    key,learns_length = 'cosine-plus-l2-regression',True
     def direction_terms(self,
         rows:Tensor, # (D, 3)
         dirs:Ragged, # (D, 3) target steps

@@ -48,9 +48,9 @@ def check_raw_steps(
     "Refuse to take steps as the model answers them if their length means nothing."
     if not spec.has_step_length:
         raise ValueError("step_mm=0 walks as far as a direction is long, and the directions of this "
-                         f"{spec.name} have no length in mm. Expected: a direction getter with "
-                         "has_step_length that starts without an axis, or has_step_length = True in a model "
-                         "of your own. Give step_mm, in mm.")
+                         f"{spec.name} have no length in mm. Expected: a direction getter that learns "
+                         "lengths, such as l2-regression or gaussian without normalisation and without an "
+                         "axis head, or has_step_length = True in a model of your own. Give step_mm, in mm.")
     if first_direction != 'model':
         raise ValueError(f"step_mm=0 walks as far as a direction is long, and {first_direction} says "
                          "nothing of a length. Give step_mm, in mm, or take first_direction='model'.")

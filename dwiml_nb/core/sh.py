@@ -136,11 +136,10 @@ def values_inside(
     order='C', # 'F': coefficient by coefficient in memory
 ) -> np.ndarray: # (n, c)
     "The values in a mask, slice by slice: numpy notes three whole numbers for each voxel that it picks."
-    mask = np.asarray(mask) > 0
-    out,at = np.empty((np.count_nonzero(mask), volume.shape[-1]), volume.dtype, order), 0
-    for values,there in zip(volume, mask):
-        n = np.count_nonzero(there)
-        out[at:at + n] = values[there]
+    counts,at = [np.count_nonzero(there > 0) for there in np.asarray(mask)], 0
+    out = np.empty((sum(counts), volume.shape[-1]), volume.dtype, order)
+    for n,values,there in zip(counts, volume, np.asarray(mask)):
+        out[at:at + n] = values[there > 0]
         at += n
     return out
 
@@ -165,7 +164,8 @@ def degree_scales(
         raise DataProblem("the brain mask is empty", expected="at least one voxel above 0", found="none")
     mean,scales = inside[:, 0].mean(dtype=np.float64), np.empty(len(degrees))
     for l in np.unique(degrees):
-        values = inside.T[degrees == l].reshape(-1)
+        first,count = np.argmax(degrees == l), np.count_nonzero(degrees == l)
+        values = inside.T[first:first + count].reshape(-1)            # side by side, in memory too
         moved = lambda a,b: values[a:b] - np.float64(0 if l else mean)
         middle = added_up(values.size, moved)/values.size
         spread = added_up(values.size, lambda a,b: np.square(moved(a, b) - middle))/values.size
@@ -190,10 +190,11 @@ def zero_outside(
 def standardize_per_degree(
     volume, # (X, Y, Z, c) SH coefficients
     mask, # (X, Y, Z) brain
+    out=None, # Where to put them, `volume` itself perhaps; a new array when not given
 ) -> np.ndarray: # (X, Y, Z, c) float32, everywhere (see `zero_outside`)
     "Coefficients with one scale per degree, degree 0 centred, measured over the brain."
     mean,scales = degree_scales(volume, mask)
-    out = np.array(volume, np.float32)
+    if out is not volume: out = np.array(volume, np.float32)
     out[..., 0] -= mean
     out /= scales.astype(np.float32)
     return out

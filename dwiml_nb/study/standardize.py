@@ -128,7 +128,7 @@ class PerDegree(Standardization):
         need_voxels(mask)
         largest = float(max(-data.min(), data.max()))
         check_scale(largest, 0 < largest < 1e-6)
-        return standardize_per_degree(data, mask), []
+        return standardize_per_degree(data, mask, out=data), []
 
 # %% ../../nbs/01_study/02_standardize.ipynb #f8e6095e
 def standardization(

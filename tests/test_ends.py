@@ -15,6 +15,7 @@ from dwiml_nb.core.space import convert
 from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.directions.registry import direction_getter
 from dwiml_nb.models.learn2track import Learn2TrackModel
+from dwiml_nb.models.transformers import TransformerSrcAndTgtModel
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.tracking.propagate import propagate
 from dwiml_nb.tracking.seeds import seeds_from_mask
@@ -188,12 +189,17 @@ def test_a_visible_end_is_learnt(key):
 
 # ---- tracking
 
-@pytest.mark.parametrize("getter", [dict(dg_key="cosine-regression"), dict(dg_key="sphere-classification")], ids=lambda o: o["dg_key"])
-def test_tracking_ends_at_the_point_whose_row_says_so(dataset, getter):
+SMALL = dict(nb_features=15, step_size=1., dg_args=dict(add_eos=True))
+TRACKS = {"cosine": lambda: Learn2TrackModel(rnn_key="gru", rnn_layer_sizes=[8], nb_previous_dirs=1, **SMALL),
+          "sphere": lambda: Learn2TrackModel(rnn_key="gru", rnn_layer_sizes=[8], nb_previous_dirs=1, **{**SMALL, "dg_key": "sphere-classification", "dg_args": dict(add_eos=True, sphere="repulsion100")}),
+          "transformer": lambda: TransformerSrcAndTgtModel(input_embedded_size=8, target_embedded_size=8, nheads=2, n_layers_e=1, **SMALL)}
+
+
+@pytest.mark.parametrize("name", TRACKS)
+def test_tracking_ends_at_the_point_whose_row_says_so(dataset, name):
     "The point where EOS fires is the line's last one, as in training: `forward` along a tracked line is above the threshold there, and nowhere before."
     torch.manual_seed(3)
-    getter = dict(getter, dg_args=dict(add_eos=True, **(dict(sphere="repulsion100") if "sphere" in getter["dg_key"] else {})))
-    model = Learn2TrackModel(dataset.nb_features["input"], rnn_key="gru", rnn_layer_sizes=[8], nb_previous_dirs=1, step_size=1., **getter).eval()
+    model = TRACKS[name]().eval()
     with torch.no_grad():
         for p in model.parameters(): p.mul_(3.)  # answers that vary along a line
     tracker = Tracker(model, dataset, "sub-04", "input", "wm_mask", min_length_mm=0, max_length_mm=40)

@@ -125,3 +125,20 @@ def test_an_index_of_no_subject(toy, tmp_path):
     repack_study(study)
     dataset, said = lazy(study)
     assert not said and not line_counts(dataset)
+
+
+@pytest.mark.parametrize("key", ["testing_subjs", "step_size", "compress", "groups_config"])
+@pytest.mark.parametrize("kind", ["S1", "f8"])
+def test_an_attribute_without_a_value_says_nothing(study, key, kind):
+    with h5py.File(study, "r+") as f:
+        f.attrs[key] = h5py.Empty(kind)
+        f["sub-01/input"].attrs["frame"] = f["sub-01/bundles"].attrs["space"] = h5py.Empty(kind)
+    for way in (True, False):
+        dataset = MultiSubjectDataset(study, lazy=way).load_data()
+        assert dataset.training.subjects == ["sub-01"] and dataset.step_size is None
+        assert dataset.testing.subjects == ([] if key == "testing_subjs" else ["sub-03"])
+        first = dataset.training.subject(0)
+        if not way: assert first.volumes["input"].frame is None and np.isfinite(first.streamlines["bundles"].get_lines().data.numpy()).all()
+        dataset.close()
+    repack_study(study)
+    assert not lazy(study)[1]

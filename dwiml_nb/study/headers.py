@@ -232,7 +232,7 @@ def check_table(
 ):
     "Raise if the table of an index cannot be true."
     numbers,affines = table[:, :8], table[:, 8:].reshape(-1, 4, 4)
-    in_range = (numbers >= 0) & (numbers <= 2**53) & (numbers % 1 == 0)
+    in_range = (numbers >= 0) & (numbers <= 2**53) & (numbers == np.floor(numbers))
     if not in_range.all() or (numbers[:, :3] >= names).any():
         raise ValueError("a number is out of its range")
     with np.errstate(all='ignore'):

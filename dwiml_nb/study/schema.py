@@ -47,6 +47,7 @@ def attr_value(
 ): # -> a Python value, None where it is absent or was not defined
     "One attribute as a plain Python value."
     v = attrs.get(key)
+    if isinstance(v, h5py.Empty): return None
     v = v.decode() if isinstance(v, bytes) else v.tolist() if hasattr(v, 'tolist') else v
     return None if isinstance(v, str) and v == NOT_DEFINED else v
 
@@ -81,8 +82,9 @@ def quick_attr(
     if not h5py.h5a.exists(obj.id, key.encode()): return None
     attr = h5py.h5a.open(obj.id, key.encode())
     # h5py writes beyond an array that is too small: here is room for as many numbers as there are bytes
-    size,n = attr.get_storage_size(), math.prod(shape or ())
+    n = math.prod(shape or ())
     try:
+        size = attr.get_storage_size()                                         # `RuntimeError`: of nothing
         if size != ONE_TEXT if shape is None else not n <= size <= 8*n: raise ValueError
         out,kind = np.empty((), TEXT), TEXT_TYPE
         if shape is not None: out,kind = np.full(size, np.nan), NUMBER_TYPE
@@ -90,7 +92,7 @@ def quick_attr(
         if shape is None: return out[()].decode('utf-8', 'surrogateescape')
         # the last number is there, and none after it
         if not np.isnan(out[n - 1]) and (size == n or np.isnan(out[n])): return out[:n].reshape(shape)
-    except (OSError, TypeError, ValueError): pass
+    except (OSError, RuntimeError, TypeError, ValueError): pass
     return attr_value(obj.attrs, key)                                          # in another form
 
 # %% ../../nbs/01_study/05_schema.ipynb #3b3c571b
@@ -101,7 +103,7 @@ def quick_words(
     "A list of strings from an attribute, quickly where it has the expected form."
     attr = h5py.h5a.open(obj.id, key.encode())
     # HDF5 has no size for nothing
-    if len(attr.shape) == 1 and attr.shape[0] and attr.get_storage_size() == ONE_TEXT*attr.shape[0]:
+    if len(attr.shape or ()) == 1 and attr.shape[0] and attr.get_storage_size() == ONE_TEXT*attr.shape[0]:
         out = np.empty(attr.shape, TEXT)
         try: attr.read(out, TEXT_TYPE)
         except (OSError, TypeError, ValueError): pass

@@ -516,7 +516,7 @@ def test_learn2track(form): check_model(Learn2TrackModel, **FORMS[form])
 def test_transformers(cls):
     more = dict(target_embedded_size=8) if "Tgt" in cls.__name__ else {}
     check_model(cls, **SMALL, **more)
-    check_model(cls, **SMALL, **more, norm_first=True, window=4, dg_args=dict(add_eos=True, axis_head=True))
+    check_model(cls, **SMALL, **more, max_len=19, norm_first=True, window=4, dg_args=dict(add_eos=True, axis_head=True))
 
 
 def test_auto_encoder(): assert "not applicable" not in {o.status for o in check_model(ModelAE).findings if o.name in ("folder", "learns", "loss adds up")}

@@ -96,28 +96,28 @@ def off(
 
 # %% ../../nbs/05_models/12_check_losses.ipynb #86f52048
 def taken_for(
-    a:float, # Loss of a line of 10 points, and its n
+    a:float, # Loss of a line of 6 points, and its n
     na:float,
-    b:float, # Loss of a line of 40 points, and its n
+    b:float, # Loss of a line of 19 points, and its n
     nb:float,
 ) -> dict: # what -> the loss of both, if that is what it is
     "Means of two lines that do not fit to their n."
     return {"the mean of the lines' means": (a + b)/2,
             "a mean that counts the padding of short lines": (a*na + b*nb)/(2*max(na, nb)),
-            "the mean of all steps": (a*9 + b*39)/48, "the mean of all points": (a*10 + b*40)/50}
+            "the mean of all steps": (a*5 + b*18)/23, "the mean of all points": (a*6 + b*19)/25}
 
 def check_uneven(case:ModelCase) -> str: # what to add to the report
     "Whether loss·n also adds up for lines of different lengths."
     worst,alike = 0., {}
     for seed in range(3):
-        (loss,n),((a,na),(b,nb)) = losses_of(case, (10, 40), seed)
+        (loss,n),((a,na),(b,nb)) = losses_of(case, (6, 19), seed)
         worst = max(worst, off(loss*n, a*na + b*nb, abs(a*na) + abs(b*nb)))
         for what,like in taken_for(a, na, b, nb).items():
             alike[what] = max(alike.get(what, 0.), off(loss, like, max(abs(a), abs(b))))
     if worst <= case.limit: return "for lines of any length"
     for what,far in alike.items():
         need(far > case.limit or worst < 1e-3,
-             f"the loss is {what}, and n ({n:g} for lines of 10 and 40 points) does not fit to it: "
+             f"the loss is {what}, and n ({n:g} for lines of 6 and 19 points) does not fit to it: "
              f"loss·n is off by {worst:.1%}.",
              "join the rows of all lines, take their mean, and return their number: "
              "rows = torch.cat(rows); return rows.mean(), len(rows).")

@@ -266,6 +266,9 @@ def log_density(self:DirectionGetter,
 ) -> Tensor: # (M,), or (M, V)
     "The log of how dense the getter's distribution is there."
     rows = rows_in(outputs)[:, :self.nb_columns]
+    n,found = len(rows), tuple(dirs.shape)
+    if found != (n, 3) and (len(found) != 3 or found[0] not in (1, n) or found[2] != 3):
+        raise ValueError(f"dirs are ({n}, 3), or ({n}, V, 3) or (1, V, 3) for {n} rows; found {found}")
     if dirs.ndim == 3: return self.log_densities(rows, dirs.to(rows.dtype))
     return self.log_densities(rows, dirs[:, None].to(rows.dtype))[:, 0]
 

@@ -62,7 +62,7 @@ class Fisher(Law):
     head,nb_widths = 'layers_kappa',1
     def __init__(self,
         max_kappa:float=20., # Bound of the concentration
-    ): self.max_kappa = float(check_number('max_kappa', max_kappa, above=0))
+    ): self.max_kappa = float(check_number('max_kappa', max_kappa, above=0, most=1e8))
 
     def read(self, means, widths): return unit(means), self.max_kappa*widths.sigmoid()
     def log_density(self, dirs, means, widths): return log_fisher(unit(dirs), means, widths[..., 0])
@@ -92,5 +92,5 @@ class FisherVonMisesMixtureDG(DensityDG):
         max_kappa:float=20., # Bound of the concentrations
         **parts, # Options of the end and the start
     ):
-        nb = check_number('nb_clusters', nb_clusters, least=1, whole=True)
+        nb = check_number('nb_clusters', nb_clusters, least=1, most=1000, whole=True)
         super().__init__(input_size, Fisher(max_kappa), nb, **parts)

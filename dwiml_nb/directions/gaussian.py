@@ -114,4 +114,5 @@ class GaussianMixtureDG(GaussiansDG):
         nb_gaussians:int=3, # Components
         **parts, # Options of a Gaussian, the end and the start
     ):
-        super().__init__(input_size, check_number('nb_gaussians', nb_gaussians, least=1, whole=True), **parts)
+        nb = check_number('nb_gaussians', nb_gaussians, least=1, most=1000, whole=True)
+        super().__init__(input_size, nb, **parts)

@@ -21,7 +21,7 @@ from dwiml_nb.core.errors import DataProblem
 from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.data.stored import coalesced, pick_lines
 from dwiml_nb.data.volumes import VolumeCache
-from dwiml_nb.study.headers import INDEX_KEYS
+from dwiml_nb.study.schema import INDEX_KEYS
 from dwiml_nb.study.files import HeldFiles
 from dwiml_nb.study.describe import describe_study
 from dwiml_nb.study.lists import SUBSETS

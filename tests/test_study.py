@@ -28,7 +28,7 @@ from dwiml_nb.models.learn2track import Learn2TrackModel
 from dwiml_nb.study.check import check_study
 from dwiml_nb.study.create import create_study
 from dwiml_nb.study.describe import describe_study
-from dwiml_nb.study.headers import INDEX_KEYS
+from dwiml_nb.study.schema import INDEX_KEYS
 from dwiml_nb.study.lists import SUBSETS
 from dwiml_nb.study.schema import group_grid
 from dwiml_nb.study.toy import toy_study

@@ -34,7 +34,7 @@ from dwiml_nb.core.tractograms import Tractogram, save_tractogram
 from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.study import create as create_module, grow, parts
 from dwiml_nb.study.create import create_study
-from dwiml_nb.study.headers import INDEX_KEYS
+from dwiml_nb.study.schema import INDEX_KEYS
 from dwiml_nb.study.grow import add_subjects, repack_study
 from dwiml_nb.study.lists import SUBSETS
 from dwiml_nb.study.schema import attr_words, open_study

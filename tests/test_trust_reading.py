@@ -34,7 +34,7 @@ from dwiml_nb.study.check_apart import check_apart
 from dwiml_nb.study.config import read_config
 from dwiml_nb.study.create import create_study
 from dwiml_nb.study.describe import describe_study
-from dwiml_nb.study.headers import INDEX_KEYS
+from dwiml_nb.study.schema import INDEX_KEYS
 from dwiml_nb.study.grow import add_subjects, repack_study
 from dwiml_nb.study.lists import SUBSETS
 from dwiml_nb.study.schema import open_study, study_config

@@ -150,12 +150,10 @@ def many_subjects(path, out, n):
         write_index(b, {s: headers_in(b[s]) for s in ids})
     return out
 
-def without_index(path, out):
-    "The same study as earlier versions and other programs write it."
-    shutil.copy(path, out)
-    with h5py.File(out, 'r+') as f:
+def drop_index(path):
+    "Make a study like those of earlier versions and other programs."
+    with h5py.File(path, 'r+') as f:
         for k in INDEX_KEYS: del f.attrs[k]
-    return out
 
 def numpy_writes(folder, arrays):
     for i,a in enumerate(arrays): a.tofile(folder/f'{i}')
@@ -181,8 +179,8 @@ def three_rows(kind, threads, root, folder, ids, repeats):
     yield Row(f'eager loading, {where}', threads, seconds, peer, '>= 1.5x', seconds[peer] >= 1.5*seconds['ours'], floor)
     seconds = processor_seconds({'ours': lambda: MultiSubjectDataset(ours, lazy=True).load_data(), peer: lambda: dwi_ml_opens(theirs)}, 3*repeats)
     yield Row(f'lazy opening, {where}', threads, seconds, peer, '>= 1.5x', seconds[peer] >= 1.5*seconds['ours'])
-    plain = without_index(ours, folder/'plain.hdf5')
-    seconds = processor_seconds({'ours': lambda: MultiSubjectDataset(plain, lazy=True).load_data(), peer: lambda: dwi_ml_opens(theirs)}, 3*repeats)
+    drop_index(ours)
+    seconds = processor_seconds({'ours': lambda: MultiSubjectDataset(ours, lazy=True).load_data(), peer: lambda: dwi_ml_opens(theirs)}, 3*repeats)
     yield Row(f'lazy opening without an index, {where}', threads, seconds, peer, '', None)
     shutil.rmtree(scratch)
 
@@ -197,8 +195,8 @@ def rows(threads, quick):
                 here = folder/kind; here.mkdir()
                 yield from three_rows(kind, threads, here/'in', here, write_subjects(here/'in', n, *sizes), 1 if quick else 3)
             many = many_subjects(folder/'small'/'ours.hdf5', folder/'many.hdf5', n := 50 if quick else 10_000)
-            plain = without_index(many, folder/'plain.hdf5')
-            seconds = processor_seconds({'ours': lambda: MultiSubjectDataset(many, lazy=True).load_data(), "dwi_ml's steps": lambda: dwi_ml_opens(many),
-                                         'without an index': lambda: MultiSubjectDataset(plain, lazy=True).load_data()}, 1)
-            yield Row(f'lazy opening of {n} subjects', threads, seconds, "dwi_ml's steps", '< 3 s', seconds['ours'] < 3, notes=[f"{os.path.getsize(many)/1e6:.0f} MB"])
+            seconds = processor_seconds({'ours': lambda: MultiSubjectDataset(many, lazy=True).load_data(), "dwi_ml's steps": lambda: dwi_ml_opens(many)}, 3)
+            drop_index(many)
+            plain = processor_seconds({'ours': lambda: MultiSubjectDataset(many, lazy=True).load_data()}, 1)['ours']
+            yield Row(f'lazy opening of {n} subjects', threads, seconds, "dwi_ml's steps", '< 3 s', seconds['ours'] < 3, notes=[f"{os.path.getsize(many)/1e6:.0f} MB; without an index {plain:.2f} s"])
     finally: shutil.rmtree(folder, ignore_errors=True)

@@ -190,9 +190,9 @@ def read_index(
         if len(set(names)) < len(names): raise ValueError("a name is there twice")
     traits = index_traits(told.get('traits'))
     table = index_table(file, file_size(file) if held is None else held)
-    check_table(table, [len(subjects), len(groups), len(traits)])
+    numbers = check_table(table, [len(subjects), len(groups), len(traits)])
     found,raw = {s: {} for s in subjects}, table[:, 8:].tobytes()
-    for i,(s,g,t,x,y,z,n,points) in enumerate(table[:, :8].astype(np.int64).tolist()):
+    for i,(s,g,t,x,y,z,n,points) in enumerate(numbers.tolist()):
         found[subjects[s]][groups[g]] = Header(traits[t], raw[128*i:128*i + 128], (x, y, z), n, points)
     if sum(map(len, found.values())) < len(table): raise ValueError("a group is there twice")
     return found
@@ -229,16 +229,17 @@ def index_table(
 def check_table(
     table, # (R, 24)
     names, # How many subjects, groups and traits there are
-):
+) -> np.ndarray: # (R, 8) int64, its first columns
     "Raise if the table of an index cannot be true."
     numbers,affines = table[:, :8], table[:, 8:].reshape(-1, 4, 4)
-    in_range = (numbers >= 0) & (numbers <= 2**53) & (numbers == np.floor(numbers))
-    if not in_range.all() or (numbers[:, :3] >= names).any():
-        raise ValueError("a number is out of its range")
     with np.errstate(all='ignore'):
+        whole = numbers.astype(np.int64)
+        if (whole != numbers).any() or (whole < 0).any() or (whole[:, :3] >= names).any():
+            raise ValueError("a number is out of its range")
         fine = (np.isfinite(affines).all() and (np.abs(np.linalg.det(affines[:, :3, :3])) >= 1e-12).all()
                 and (np.abs(affines[:, 3] - (0, 0, 0, 1)) < 1e-3).all())
     if not fine: raise ValueError("an affine cannot be inverted")
+    return whole
 
 # %% ../../nbs/01_study/06_headers.ipynb #6a7ec260
 class Look(NamedTuple):

@@ -400,7 +400,8 @@ class StudyFile:
         if read_mode not in READ_MODES:
             raise DataProblem(f"no way of reading '{read_mode}'.{did_you_mean(read_mode, READ_MODES)}",
                               expected="'map' or 'pread'", found=read_mode)
-        self.path,self.read_mode,self.lock,self.held = Path(path).resolve(), read_mode, OwnLock(), HeldFiles()
+        self.path,self.read_mode,self.lock,self.held = (Path(os.path.realpath(path)), read_mode, OwnLock(),
+                                                        HeldFiles())
         self._handle = self._pid = None
         self.allow_links = allow_links
         self.handle

@@ -17,7 +17,7 @@ from dwiml_nb.core.errors import DataProblem
 from dwiml_nb.core.lines import directions, lengths_of
 from dwiml_nb.core.space import Grid, convert
 from dwiml_nb.core.tractograms import load_tractogram
-from dwiml_nb.core.volume import sample_trilinear
+from dwiml_nb.core.volume import neighborhood_vectors, sample_trilinear
 from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.directions.base import DIRECTION_GETTERS, DirectionGetter
 from dwiml_nb.models.learn2track import Learn2TrackModel
@@ -290,6 +290,19 @@ def test_points_that_do_not_fit_are_refused_before_the_first_step(monkeypatch):
         with pytest.raises(DataProblem, match=r"no memory for 60 lines of up to \d+ points at a time.*which are free.*smaller batch_size"): tracked(model, **options)
     assert not model.told
     assert len(tracked(model, step_mm=0, max_length_mm=1e8, n=20))           # here memory is asked for as it is needed
+
+
+class Wide(Follows):
+    neighborhood_vectors = neighborhood_vectors("grid")
+    def tracking_step(self, inputs, *args): return super().tracking_step(inputs[:, :3], *args)
+
+
+def test_inputs_along_first_halves_that_do_not_fit_are_refused(monkeypatch):
+    "The largest of all buffers: the model reads the first halves of a batch backwards, at once."
+    monkeypatch.setattr(sizes, "UNASKED", 0)
+    monkeypatch.setattr(sizes, "free_memory", lambda device="cpu": 100_000)
+    with pytest.raises(DataProblem, match=r"no memory for 81 features along \d+ points.*which are free.*smaller batch_size"): tracked(Wide(), max_length_mm=60)
+    assert len(tracked(Wide(), max_length_mm=60, batch_size=4)) > 20 and len(tracked(Wide(), max_length_mm=60, forward_only=True)) > 20
 
 
 def test_raw_steps_ask_for_memory_on_the_way(monkeypatch):

@@ -444,7 +444,8 @@ def circling_subject() -> tuple: # a dataset with one subject, its `Grid`, its v
     grid = Grid(affine, (40, 40, 6))
     centres = convert(np.indices(grid.dimensions).reshape(3, -1).T + .5, grid, 'vox', 'rasmm')
     x,y,_ = np.moveaxis(centres.reshape(*grid.dimensions, 3), -1, 0)
-    field = torch.tensor(np.stack([-y, x, 0*x], -1)/np.hypot(x, y)[..., None], dtype=torch.float32)
+    away = np.maximum(np.hypot(x, y), 1e-6)[..., None]      # no direction at the axis itself
+    field = torch.tensor(np.stack([-y, x, 0*x], -1)/away, dtype=torch.float32)
     ring = torch.tensor((np.hypot(x, y) > 15) & (np.hypot(x, y) < 32))[..., None].float()
     volumes = dict(field=field, ring=ring, half=ring*torch.tensor(x > -12)[..., None])
     subset = SimpleNamespace(name='testing', subjects=['sub-01'], grid=lambda subject, group: grid,

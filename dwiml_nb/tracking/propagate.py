@@ -93,6 +93,10 @@ def inputs_along(self:Walk,
     lines:Ragged, # (P, 3) voxmm
 ): # -> `Ragged` (P, K*F), or a tuple of them
     "What the model sees along lines."
+    parts,n = zip(self.inputs_at.volumes, self.inputs_at.vectors), len(lines.data)
+    width = sum(len(vectors)*volume.shape[3] for volumes,vectors in parts for volume in volumes)
+    if self.device.type == 'cpu':
+        need_memory(4.*n*width, f"{width} features along {n} points", "take a smaller batch_size.")
     return self.spec.together([lines.with_data(o) for o in self.inputs_at(lines.data/self.sizes)])
 
 # %% ../../nbs/06_tracking/02_propagate.ipynb #e5f9f9a3

@@ -631,3 +631,46 @@ def test_which_error_a_lock_gives(folder, monkeypatch, code, says):
         assert says in said and ("HDF5_USE_FILE_LOCKING=FALSE" in said) == (says == "no locks") and ("wait for it" in said) == (says != "no locks")
     report = check_study(path)
     assert says in report.problems[0].problem
+
+
+# ---- told before any work, or not at all
+
+def test_a_disk_without_locks_is_told_before_a_part_is_made(folder, monkeypatch):
+    opened, made = h5py.File, []
+    def file(name, mode="r", **kwargs):
+        if mode == "r": raise OSError(f"Unable to synchronously open file (unable to lock file, errno = {errno.ENOLCK}, error message = 'No locks available')")
+        made.append(name)
+        return opened(name, mode, **kwargs)
+    monkeypatch.setattr(h5py, "File", file)
+    with pytest.raises(DataProblem, match="HDF5_USE_FILE_LOCKING=FALSE"): folder.create()
+    assert len(made) == 1 and not [p for p in folder.root.iterdir() if p.name != "subjects"]
+
+
+def test_copies_appear_when_all_are_there(folder, monkeypatch):
+    from dwiml_nb.study import create
+    save, seen = create.save_copies, []
+    def slowly(subject, to): save(subject, to); seen.append([p.name for p in folder.root.iterdir()]); raise KeyboardInterrupt
+    monkeypatch.setattr(create, "save_copies", slowly)
+    with pytest.raises(KeyboardInterrupt): folder.create(save_intermediate=True)
+    assert len(seen) == 1 and not any(name.startswith("intermediate") for name in seen[0]) and not list(folder.root.rglob("*input.nii.gz.*")) + list(folder.root.glob("intermediate*"))
+    killed = folder.root / ".study.parts" / "intermediate"                    # of a process that could not tidy up
+    killed.mkdir(); (killed / "half.nii.gz").touch()
+    monkeypatch.setattr(create, "save_copies", save)
+    folder.create(save_intermediate=True)
+    copies, = folder.root.glob("intermediate_*")
+    assert [p.name for p in copies.iterdir()] == ["s1_input.nii.gz"] and not killed.parent.exists()
+
+
+def test_a_slope_of_infinity_is_told(folder):
+    path = image(folder.sub / "input.nii.gz", np.full((*SHAPE, 2), 7, np.int16))
+    raw = bytearray(gzip.decompress(path.read_bytes()))
+    raw[112:116] = np.float32(np.inf).tobytes()                               # scl_slope
+    path.write_bytes(gzip.compress(raw))
+    assert "scales the values by infinity; they are taken as they are" in " ".join(folder.create().warnings)
+
+
+@pytest.mark.parametrize("n", [float("nan"), 2.5, "4", 0, None])
+def test_a_number_of_subjects_that_is_none(tmp_path, n):
+    from dwiml_nb.study.toy import toy_study
+    with pytest.raises(DataProblem, match="a phantom study has at least one subject"): toy_study(tmp_path, n_subjects=n)
+    assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -427,7 +428,7 @@ def write_phantom(
     peaks:bool=False, # Also list the strongest peaks as a group
 ) -> Path: # The root
     "Write the subject folders of a phantom study with its configuration and lists."
-    if n_subjects < 1:
+    if not isinstance(n_subjects, Integral) or n_subjects < 1:
         raise DataProblem("a phantom study has at least one subject", expected="1 or more", found=n_subjects)
     seed = check_seed(seed)
     root,ids = claim_folder(root, 'write_phantom'), [f'sub-{i+1:02d}' for i in range(n_subjects)]

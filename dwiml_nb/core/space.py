@@ -238,6 +238,8 @@ def open_header(
         if len(found.shape) < 3:
             raise DataProblem("this is no volume", "values on a grid of three axes", f"shape {found.shape}")
         said += place_remarks(found)
+        if np.isinf(found.header['scl_slope']):
+            said += ["its header scales the values by infinity; they are taken as they are"]
     return found
 
 # %% ../../nbs/00_core/05_space.ipynb #cc0ba9d3

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 import dwiml_nb
 from ..core.errors import DataProblem, html_text, printable
-from ..core.files import (atomic_file, check_outputs, parse_json, place_of, progress,
-                                 remove_partials, same_place)
+from ..core.files import (atomic_file, check_outputs, fsync_path, parse_json, place_of,
+                                 progress, remove_partials, same_place)
 from ..core.ragged import Ragged
 from ..core.registry import trusting
 from ..core.sizes import read_array
@@ -439,18 +439,20 @@ def check_copies(
 
 @contextmanager
 def copies_folder(
-    parent:Path, # Where
+    parent:Path, # Where it will be
+    hidden:Path, # Folder of the parts, where it is filled
     wanted:bool=True, # False: there is none
-): # -> the folder, or None
-    "A new folder `intermediate_{date}`, which goes when its study fails."
+): # -> the folder to fill, or None
+    "A folder that is called `intermediate_{date}` when all is in it; it goes when its study fails."
     if not wanted: yield None; return
-    name = time.strftime('intermediate_%Y-%m-%d_%H-%M-%S')
-    for i in itertools.count():
-        folder = parent/f"{name}{f'-{i}'*(i > 0)}"
-        try: folder.mkdir(); break
-        except FileExistsError: pass
-    try: yield folder
-    except BaseException: shutil.rmtree(folder, ignore_errors=True); raise
+    name,new = time.strftime('intermediate_%Y-%m-%d_%H-%M-%S'), hidden/'intermediate'
+    shutil.rmtree(new, ignore_errors=True)                          # of a process that was killed
+    new.mkdir()
+    try: yield new
+    except BaseException: shutil.rmtree(new, ignore_errors=True); raise
+    names = (parent/f"{name}{f'-{i}'*(i > 0)}" for i in itertools.count())
+    new.rename(next(p for p in names if not os.path.lexists(p)))
+    fsync_path(parent)
 
 # %% ../../nbs/01_study/11_create.ipynb #59ca557c
 def write_study(
@@ -466,7 +468,7 @@ def write_study(
     text = (json.dumps(config, indent=1) if isinstance(config, dict)
             else Path(config).read_text(encoding='utf-8-sig'))
     with (told_plainly(path, 2*(sources.volume_bytes + 2*sources.file_bytes)), parts_folder(path) as hidden,
-          copies_folder(path.parent, with_copies) as copies):
+          copies_folder(path.parent, hidden, with_copies) as copies):
         check_target(path, config, overwrite)                                  # a last look
         beside = path.with_suffix('.json')
         for leftover in (path, beside): remove_partials(leftover)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_volume', 'write_streamlines', 'SteadyFile', 'steady_hdf5', 'StudyOptions', 'SubjectReport', 'changed_since',
            'add_group', 'add_subject', 'part_mark', 'is_as_marked', 'make_part', 'finished_part', 'locked',
-           'parts_folder', 'reports_in_turn', 'Part', 'place_parts', 'make_parts']
+           'check_locks', 'parts_folder', 'reports_in_turn', 'Part', 'place_parts', 'make_parts']
 
 # %% ../../nbs/01_study/10_parts.ipynb #9a4bb7c0
 import hashlib
@@ -28,13 +28,14 @@ import numpy as np
 import torch
 import dwiml_nb
 from ..core.errors import DataProblem, need_file
-from ..core.files import atomic_file, parse_json, progress
+from ..core.files import atomic_file, parse_json, partial_name, progress
 from ..core.registry import SameTrust
 from ..core.space import short_dimensions
 from ..core.tractograms import TRACTOGRAM_FORMATS, tractogram_format
 from .lines_in import (LineOptions, LinesReport, StoredLines, connectivity_of, label_remarks,
                                      lines_of)
 from .config import VolumeSpec, raise_problems
+from .files import open_hdf5
 from .schema import FORMAT_VERSION
 from .sources import Sources, SubjectSources, placed
 from .standardize import STANDARDIZATIONS
@@ -282,6 +283,17 @@ def locked(
     file.close()    # its folder was tidied away meanwhile
     return None
 
+def check_locks(
+    folder, # Where HDF5 files will be written and read
+):
+    "Refuse a file system without the locks that HDF5 asks for, before anything is made there."
+    probe = partial_name(Path(folder)/'locks.hdf5')
+    try:
+        with steady_hdf5(probe): pass
+        open_hdf5(probe).close()
+    except OSError: pass                                          # a full disk is told where it matters
+    finally: probe.unlink(missing_ok=True)
+
 @contextmanager
 def parts_folder(
     study, # Path of the study
@@ -297,7 +309,9 @@ def parts_folder(
     if (lock := locked(lock)) is None:
         raise DataProblem("another process is making this study, or adding to it", file=study,
                           do="wait for it to end.")
-    try: yield folder
+    try:
+        check_locks(folder)
+        yield folder
     except BaseException:
         if not any(folder.glob('[!.]*.hdf5')): shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -119,19 +119,6 @@ class MultiSubjectDataset(NamesOfDwiml):
         with allowing_links(allow_links), naming("the study is damaged", **told):
             self.read_root(self.file.handle)
 
-    def read_root(self, root):
-        "Read the root and the groups of the first subject."
-        self.subjects = self.file.subjects
-        said = [quick_attr(root, k) for k in ('step_size', 'nb_points', 'compress')]
-        self.step_size,self.nb_points,self.compress = (None if v == NOT_DEFINED else v for v in said)
-        # all other subjects must have the groups of the first
-        self.first_subject = next((ids[0] for ids in self.subjects.values() if ids), None)
-        first = members(self.file.open(self.first_subject)) if self.first_subject else {}
-        self.all_groups,self.first_looks = by_kind(first), {}
-        for g in self.all_groups[0]:
-            with told_of(self.file, f'{self.first_subject}/{g}'):
-                self.first_looks[g] = look_at(self.file, first[g], 'volume')._replace(parts=None)
-        self.choose_groups(*self.all_groups)
     @cached_property
     def config(self) -> dict: # None where it cannot be read
         "The config that the study was made from."
@@ -139,14 +126,6 @@ class MultiSubjectDataset(NamesOfDwiml):
 
     @property
     def hdf5_file(self): return self.file.path
-
-    def choose_groups(self, volume_groups, streamline_groups, nb_features=None):
-        "Use these groups, in this order."
-        self.volume_groups,self.streamline_groups = list(volume_groups), list(streamline_groups)
-        self.nb_features = ByName(nb_features or self.features_of(volume_groups))
-    def features_of(self, volume_groups) -> dict: # group -> int
-        "Number of features of volume groups, from the first subject."
-        return {g: self.first_looks[g].header.n for g in volume_groups}
 
     @property
     def path(self) -> Path: return self.file.path
@@ -168,6 +147,41 @@ class MultiSubjectDataset(NamesOfDwiml):
     def close(self):
         "Close this process's handle of the file. It opens again when needed."
         self.file.close()
+
+# %% ../../nbs/02_data/04_dataset.ipynb #9a3917b8
+@patch
+def read_root(self:MultiSubjectDataset,
+    root, # HDF5 file, open
+):
+    "Read the root and the groups of the first subject."
+    self.subjects = self.file.subjects
+    said = [quick_attr(root, k) for k in ('step_size', 'nb_points', 'compress')]
+    self.step_size,self.nb_points,self.compress = (None if v == NOT_DEFINED else v for v in said)
+    # all other subjects must have the groups of the first
+    self.first_subject = next((ids[0] for ids in self.subjects.values() if ids), None)
+    first = members(self.file.open(self.first_subject)) if self.first_subject else {}
+    self.all_groups,self.first_looks = by_kind(first), {}
+    for g in self.all_groups[0]:
+        with told_of(self.file, f'{self.first_subject}/{g}'):
+            self.first_looks[g] = look_at(self.file, first[g], 'volume')._replace(parts=None)
+    self.choose_groups(*self.all_groups)
+
+@patch
+def choose_groups(self:MultiSubjectDataset,
+    volume_groups, # Names
+    streamline_groups, # Names
+    nb_features=None, # group -> number; as in the first subject when not given
+):
+    "Use these groups, in this order."
+    self.volume_groups,self.streamline_groups = list(volume_groups), list(streamline_groups)
+    self.nb_features = ByName(nb_features or self.features_of(volume_groups))
+
+@patch
+def features_of(self:MultiSubjectDataset,
+    volume_groups, # Names
+) -> dict: # group -> int
+    "Number of features of volume groups, from the first subject."
+    return {g: self.first_looks[g].header.n for g in volume_groups}
 
 # %% ../../nbs/02_data/04_dataset.ipynb #2d0a232e
 def chosen_groups(

@@ -205,6 +205,26 @@ class Whole(Plain):
     def compute_loss(self, outputs, targets): return super().compute_loss([o[1:] for o in outputs], targets)
 
 
+class Halves(Plain):
+    "Small floats inside, floats in the loss."
+    def forward(self, inputs, streamlines):
+        with torch.autocast("cpu", torch.bfloat16): return super().forward(inputs, streamlines)
+    def compute_loss(self, outputs, targets): return super().compute_loss([o.float() for o in outputs], targets)
+
+
+class Variational(MainModelAbstract):
+    "Chance in training only, parts of several forms, a large loss."
+    def __init__(self): super().__init__(nb_points=16); self.down, self.up = nn.Linear(48, 8), nn.Linear(4, 48)
+    def forward(self, streamlines):
+        mean, spread = self.down(torch.stack(list(streamlines)).flatten(1)).chunk(2, 1)
+        z = mean + torch.randn_like(mean)*(spread/2).exp()*self.training
+        return self.up(z).reshape(-1, 16, 3), mean, spread
+    def compute_loss(self, outputs, targets):
+        lines, mean, spread = outputs
+        errors = (lines - torch.stack(list(targets))).square().sum((1, 2)) + (mean**2 + spread.exp() - 1 - spread).sum(1)/2
+        return errors.mean(), len(errors)
+
+
 class ByMean(Walker):
     "The mean over what lies behind: a running sum of many numbers in float32."
     def features(self, x): return super().features(x.cumsum(0)/torch.arange(1, len(x) + 1)[:, None].to(x))
@@ -212,7 +232,7 @@ class ByMean(Walker):
 
 
 RIGHT = [Plain, Walker, Dropping, Normed, Padded, ChannelsFirst, AllPoints, TwoParts, ByName, LineClasses, Pooled, Gate, Tied, Fixed, NoLoss, Alone, LineMeans, SumAndOne,
-         Regular, Attentive, TwoInputs, Doubles, Whole, ByMean]
+         Regular, Attentive, TwoInputs, Doubles, Whole, ByMean, Halves, Variational]
 
 
 @pytest.mark.parametrize("cls", RIGHT, ids=lambda cls: cls.__name__)
@@ -452,10 +472,7 @@ class Largest(Plain):
         return errors.max(), len(errors)
 
 class Singles(Plain):
-    def forward(self, inputs, streamlines): return super().forward([x + torch.ones(4, dtype=torch.float32) for x in inputs], streamlines).copy()
-    def compute_loss(self, outputs, targets):
-        loss, n = super().compute_loss(outputs, targets)
-        return loss.float(), n
+    def forward(self, inputs, streamlines): return [o.float() + torch.ones(3) for o in super().forward(inputs, streamlines)]
 
 class MadeAsFloats(Plain):
     def forward(self, inputs, streamlines): return super().forward([torch.zeros(len(x), 4) + x.float() for x in inputs], streamlines)

@@ -93,7 +93,7 @@ def trained(
     "A copy after a few steps of training."
     model = case.copy().train()
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(weights, 1e-3) if weights else None
+    optimizer = torch.optim.Adam(weights, 1e-4) if weights else None
     for i in range(steps):
         loss = case.call(model, *case.batch(seed=i))[1]
         if loss is None or not loss.requires_grad: continue

@@ -42,7 +42,7 @@ def labels_of(spec, model, batch):
 CUTS = {"whole": {}, "turned": dict(reverse_ratio=.5), "segments": dict(segment_mm=9.), "split": dict(split_ratio=.5),
         "all": dict(split_ratio=.5, segment_mm=9., reverse_ratio=.5, widen_mm=2., off_track_mm=.8),
         "off track": dict(off_track_mm=.8, reverse_ratio=.5), "noise": dict(noise_mm_forward=.3, noise_mm_loss=.1)}
-POINTS = {"step": dict(step_size=1.), "points": dict(nb_points=12), "compressed": dict(compress_lines=.02), "as stored": dict(), "voxels": dict(step_size=1., streamline_space="vox")}
+POINTS = {"step": dict(step_size=1.), "points": dict(nb_points=12), "compressed": dict(compress_lines=.02, dg_key="l2-regression"), "as stored": dict(), "voxels": dict(step_size=1., streamline_space="vox")}
 EQUIDISTANT = {"segments", "all", "off track"}
 
 

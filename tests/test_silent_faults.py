@@ -29,6 +29,7 @@ from dwiml_nb.models.base import MainModelAbstract
 from dwiml_nb.models.embeddings import unflatten_neighborhood
 from dwiml_nb.models.learn2track import Learn2TrackModel
 from dwiml_nb.models.rnn import StackedRNN
+from dwiml_nb.study.schema import INDEX_KEYS
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.tracking.seeds import checked_seeds, seeds_from_mask
 from dwiml_nb.tracking.propagate import Walk, propagate
@@ -255,6 +256,11 @@ def test_features_are_compared_group_by_group(toy, tmp_path):
     with h5py.File(path, "r+") as f:
         subject = f[toy.training.subjects[1]]
         subject.move("input", "other"); subject.move("wm_mask", "input"); subject.move("other", "wm_mask")
+    lazily = MultiSubjectDataset(path, lazy=True).load_data()          # as the index of before told it; the group itself says otherwise
+    with pytest.raises(DataProblem, match="the study's index says something else"): lazily.training.subject(1).volumes["input"].get_data_as_tensor()
+    lazily.close()
+    with h5py.File(path, "r+") as f:
+        for key in INDEX_KEYS: del f.attrs[key]
     with pytest.raises(DataProblem, match="another number of features than in the first subject") as caught: MultiSubjectDataset(path, lazy=True).load_data()
     assert all(word in str(caught.value) for word in (toy.training.subjects[1], "input", "wm_mask", "Expected: 15", "Found: 1"))
 

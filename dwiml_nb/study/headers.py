@@ -265,10 +265,9 @@ def stamps_of(
 ) -> dict: # subject -> `FileStamp` of its file; without subjects whose file is not where it should be
     "Which file holds each subject, without opening any."
     links,found,seen = file.handle.id.links, {}, {}
-    def visit(name, link):
-        if link.type == h5py.h5l.TYPE_HARD: found[name.decode(errors='surrogateescape')] = file.root
-        if link.type == h5py.h5l.TYPE_EXTERNAL: found[name.decode(errors='surrogateescape')] = None
-    links.iterate(visit, info=True)
+    for name,kind in file.links.items():
+        if kind == h5py.h5l.TYPE_HARD: found[name.decode(errors='surrogateescape')] = file.root
+        if kind == h5py.h5l.TYPE_EXTERNAL: found[name.decode(errors='surrogateescape')] = None
     for s in [s for s,stamp in found.items() if stamp is None]:
         target = links.get_val(s.encode(errors='surrogateescape'))[0].decode(errors='surrogateescape')
         if target not in seen: seen[target] = linked_stamp(file.path.parent, PurePath(target))

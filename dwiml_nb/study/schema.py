@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'NOT_DEFINED', 'INDEX_KEYS', 'INDEX', 'TABLE', 'WRAPPERS', 'TEXT', 'ONE_TEXT', 'TEXT_TYPE',
            'NUMBER_TYPE', 'LISTS', 'links_allowed', 'MOST_LINKS', 'SMALL', 'DEEPEST', 'READ_MODES', 'ORIGINS',
-           'attr_words', 'attr_value', 'wrapped', 'hard_link', 'quick_attr', 'quick_words', 'missing_names',
-           'subjects_listed', 'open_study', 'open_with_lists', 'allowing_links', 'stays_inside', 'reached', 'opened',
-           'is_here', 'check_place', 'opened_link', 'file_size', 'check_claim', 'found_in', 'subject_in', 'check_links',
-           'identifiers', 'members', 'StudyFile', 'group_kind', 'group_grid', 'stored_to_vox', 'grid_and_matrix',
-           'placed_grid', 'study_config', 'short']
+           'attr_words', 'attr_value', 'wrapped', 'hard_link', 'quick_attr', 'quick_words', 'link_kinds',
+           'missing_names', 'subjects_listed', 'open_study', 'open_with_lists', 'allowing_links', 'stays_inside',
+           'reached', 'opened', 'is_here', 'check_place', 'opened_link', 'file_size', 'check_claim', 'found_in',
+           'subject_in', 'check_links', 'identifiers', 'members', 'StudyFile', 'group_kind', 'group_grid',
+           'stored_to_vox', 'grid_and_matrix', 'placed_grid', 'study_config', 'short']
 
 # %% ../../nbs/01_study/05_schema.ipynb #a86f3b31
 import math
@@ -111,13 +111,21 @@ def quick_words(
     return attr_words(obj.attrs[key])
 
 # %% ../../nbs/01_study/05_schema.ipynb #59060bb1
+def link_kinds(
+    group, # HDF5 group
+) -> dict: # name as bytes -> kind of link
+    "The names in a group."
+    there = {}
+    group.id.links.iterate(lambda name,link: there.update({name: link.type}), info=True)
+    return there
+
 def missing_names(
     group, # HDF5 group
     names, # Which should be in it
+    there:dict=None, # From `link_kinds`, if it is known
 ) -> list: # Those that are not, are paths, or whose link leads nowhere
     "Which of ten thousand names a group lacks."
-    there = {}
-    group.id.links.iterate(lambda name,link: there.update({name: link.type}), info=True)
+    there = link_kinds(group) if there is None else there
     hard = {n.decode(errors='surrogateescape') for n,kind in there.items() if kind == h5py.h5l.TYPE_HARD}
     return [n for n in names if '/' in n or n not in hard and n not in group]
 
@@ -139,7 +147,7 @@ def open_study(
 
 def open_with_lists(
     path, # A study file
-) -> tuple: # open file, what `subjects_listed` says of it
+) -> tuple: # open file, what `subjects_listed` and `link_kinds` say of it
     "Open a study, or say why it is none."
     path,asked = Path(path), ("no such study", "check the path; a study is made by create_study.")
     if not os.path.isfile(path): need_file(path, *asked)
@@ -158,11 +166,12 @@ def open_with_lists(
         with naming("the study is damaged", do="copy it again, or create it again.", file=path):
             missing = [k for k in LISTS if not h5py.h5a.exists(file.id, k.encode())]
             listed = {} if missing else subjects_listed(file)
-            gone = missing_names(file, [s for ids in listed.values() for s in ids])
+            there = link_kinds(file)
+            gone = missing_names(file, [s for ids in listed.values() for s in ids], there)
             twice = [s for ids in listed.values() for s,n in Counter(ids).items() if n > 1]
             found = list(file)[:5] if missing or gone else []
     except BaseException: file.close(); raise
-    if not missing and not gone and not twice: return file, listed
+    if not missing and not gone and not twice: return file, listed, there
     file.close()
     if twice and not gone:
         raise DataProblem("subjects are listed more than once", expected="each once in a list",
@@ -405,7 +414,7 @@ class StudyFile:
         self._handle = self._pid = None
         self.allow_links = allow_links
         self.handle
-    def __getstate__(self): return {**self.__dict__, '_handle': None, '_pid': None}
+    def __getstate__(self): return {**self.__dict__, '_handle': None, '_pid': None, 'links': None}
     def __repr__(self): return f"StudyFile({str(self.path)!r})"
 
 # %% ../../nbs/01_study/05_schema.ipynb #fa5e205d
@@ -414,7 +423,7 @@ def handle(self:StudyFile) -> h5py.File:
     "The open root file of this process."
     with self.lock:
         if self._handle is None or self._pid != os.getpid():
-            self._handle,self.subjects = open_with_lists(self.path)
+            self._handle,self.subjects,self.links = open_with_lists(self.path)
             self._pid = os.getpid()
             self._descriptor = hdf5_descriptor(self._handle)
             self._number = h5py.h5g.get_objinfo(self._handle.id).fileno

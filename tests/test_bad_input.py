@@ -24,6 +24,7 @@ from dwiml_nb.study.check import check_study
 from dwiml_nb.study.create import create_study
 from dwiml_nb.study.describe import describe_study
 from dwiml_nb.study.lists import SUBSETS
+from dwiml_nb.study.schema import INDEX_KEYS
 from dwiml_nb.study.toy import toy_study
 
 REFERENCE = Path(__file__).parent/'data'/'dwi_ml_study'
@@ -419,7 +420,12 @@ def test_names_that_are_not_there(toy):
     (lambda f: f.__delitem__('sub-02'), 'subjects are listed that the study does not hold'),
     (lambda f: f.attrs.__delitem__('training_subjs'), 'not a study')])
 def test_studies_that_do_not_agree(toy, tmp_path, change, words):
-    with pytest.raises(DataProblem, match=words): MultiSubjectDataset(spoiled(toy, tmp_path, change), lazy=True).load_data()
+    path = spoiled(toy, tmp_path, change)
+    other = shutil.copy(path, tmp_path/'without_index.hdf5')
+    with h5py.File(other, 'r+') as f:                                  # with its index, a lazy dataset would tell at the first use
+        for key in INDEX_KEYS: del f.attrs[key]
+    for file,lazy in ((path, False), (other, True)):
+        with pytest.raises(DataProblem, match=words): MultiSubjectDataset(file, lazy=lazy).load_data()
 
 def test_extra_groups_are_ignored(toy, tmp_path):
     dataset = MultiSubjectDataset(spoiled(toy, tmp_path, lambda f: f.copy('sub-02/input', f['sub-02'], 'more')), lazy=True).load_data()

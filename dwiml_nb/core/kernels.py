@@ -116,7 +116,7 @@ def tell_busy(
     if told or torch.get_num_threads() == 1 or dwiml_nb.idle_threads != 'spin' or load < cores: return
     told.append(f"this machine is busy ({load:.1f} processes for {cores} cores) and torch was loaded before "
                 "dwiml_nb, so its idle threads spin and a step may take several times as long. Import it "
-                "first, or set OMP_WAIT_POLICY=passive before Python starts, or torch.set_num_threads(1).")
+                "first, or set GOMP_SPINCOUNT=1000 before Python starts, or torch.set_num_threads(1).")
     print(told[0], file=sys.stderr)
 
 # %% ../../nbs/00_core/07_kernels.ipynb #c81fa42c

@@ -28,7 +28,17 @@ WAYS = {                                        # name -> changes to the recipe:
     'nothing off track': dict(training=dict(off_track_mm=0.)),
     'no axis head, first step along the peak': dict(model=dict(dg_args={}), tracking=dict(first_direction='peaks:peaks')),
     'no neighbours': dict(model=dict(neighborhood_type=None, neighborhood_radius=None, neighborhood_resolution=None)),
+    'a Transformer (TTST)': dict(build='transformer'),
 }
+
+def transformer(nb_features:int, **changes):
+    "The recipe's inputs and getter on a Transformer of the data and the directions. Segments have 40 points, so it reads 40 back."
+    from dwiml_nb.models.transformers import TransformerSrcAndTgtModel
+    settings = dict(nb_features=nb_features, step_size=1., input_embedding_key='nn_embedding', input_embedded_size=96, target_embedded_size=32,
+                    neighborhood_type='axes', neighborhood_radius=1, neighborhood_resolution=1., positional_encoding_key='rotary', window=40,
+                    nheads=4, n_layers_e=2, ffnn_hidden_size=256, norm_first=True, activation='gelu', dropout_rate=.1,
+                    dg_key='cosine-regression', dg_args=dict(axis_head=True, second_step_weight=.25))
+    return TransformerSrcAndTgtModel(**{**settings, **changes})
 
 def commit() -> str:
     return subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=HERE, capture_output=True, text=True).stdout.strip()
@@ -63,7 +73,8 @@ def one_run(kind:str, way:str, changes:dict, fold:str, subject:str, seed:int, nb
     dataset,seconds = study(fold, cache), {}
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(seed)
-        model = recipe_model(dataset.nb_features['input'], **changes.get('model', {}))
+        build = transformer if changes.get('build') == 'transformer' else recipe_model
+        model = build(dataset.nb_features['input'], **changes.get('model', {}))
         began = time.perf_counter()
         trainer = recipe_trainer(dataset, folder, 'run', nb_batches, seed, model=model, **changes.get('training', {}))
         trainer.train_and_validate()

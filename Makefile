@@ -45,7 +45,7 @@ kernels: $(VENV)/.ready  # compile the loops for this machine, both forms, inste
 
 $(VENV)/.ready: settings.ini setup.py constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --no-compile $(TORCH_PIP_ARGS) --constraint constraints.txt "$(TORCH)" --editable ".[dev]"
+	$(PY) -m pip install --quiet --no-compile $(TORCH_PIP_ARGS) --constraint constraints.txt "$(TORCH)" --editable ".[dev,all]"
 	touch $@
 
 system:  # a browser and software Vulkan for the tests that draw

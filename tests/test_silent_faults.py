@@ -446,7 +446,7 @@ def test_the_second_half_goes_on_as_the_reversed_first_half_would(rnn_key, space
     model = learner(rnn_key=rnn_key, space=space).eval()
     tracker = Tracker(model, dataset, "sub-01", "input", theta_deg=180)
     forward = Ragged.from_list([torch.tensor([30.0, 12, 10]) + random_lines(n, seed=n).data for n in (2, 7, 4)])
-    state, memory = tracker.looking_back(forward, 2)
+    state, memory = tracker.walk.remembered(reverse(forward), 2)
     with torch.no_grad():
         at_seed = forward.data[forward.offsets[:-1]]
         stepwise, _ = model.tracking_step(tracker.walk.inputs(at_seed), (memory * tracker.walk.scale).flatten(1), state)

@@ -19,7 +19,7 @@ from ..core.kernels import fits, kernel
 from ..core.ragged import Ragged
 from ..core.sizes import need_memory
 from ..core.space import Grid, convert, inside, need_right_angles
-from ..core.lines import as_arrays, unit
+from ..core.lines import all_but_last, as_arrays, unit
 from ..core.volume import sample_nearest, sample_trilinear
 from ..batch.inputs import InputsAt, model_scale
 from .stops import answer_of, reasons_with, select_rows
@@ -98,6 +98,21 @@ def inputs_along(self:Walk,
     if self.device.type == 'cpu':
         need_memory(4.*n*width, f"{width} features along {n} points", "take a smaller batch_size.")
     return self.spec.together([lines.with_data(o) for o in self.inputs_at(lines.data/self.sizes)])
+
+# %% ../../nbs/06_tracking/02_propagate.ipynb #2f53316b
+@patch
+@torch.inference_mode()
+def remembered(self:Walk,
+    lines:Ragged, # (P, 3) voxmm, of at least two points; they go on from their last ones
+    k:int=None, # Displacements to remember; None: as many as the model asks for
+) -> tuple: # the model's state, (n, k, 3) displacements in mm, most recent first
+    "The model's state and memory at the last points of lines."
+    behind,k = all_but_last(lines), max(1, self.spec.nb_previous_dirs) if k is None else k
+    state = self.model.warm_up(self.inputs_along(behind), behind.with_data(behind.data*self.scale))
+    rank = torch.arange(k + 1, device=lines.device)
+    rows = lines.offsets[1:, None] - 1 - torch.minimum(rank, (lines.lengths - 1)[:, None])
+    near = lines.data[rows]                                            # last point, the one before, …
+    return state, (near[:, :-1] - near[:, 1:])
 
 # %% ../../nbs/06_tracking/02_propagate.ipynb #e5f9f9a3
 @patch

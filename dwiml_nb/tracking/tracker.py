@@ -191,31 +191,13 @@ def second_half(self:Tracker,
         some,seeds = forward[which], forward.data[forward.offsets[:-1][which]]
         if bool(alone[which][0]):
             state,memory,opposite = None, torch.zeros(len(some), k, 3, device=first.device), -first[which]
-        else: (state,memory),opposite = self.looking_back(some, k), None
+        else: (state,memory),opposite = walk.remembered(reverse(some)), None
         points,code,_ = propagate(walk, seeds, memory, max_points[which], state, opposite,
                                   numbers[which], True, on_step,
                                   None if max_mm is None else max_mm[which])
         halves.append((which.nonzero().flatten(), points)); codes[which] = code
     order = torch.argsort(torch.cat([w for w,_ in halves]))
     return Ragged.cat([p for _,p in halves])[order], codes
-
-# %% ../../nbs/06_tracking/03_tracker.ipynb #f4dc252f
-@patch
-@torch.inference_mode()
-def looking_back(self:Tracker,
-    forward:Ragged, # First halves of at least two points
-    k:int, # Displacements to remember
-) -> tuple: # the model's state, (n, k, 3) displacements in mm, most recent first
-    "The model's state and memory at the seeds, after it came back along the first half."
-    back = reverse(forward)
-    lengths = back.lengths - 1
-    not_seed = back.point_index < lengths.repeat_interleave(back.lengths)
-    behind = Ragged.from_lengths(back.data[not_seed], lengths)
-    state = self.model.warm_up(self.walk.inputs_along(behind), behind.with_data(behind.data*self.walk.scale))
-    rank = torch.arange(k + 1, device=forward.device)
-    rows = forward.offsets[:-1, None] + torch.minimum(rank, (forward.lengths - 1)[:, None])
-    near = forward.data[rows]                                          # seed, first point, second point, …
-    return state, (near[:, :-1] - near[:, 1:])
 
 # %% ../../nbs/06_tracking/03_tracker.ipynb #f44e2a8d
 @patch

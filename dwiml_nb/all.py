@@ -9,6 +9,7 @@ __all__ = []
 from .core.errors import DataProblem
 from .core.registry import Registry, trusting
 from .core.options import with_parts
+from .core.config import Config
 from .core.ragged import Ragged, as_ragged
 from .core.space import Grid, apply_affine, convert, grid_of, same_grid
 from .core.lines import (directions, lengths_of, previous_directions, resample_nb_points,

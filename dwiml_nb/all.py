@@ -82,6 +82,7 @@ from .training.control import TrainingControl
 from .training.feed import Phase
 from .training.step import NotFinite
 from .training.trainer import DWIMLTrainer, DWIMLTrainerOneInput
+from .training.generation import DWIMLTrainerOneInputWithGVPhase
 
 # %% ../nbs/all.ipynb #c0ffee02
 from .runs.track import experiment_model, read_experiment, track_from_model

@@ -272,8 +272,8 @@ CALLED |= {
         '_prepare_checkpoint_info': "`trainer.save_checkpoint()`",
         '_update_states_from_checkpoint': "`trainer.load_state(checkpoint)`",
         '_get_latest_loss_to_supervise_best': "`trainer.end_epoch()`",
-        'propagate_multiple_lines': "`Tracker`; validation by tracking is not here yet",
-        'gv_phase_one_batch': "`Phase`; validation by tracking is not here yet"},
+        'propagate_multiple_lines': "`dwiml_nb.training.generation.Generation`",
+        'gv_phase_one_batch': "`dwiml_nb.training.generation.Generation`"},
     'DWIMLBatchLoader': {
         'load_batch': "`batch_loader.load_batch_streamlines(batch_ids)`",
         '_data_augmentation_sft': "`batch_loader.load_batch_streamlines(batch_ids)`"},
@@ -297,10 +297,9 @@ ARGUMENTS |= {
         'checkpoint_state': "nothing in its place: `DWIMLTrainer.init_from_checkpoint` reads it",
         'comet_workspace': "`sinks=[]`, to send rows elsewhere",
         'comet_project': "`sinks=[]`, to send rows elsewhere",
-        'add_a_tracking_validation_phase': "a `Phase` of your own; validation by tracking is not here yet",
-        'tracking_phase_frequency': "a `Phase` of your own; validation by tracking is not here yet",
-        'tracking_phase_nb_segments_init': "a `Phase` of your own; validation by tracking is not here yet",
-        'tracking_phase_mask_group': "a `Phase` of your own; validation by tracking is not here yet"},
+        **dict.fromkeys(['add_a_tracking_validation_phase', 'tracking_phase_frequency',
+                         'tracking_phase_nb_segments_init', 'tracking_phase_mask_group'],
+                        "`DWIMLTrainerOneInputWithGVPhase`, which has it")},
 }
 
 # %% ../../nbs/00_core/17_dwi_ml.ipynb #6da195ae
@@ -371,10 +370,8 @@ DOOR |= {
 # %% ../../nbs/00_core/17_dwi_ml.ipynb #2f18e708
 DOOR |= {
     **for_each("`DWIMLTrainer`", 'DWIMLAbstractTrainer', 'AbstractTrainer'),
-    **for_each("`DWIMLTrainerOneInput`", 'Learn2TrackTrainer'),
-    **for_each("`DWIMLTrainerOneInput`; validation by tracking is not here yet",
-               'DWIMLTrainerOneInputWithGVPhase', 'DWIMLTrainerForTracking',
-               'DWIMLTrainerForTrackingOneInput', 'TransformerTrainer'),
+    **for_each("`DWIMLTrainerOneInputWithGVPhase`", 'Learn2TrackTrainer', 'TransformerTrainer',
+               'DWIMLTrainerForTracking', 'DWIMLTrainerForTrackingOneInput'),
     **for_each("`DWIMLTrainer.train_and_validate`", 'run_experiment'),
     **for_each("`dwiml_nb.training.schedules.parse_learning_rates`", 'format_lr'),
     **for_each("`read_logs`", 'BatchHistoryMonitor', 'ValueHistoryMonitor', 'TimeMonitor', 'IterTimer'),
@@ -535,8 +532,10 @@ OPTIONS['l2t_train_model'] |= {
     '-v': "`logging.basicConfig(level='INFO')`",
     **for_each('`DWIMLTrainerOneInput(sinks=[])`, to send rows elsewhere', '--comet_workspace',
                '--comet_project'),
-    **for_each(f'{YET}: validation by tracking', '--add_a_tracking_validation_phase', '--tracking_mask',
-               '--tracking_phase_frequency', '--tracking_phase_nb_segments_init'),
+    **arguments('DWIMLTrainerOneInputWithGVPhase', tracking_mask="tracking_phase_mask_group='wm'",
+        add_a_tracking_validation_phase='add_a_tracking_validation_phase=True',
+        tracking_phase_frequency='tracking_phase_frequency=1',
+        tracking_phase_nb_segments_init='tracking_phase_nb_segments_init=1'),
 }
 OPTIONS['ae_train_model'] = {k: v.replace('OneInput', '') for k,v in OPTIONS['l2t_train_model'].items()
                              if 'Learn2TrackModel' not in v and 'tracking' not in k}

@@ -156,6 +156,18 @@ WAYS = {"eager": lambda study, **o: mask(MultiSubjectDataset(study, **o)),
         "add": lambda study, **o: add_subjects(study, study.parent / "none", training=["sub-09"], **o)}
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("change", NEVER, ids=lambda f: f.__name__)
+def test_what_else_a_study_holds_can_be_loaded(study, change, lazy):
+    secret = secret_of(study)
+    with h5py.File(study, "r+") as f: change(f, secret)
+    dataset = MultiSubjectDataset(study, lazy=lazy)
+    with pytest.raises(DataProblem, match="lie in other files") as told: dataset.load_data()
+    assert str(told.value).count("lie in other files") == 1
+    others = [g for g in dataset.all_groups[0] if g != "seed_mask"]
+    assert dataset.load_data(volume_groups=others).training.subjects and list(dataset.nb_features) == others
+
+
 @pytest.mark.parametrize("change", NEVER + ONLY_ALLOWED + [round_in_a_circle], ids=lambda f: f.__name__)
 def test_a_study_stays_in_its_folder(study, change):
     secret = secret_of(study)

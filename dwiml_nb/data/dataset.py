@@ -91,7 +91,7 @@ def check_agreement(
     for s in subjects:
         bad += [DataProblem("another number of features than in the first subject", expected=nb_features[g],
                             found=v.nb_features, subject=s.subj_id, group=g, file=path)
-                for g,v in s.volumes.items() if v.nb_features != nb_features[g]]
+                for g,v in s.volumes.items() if v.nb_features != nb_features.get(g, v.nb_features)]
         for group in s.groups.values(): orders[s.subj_id] = group.header.traits.order
     return bad + check_alike("voxel orders differ between subjects", orders,
                              "reorient the subjects alike and create the study again.")
@@ -160,10 +160,12 @@ def read_root(self:MultiSubjectDataset,
     # all other subjects must have the groups of the first
     self.first_subject = next((ids[0] for ids in self.subjects.values() if ids), None)
     first = members(self.file.open(self.first_subject)) if self.first_subject else {}
-    self.all_groups,self.first_looks = by_kind(first), {}
+    self.all_groups,self.first_looks,self.unseen = by_kind(first), {}, {}
     for g in self.all_groups[0]:
-        with told_of(self.file, f'{self.first_subject}/{g}'):
-            self.first_looks[g] = look_at(self.file, first[g], 'volume')._replace(parts=None)
+        try:
+            with told_of(self.file, f'{self.first_subject}/{g}'):
+                self.first_looks[g] = look_at(self.file, first[g], 'volume')._replace(parts=None)
+        except DataProblem as e: self.unseen[g] = e                     # told when the group is loaded
     self.choose_groups(*self.all_groups)
 
 @patch
@@ -180,8 +182,8 @@ def choose_groups(self:MultiSubjectDataset,
 def features_of(self:MultiSubjectDataset,
     volume_groups, # Names
 ) -> dict: # group -> int
-    "Number of features of volume groups, from the first subject."
-    return {g: self.first_looks[g].header.n for g in volume_groups}
+    "Number of features of volume groups that can be read, from the first subject."
+    return {g: self.first_looks[g].header.n for g in volume_groups if g in self.first_looks}
 
 # %% ../../nbs/02_data/04_dataset.ipynb #2d0a232e
 def chosen_groups(
@@ -228,6 +230,8 @@ def load_data(self:MultiSubjectDataset,
                          subject=s, file=self.path)):
                 made[s] = read_subject(self.file, s, volumes, lines, self.cache, told.get(s, {}), self.lazy)
         except DataProblem as e: bad += getattr(e, 'problems', [e])
+    said = {str(e) for e in bad}
+    bad += [e for g,e in self.unseen.items() if g in volumes and str(e) not in said]
     nb_features = self.nb_features if volumes == self.volume_groups else self.features_of(volumes)
     if unlike := check_agreement(made.values(), nb_features, self.path): check_told(made.values())
     raise_problems(bad + unlike, f"the study {self.path}")

@@ -133,10 +133,11 @@ class StoredRows:
         file:StudyFile, # The study
         name:str, # 'subject/group/data'
         found=None, # Identifier of the same, if it is open already
+        shape:tuple=None, # Of the same, if it is known
     ):
         if found is None: found = file.open(name).id
-        self.file,self.name = file, name
-        self.shape = found.shape if isinstance(found, h5py.h5d.DatasetID) else None
+        self.file,self.name,self.shape = file, name, shape
+        if shape is None and isinstance(found, h5py.h5d.DatasetID): self.shape = found.shape
         if not self.shape: raise KeyError(f"{name} is not an array")
         self.dtype,plain = stored_type(found.get_type().encode())
         self.width = self.dtype.itemsize*math.prod(self.shape[1:])    # bytes of a row
@@ -157,14 +158,17 @@ class StoredRows:
     def check_here(self):
         "Raise if the values lie in other files."
         if not self.is_here: check_place(self.file.open(self.name))
-    def way(self) -> str:
-        "How the rows are read here: 'map', 'pread' or 'hdf5'."
+    def place(self) -> int: # None where only HDF5 can read them
+        "The rows' first byte in the file."
         if self.address == -1:
             self.check_here()
             dataset = self.file.open(self.name, self.seen)
             check_stored(dataset)                                      # a damaged header may claim terabytes
             self.address = mapped_address(dataset) if self.contiguous else None
-        if self.address is None: return 'hdf5'
+        return self.address
+    def way(self) -> str:
+        "How the rows are read here: 'map', 'pread' or 'hdf5'."
+        if self.place() is None: return 'hdf5'
         return 'map' if self.file.read_mode == 'map' and self.data_file().bytes is not None else 'pread'
     def mapped(self) -> np.ndarray: # None if there is no map
         "The whole dataset without a copy."
@@ -183,7 +187,7 @@ def read_runs(self:StoredRows,
     out,places = np.empty((int(counts.sum()), *self.shape[1:]), self.dtype), np.cumsum(counts) - counts
     if len(out) == 0: return out
     runs = zip(begin.tolist(), counts.tolist(), places.tolist())
-    if self.way() == 'hdf5':
+    if self.place() is None:
         dataset = self.file.open(self.name, self.seen)
         for row,n,at in runs:
             if n: dataset.read_direct(out, np.s_[row:row + n], np.s_[at:at + n])
@@ -264,7 +268,7 @@ def all(self:StoredRows,
 ) -> np.ndarray:
     "All rows."
     dtype = np.dtype(dtype or self.dtype)
-    if self.way() == 'hdf5':
+    if self.place() is None:
         return self.read_runs(np.zeros(1, np.int64), np.array([len(self)])).astype(dtype, copy=False)
     file,whole = self.data_file(), roomy(self.shape, dtype)
     flat,n = whole.reshape(-1), max(1, PIECE//self.dtype.itemsize)
@@ -325,7 +329,7 @@ def open_group(self:GroupData):
 
 @patch
 def keep_parts(self:GroupData,
-    found:dict, # name -> identifier of a dataset
+    found:dict, # name -> identifier of a dataset, its shape
 ):
     "Keep where the rows of each dataset lie."
-    self.parts_kept = {k: StoredRows(self.file, f'{self.name}/{k}', d) for k,d in found.items()}
+    self.parts_kept = {k: StoredRows(self.file, f'{self.name}/{k}', *o) for k,o in found.items()}

@@ -87,7 +87,7 @@ def spans(self:SFTData,
     "Where lines lie in the stored points."
     if self.spans_kept is None:
         starts,lengths = (self.parts[k] for k in ('offsets', 'lengths'))
-        slow = 'hdf5' in (starts.way(), lengths.way())     # there, single numbers cost more than keeping all
+        slow = None in (starts.place(), lengths.place())   # there, single numbers cost more than keeping all
         read = lambda r: (r.all() if ids is None or slow else r.take(ids)).astype(np.int64, copy=False)
         found = read(starts), read(lengths)
         if len(bad := lines_outside(*found, self.nb_stored_points)):

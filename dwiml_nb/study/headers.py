@@ -93,7 +93,7 @@ def header_of(
     group, # HDF5 group of a subject
     kind:str, # 'volume' or 'streamlines', as `group_kind` says
     held:int=math.inf, # Bytes of its file
-) -> tuple: # `Header`, its datasets as `parts_of` gives them
+) -> tuple: # `Header`; name of a dataset -> its identifier, its shape
     "The header of a group, from the group itself."
     parts = parts_of(group, kind)
     shapes,places = {k: d.shape for k,d in parts.items()}, {k: d.get_offset() for k,d in parts.items()}
@@ -120,7 +120,8 @@ def header_of(
     layout = h5py.h5d.CONTIGUOUS if places['data'] else parts['data'].get_create_plist().get_layout()
     direct = 0 in shape or layout == h5py.h5d.CONTIGUOUS
     traits = Traits(kind, grid.voxel_order, direct, **said)
-    return Header(traits, affine, dimensions, int(n), int(points)), parts
+    found = {k: (d, shapes[k]) for k,d in parts.items()}
+    return Header(traits, affine, dimensions, int(n), int(points)), found
 
 def headers_in(
     subject, # HDF5 group
@@ -246,7 +247,7 @@ class Look(NamedTuple):
     "What was seen of a group when its study was opened."
     header:Header
     seen:FileStamp # Its file
-    parts:dict=None # Its datasets, where they were opened
+    parts:dict=None # Its datasets and their shapes, where they were opened
     told:bool=False # Is this from the index, and not from the group itself?
 
 def look_at(

@@ -102,9 +102,10 @@ def quick_words(
 ) -> list: # of str
     "A list of strings from an attribute, quickly where it has the expected form."
     attr = h5py.h5a.open(obj.id, key.encode())
-    # HDF5 has no size for nothing
-    if len(attr.shape or ()) == 1 and attr.shape[0] and attr.get_storage_size() == ONE_TEXT*attr.shape[0]:
-        out = np.empty(attr.shape, TEXT)
+    shape = attr.shape
+    if shape == (0,): return []                                        # HDF5 has no size for nothing
+    if len(shape or ()) == 1 and attr.get_storage_size() == ONE_TEXT*shape[0]:
+        out = np.empty(shape, TEXT)
         try: attr.read(out, TEXT_TYPE)
         except (OSError, TypeError, ValueError): pass
         else: return [v.decode('utf-8', 'surrogateescape') for v in out.tolist()]

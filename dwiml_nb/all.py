@@ -8,7 +8,7 @@ __all__ = []
 # %% ../nbs/all.ipynb #4f9551d7
 from .core.errors import DataProblem
 from .core.registry import Registry, trusting
-from .core.options import with_parts
+from .core.options import seed_all, with_parts
 from .core.config import Config
 from .core.ragged import Ragged, as_ragged
 from .core.space import Grid, apply_affine, convert, grid_of, same_grid
@@ -87,6 +87,7 @@ from .training.generation import DWIMLTrainerOneInputWithGVPhase
 # %% ../nbs/all.ipynb #c0ffee02
 from .runs.track import experiment_model, read_experiment, track_from_model
 from .runs.resume import trainer_from_folder
+from .runs.run_files import run_config, run_parts, train, write_run_file
 
 # %% ../nbs/all.ipynb #535c42d9
 from .viz.theme import direction_colours, matplotlib_style, plotly_style

@@ -155,7 +155,7 @@ def layered(
         for key,value in table.items():
             here = joined(path, key)
             if isinstance(value, Mapping):
-                if not isinstance(into.get(key), dict): into[key] = {}
+                if not isinstance(into.get(key), dict): into[key],_ = {},told.pop(here, None)
                 lay(name, into[key], value, here)
                 if not value: told.setdefault(here, name)
             else: into[key],told[here] = value, name
@@ -255,8 +255,9 @@ def fill_table(
         for line in above: table.add(tomlkit.comment(line))
         if value is None: table.add(tomlkit.comment(shown if above or not text else f'{shown} # {text}'))
         else:
-            table.add(key, value)
-            if text and not above: table[key].comment(printable(text, ''))
+            item = tomlkit.item(value)
+            if text and not above: item.comment(printable(text, ''))
+            table.add(key, item)
 
 # %% ../../nbs/00_core/18_config.ipynb #f97e8f67
 def toml_text(

@@ -42,6 +42,7 @@ class Experiment:
             raise DataProblem("an experiment has a name", expected="a word", found=repr(name)[:80])
         self.experiments_path,self.name,self.is_being_made = Path(experiments_path),name,False
         self.fingerprint,self.lock = None,None        # of the data, once it was taken; the one held
+        self.files = {}                # what a new folder holds besides: name -> function of (path, record)
 
     @property
     def folder(self) -> Path:
@@ -124,6 +125,7 @@ def fill(self:Experiment,
     try:
         (made/'logs').mkdir()
         record = self.write_record(params)
+        for name,write in self.files.items(): write(self.folder/name, record)
         save_checkpoint()
     finally: self.is_being_made = False
     flush_folder(made)

@@ -1,8 +1,11 @@
 """Timing several ways of doing one thing side by side: in one process, taking turns, medians; only ratios are meant to travel."""
+import argparse
 import ctypes
 import gc
+import importlib
 import os
 import statistics
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -13,17 +16,20 @@ def interleaved(
     repeats:int=5, # Turns of each, after one that does not count
     before=lambda: None, # Called before each turn, outside the clock (for instance to empty the page cache)
     clock=time.perf_counter, # `time.process_time` where other processes share the cores
-) -> dict: # name -> median seconds
+    budget:float=float('inf'), # Seconds after which no turn starts; each way has one that counts
+    of=statistics.median, # `min` where others disturb many of the turns
+) -> dict: # name -> seconds
     "Median time of each way, the ways taking turns."
-    times = {name: [] for name in ways}
+    times,began = {name: [] for name in ways}, time.perf_counter()
     for turn in range(repeats + 1):
+        if turn > 1 and time.perf_counter() - began > budget: break
         for name,f in ways.items():
             before()
             gc.collect()
             start = clock()
             f()
             if turn: times[name].append(clock() - start)
-    return {name: statistics.median(t) for name,t in times.items()}
+    return {name: of(t) for name,t in times.items()}
 
 def rss(key:str='RssAnon') -> int: # bytes of this process's own memory
     for line in open('/proc/self/status'):
@@ -101,3 +107,32 @@ def machine() -> str:
     seconds = interleaved({'copy': lambda: np.copyto(b, a)})['copy']
     model = next((x.split(':')[1].strip() for x in open('/proc/cpuinfo') if x.startswith('model name')), 'unknown processor')
     return f"{model}, {len(os.sched_getaffinity(0))} cores; copying 256 MiB: {2*a.nbytes/seconds/1e9:.1f} GB/s read and written; load {os.getloadavg()[0]:.1f}"
+
+def main(
+    doc:str, # The benchmark's docstring
+    folder:str, # Of modules with `rows(threads, quick)`
+    modules, # Their names, in order
+    prepare=lambda: None, # Called before the rows, after dwiml_nb was imported
+):
+    "The command of a benchmark: each row is told when it is there, the table comes last."
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--only', nargs='*', choices=modules, default=modules, help="modules of rows")
+    parser.add_argument('--threads', nargs='*', type=int, default=[1, 2], help="numbers of threads, each a set of rows")
+    parser.add_argument('--quick', action='store_true', help="small sizes: that it runs, not how fast")
+    args = parser.parse_args()
+    os.environ.setdefault('NUMBA_NUM_THREADS', str(max(args.threads)))
+    import dwiml_nb.all  # noqa: F401  before torch: its idle threads sleep
+    print(machine(), flush=True)
+    prepare()
+    start,rows = time.time(), []
+    for name in args.only:
+        module,began = importlib.import_module(f'{folder}.{name}'), time.time()
+        for n in args.threads:
+            with threads(n):
+                for row in module.rows(n, args.quick):
+                    rows.append(row)
+                    print(f"  {time.time() - start:4.0f} s  {row.threads} thr  {row.name}: {row.to_peer:.2f}x", file=sys.stderr, flush=True)
+        print(f"{name}: {time.time() - began:.0f} s", file=sys.stderr, flush=True)
+    print(f"\n{table(rows)}\n")
+    missed = [r.name for r in rows if r.met is False]
+    print(f"{len(rows)} rows in {time.time() - start:.0f} s; {len(missed)} miss their goal" + (f": {'; '.join(missed)}" if missed else ''))

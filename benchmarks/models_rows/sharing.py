@@ -35,7 +35,7 @@ def seconds(order:str, threads:int, turns:int) -> float:
 
 def rows(threads, quick):
     if threads == 1: return                                   # nothing waits
-    turns,repeats = (3, 1) if quick else (15, 3)
+    turns,repeats = (3, 1) if quick else (15, 2)
     both = lambda: {order: statistics.median(seconds(order, threads, turns) for _ in range(repeats)) for order in ('ours', 'torch first')}
     quiet = both()
     busy = [subprocess.Popen([sys.executable, '-c', SPIN]) for _ in range(os.cpu_count() or 1)]

@@ -13,7 +13,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 from fastcore.basics import patch
-from ..core.connectivity import Regions, end_regions, is_connection
+from ..core.connectivity import end_regions, is_connection, regions_of_study
 from ..core.errors import DataProblem
 from ..core.lines import arc_positions, cut, lengths_of
 from ..core.options import check_number, check_numbers, with_parts
@@ -66,9 +66,10 @@ def points_every(
     "A point each `step_mm` along a line, and its last one."
     along = arc_positions(lines)
     total = along[lines.offsets[1:] - 1]
-    n = (total/step_mm - 1e-6).ceil().long().clamp(min=0) + 1
+    n = (total/step_mm - 1e-3).ceil().long().clamp(min=0) + 1
     new = Ragged.from_lengths(lines.data.new_empty(int(n.sum())), n)
-    wanted = torch.minimum(new.point_index*step_mm, total.repeat_interleave(n))
+    is_last = new.point_index == (n - 1).repeat_interleave(n)
+    wanted = torch.where(is_last, total.repeat_interleave(n), new.point_index*step_mm)
     apart = torch.nn.functional.pad((total + 1).cumsum(0), (1, 0))[:-1]           # 1 mm, so lines never touch
     places = along + apart.repeat_interleave(lines.lengths)
     left = torch.searchsorted(places, wanted + apart.repeat_interleave(n), right=True) - 1
@@ -192,12 +193,11 @@ def known_connections(self:Generation,
     place = subset.name,subject
     if place not in self.regions:
         group = subset.streamlines_of(subject, self.loader.streamline_group_name)
-        matrix,dimensions,blocs,labels = group.get_connectivity_matrix_and_info()
+        matrix,*between = group.get_connectivity_matrix_and_info()
         if matrix is None: self.regions[place] = None
         else:
-            regions = (Regions.from_blocs(dimensions, blocs) if labels is None
-                       else Regions.from_labels(labels, len(matrix)))
-            self.regions[place] = regions,sparse.csr_matrix(matrix)
+            who = dict(subject=subset.subjects[subject], group=self.loader.streamline_group_name)
+            self.regions[place] = regions_of_study(matrix, *between, **who),sparse.csr_matrix(matrix)
     if self.regions[place] is None: return None
     regions,matrix = self.regions[place]
     return torch.from_numpy(is_connection(end_regions(lines, regions), matrix)).to(lines.device)

@@ -24,7 +24,8 @@ from ..core.options import wrong_name
 from ..core.registry import Registry, all_trusted, class_path
 from ..data.fingerprint import fingerprint
 from ..batch.weights import WeightsOfKey
-from .checkpoints import Checkpoint, check_same, checkpoint_parts, write_model
+from .checkpoints import (Checkpoint, check_same, checkpoint_parts, read_checkpoint,
+                                           write_model)
 from .control import check_held, only_one
 from .means import BestEpochMonitor, Sums, WeightedMean
 from .optimizers import OPTIMIZERS, torch_optimizers
@@ -322,6 +323,26 @@ def check_not_stale(
                       expected=f"its checkpoint of {words(known)}", found=f"one of {words(found)}",
                       do=f"make the trainer again with {resume}(…): it goes on from there.",
                       file=checkpoint.folder)
+
+# %% ../../nbs/07_training/08_run.ipynb #04e911a9
+@patch
+@contextmanager
+def entered(self:Experiment,
+    known:dict, # As from `where`: the checkpoint that the trainer knows; None: none yet
+    params, # () -> what the run is made of
+    save_checkpoint, # Function that writes the first checkpoint into `folder`
+    resume:str, # As in `check_new`
+    load_state=None, # After a failure: the function that goes back to a checkpoint
+): # -> its record, as from `write_record`
+    "Hold the folder of a run, which is new, or as its trainer left it."
+    if known is None or not self.folder.exists():
+        with self.create(params(), save_checkpoint, resume) as record: yield record
+        return
+    with self.in_use():
+        checkpoint = read_checkpoint(self.folder)
+        if load_state: load_state(checkpoint)
+        else: check_not_stale(checkpoint, known, resume)
+        yield self.write_record(params())
 
 # %% ../../nbs/07_training/08_run.ipynb #1a56b550
 @patch

@@ -32,7 +32,7 @@ from .feed import Phase, check_columns, choose_device, feed
 from .means import BestEpochMonitor, Row, Sums
 from .optimizers import WEIGHT_DECAY, make_optimizer, set_rate
 from .run import (Experiment, arguments_again, check_not_empty, check_not_ended,
-                                   check_not_stale, check_phase, check_same_data, check_same_run, data_of,
+                                   check_phase, check_same_data, check_same_run, data_of,
                                    in_words, is_there, run_params, sums_again, where)
 from .schedules import parse_learning_rates, rate_of_step, schedule_of
 from .sinks import ExperimentLogs, Sinks, list_of_sinks
@@ -261,18 +261,17 @@ def learning_rate(self:DWIMLTrainer,
     return rate_of_step(self.learning_rates, self.lr_schedule, epoch, batch, per_epoch, self.max_epochs)
 
 # %% ../../nbs/07_training/09_trainer.ipynb #d9b40a0e
-def batch_row(
-    phase:str,
-    epoch:int,
-    batch:int, # Its number
-    row:Row, # Of the step
-    points:int, # Points of the batch's lines
-    seconds:float, # Loading included
-) -> dict:
-    "What the log keeps of a batch."
-    return {'phase': phase, 'epoch': epoch, 'batch': batch, 'loss': row.loss, 'n': row.n, **row.numbers(),
-            'seconds': round(seconds, 6), 'points_per_second': round(points/max(seconds, 1e-9))}
+@patch
+def make_step(self:DWIMLTrainer,
+    loss_of, # batch -> (loss, n), or (loss, n, values)
+    learn, # loss -> norm of the gradient; None: the model does not learn
+    set_lr, # () -> learning rate of this step, once it is set
+    describe, # batch -> words, for an error
+): # -> function: batch -> `Row`
+    "What is done with each batch of a phase; made once a phase."
+    return Step(loss_of, learn, set_lr, describe)
 
+# %% ../../nbs/07_training/09_trainer.ipynb #0fa12d58
 @patch
 def go_through(self:DWIMLTrainer,
     name:str, # Of the phase
@@ -286,7 +285,7 @@ def go_through(self:DWIMLTrainer,
     phase,dataset = next(p for p in self.phases if p.name == name),self.batch_sampler.dataset
     def set_lr(): return set_rate(self.optimizer, self.learning_rate(epoch, self.batch))
     def describe(batch): return describe_batch(batch, dataset, self.batch_loader, self.device)
-    step = Step(loss_of, learn, set_lr, describe)
+    step = self.make_step(loss_of, learn, set_lr, describe)
     self.control.set_state(phase.state or name)
     self.model.train(learn is not None)
     self.spec.enter(self.model, phase.subset)
@@ -301,6 +300,19 @@ def go_through(self:DWIMLTrainer,
         began,seconds = time.perf_counter(), time.perf_counter() - began
         self.count_batch(phase, row, len(batch.lines.data), seconds)
         bar.set_postfix(loss=f"{self.sums[name, 'loss'].mean:.4g}", refresh=False)
+
+# %% ../../nbs/07_training/09_trainer.ipynb #ec8c0aa9
+def batch_row(
+    phase:str,
+    epoch:int,
+    batch:int, # Its number
+    row:Row, # Of the step
+    points:int, # Points of the batch's lines
+    seconds:float, # Loading included
+) -> dict:
+    "What the log keeps of a batch."
+    return {'phase': phase, 'epoch': epoch, 'batch': batch, 'loss': row.loss, 'n': row.n, **row.numbers(),
+            'seconds': round(seconds, 6), 'points_per_second': round(points/max(seconds, 1e-9))}
 
 @patch
 def count_batch(self:DWIMLTrainer,
@@ -438,21 +450,6 @@ def save_checkpoint(self:DWIMLTrainer,
     if folder is None: self.known = where(state)
     if row: self.control.tell(self.control.on_epoch_end, row)
 
-# %% ../../nbs/07_training/09_trainer.ipynb #56e34780
-@patch
-@contextmanager
-def in_folder(self:DWIMLTrainer): # -> the run's record
-    "Hold the folder of the experiment, which is new, or as this trainer left it."
-    if self.known is None or not self.experiment_folder.exists():
-        with self.experiment.create(self.params, self.save_checkpoint, self.resume_call) as record:
-            yield record
-        return
-    with self.experiment.in_use():
-        checkpoint = read_checkpoint(self.experiment_folder)
-        if self.control.state == 'failed': self.load_state(checkpoint)
-        else: check_not_stale(checkpoint, self.known, self.resume_call)
-        yield self.experiment.write_record(self.params)
-
 # %% ../../nbs/07_training/09_trainer.ipynb #04276819
 @patch
 @contextmanager
@@ -462,7 +459,10 @@ def running(self:DWIMLTrainer):
     if self.control.is_running: raise RuntimeError("this trainer is training already; ask it to stop first.")
     per_epoch = self.nb_batches('training')
     check_not_empty(per_epoch, self.batch_sampler)
-    with self.in_folder() as record, stop_on_signals(self.control):
+    again = self.load_state if self.control.state == 'failed' else None
+    within = self.experiment.entered(self.known, lambda: self.params, self.save_checkpoint, self.resume_call,
+                                     again)
+    with within as record, stop_on_signals(self.control):
         done = self.batch if self.phase == 'training' else per_epoch
         self.control.begin(self.epoch*per_epoch + done, self.max_epochs*per_epoch)
         place = self.epoch, [p.name for p in self.phases].index(self.phase), self.batch

@@ -6,6 +6,7 @@
 __all__ = ['with_parts', 'with_defaults', 'seed_all']
 
 # %% ../../nbs/00_core/14_options.ipynb #bee34d10
+import importlib
 import inspect
 import math
 import random
@@ -13,7 +14,7 @@ from numbers import Real
 import numpy as np
 import torch
 from fastcore.basics import copy_func
-from .errors import did_you_mean
+from .errors import DataProblem, did_you_mean
 
 # %% ../../nbs/00_core/14_options.ipynb #7899737c
 def own_signature(
@@ -182,3 +183,15 @@ def refuse_unknown(
         if k in known: continue
         takes = ', '.join(known) or 'nothing'
         raise ValueError(f"{what} takes no '{k}'. It takes {takes}.{did_you_mean(k, known)}")
+
+# %% ../../nbs/00_core/14_options.ipynb #f038f4a5
+def need_extra(
+    module:str, # The module to import
+    extra:str, # The extra of this library that brings it
+): # -> the module
+    "A module of a package that not everybody has."
+    try: return importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        if e.name != module.split('.')[0]: raise
+        raise DataProblem(f"this needs the package {e.name}, which is not installed",
+                          do=f'pip install "dwiml_nb[{extra}]"') from e

@@ -232,7 +232,7 @@ class Attention(nn.Module):
         biases = dict(zip('qkv', self.in_proj_bias.chunk(3)))
         weight = torch.cat([self.get_parameter(f'{name}_proj_weight') for name in names])
         y = F.linear(x, weight, torch.cat([biases[name] for name in names]))
-        return y.reshape(len(x), len(names), self.nheads, x.shape[1]//self.nheads).unbind(1)
+        return y.reshape(x.shape[0], len(names), self.nheads, x.shape[1]//self.nheads).unbind(1)
 
     def forward(self,
         x:Tensor, # (M, D) the points that ask

@@ -69,10 +69,10 @@ def unflatten_neighborhood(
 ) -> Tensor: # (M, E, E, E, F)
     "Each row as a small volume around its point."
     edge = 2*radius + 1
-    rows = x.reshape(len(x), edge**3, -1)
+    rows = x.reshape(x.shape[0], edge**3, -1)
     middle = edge**3//2
     rows = torch.cat([rows[:, 1:middle+1], rows[:, :1], rows[:, middle+1:]], 1)
-    return rows.reshape(len(x), edge, edge, edge, -1)
+    return rows.reshape(x.shape[0], edge, edge, edge, -1)
 
 # %% ../../nbs/05_models/01_embeddings.ipynb #635b70ce
 def grid_radius(

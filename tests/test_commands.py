@@ -52,6 +52,7 @@ def here(tmp_path_factory):
     model = Learn2TrackModel(nb_features=dataset.nb_features["input"], rnn_key="gru", rnn_layer_sizes=[4], step_size=2.0)
     DWIMLTrainerOneInput(model, folder / "experiments", "first", DWIMLBatchIDSampler(dataset, "bundles", batch_size_training=30), DWIMLBatchLoaderOneInput(dataset, model, "input", "bundles"),
                          max_epochs=1, max_batches_per_epoch_training=1, max_batches_per_epoch_validation=1, device="cpu").train_and_validate()
+    (folder / "run.toml").write_text("[data]\nhdf5_file = 'study.hdf5'\ninput_group_name = 'input'\nstreamline_group_name = 'bundles'\n[training]\nexperiment_name = 'run'\ndevice = 'cpu'\n[model]\nstep_size = 2.0\n")
     bids_phantom(folder / "bids", n_subjects=3)
     shutil.copytree(folder / "subjects" / "sub-01", folder / "subjects" / "sub-09")
     (folder / "new.txt").write_text("sub-09")
@@ -76,6 +77,8 @@ def usual(here):
             "dwiml_hdf5_extract_data": [study, "sub-01", "bundles", out / "a.trk", "-f"],
             "dwiml_bids_sources": [here / "bids" / "derivatives" / "tracking", out / "choice", "--volume", "input:model=csd,param=fod,frame=image", "--split", "split"],
             "dwiml_fit_sh": [*dwi, subjects / "sub-01" / "masks" / "brain.nii.gz", out / "sh.nii.gz", "--order", "4"],
+            "dwiml_train": [here / "run.toml", "training.experiment_name=again"],
+            "dwiml_config": ["show", here / "run.toml"],
             "dwiml_resume_training_from_checkpoint": [here / "experiments", "first", "--new_max_epochs", "2", "--device", "cpu"],
             "dwiml_visualize_logs": [experiment, "--save_figures", out / "figure"],
             "dwiml_track_from_model": [experiment, "sub-04", out / "a.trk", "seed_mask", "-f", "--device", "cpu"],

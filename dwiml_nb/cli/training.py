@@ -16,6 +16,19 @@ from ..training.sinks import export_csv
 from ..runs.resume import trainer_from_folder
 from ..viz.plots import figure_png, plot_logs
 
+# %% ../../nbs/12_cli/04_training.ipynb #7a11e7d0
+def train_and_tell(
+    trainer, # `DWIMLTrainer`, ready
+):
+    "Train, and say how it ended."
+    try: trainer.train_and_validate()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped at epoch {trainer.epoch + 1}, {trainer.phase} batch "
+                                f"{trainer.batch}; the checkpoint is written") from None
+    best = trainer.monitor.best_epoch
+    judged = '' if best is None else f"; best epoch {best + 1} with loss {trainer.monitor.best_value:.6g}"
+    print(f"{trainer.control.state}{judged}; {trainer.experiment_folder}")
+
 # %% ../../nbs/12_cli/04_training.ipynb #c7fe7052
 @call_parse
 def dwiml_resume_training_from_checkpoint(
@@ -38,12 +51,7 @@ def dwiml_resume_training_from_checkpoint(
                                       allow_links=allow_links, other_data=other_data)
         print(f"resuming at epoch {trainer.epoch + 1} of {trainer.max_epochs}, "
               f"{trainer.phase} batch {trainer.batch + 1}")
-        try: trainer.train_and_validate()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"stopped at epoch {trainer.epoch + 1}, {trainer.phase} batch "
-                                    f"{trainer.batch}; the checkpoint is written") from None
-        print(f"{trainer.control.state}; best epoch {trainer.monitor.best_epoch + 1} "
-              f"with loss {trainer.monitor.best_value:.6g}")
+        train_and_tell(trainer)
 
 # %% ../../nbs/12_cli/04_training.ipynb #4a66ecd5
 def parse_graph(

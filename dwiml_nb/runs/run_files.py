@@ -76,20 +76,22 @@ def checked_table(
 
 # %% ../../nbs/08_runs/03_run_files.ipynb #0dcdc9a0
 def layers_given(
-    source, # Path of a run file, tables, or None
+    source, # Path of a run file or of an experiment's folder, tables, or None
     overrides=(), # 'training.max_epochs=3', …
     tables:dict=None, # Tables given in a call
 ) -> list: # of (name, tables, path or None)
     "What was given, layer by layer."
     layers = []
-    if isinstance(source, (str, os.PathLike)): layers.append((Path(source).name, read_toml(source), source))
+    if isinstance(source, (str, os.PathLike)):
+        file = Path(source)/'run.toml' if os.path.isdir(source) else Path(source)
+        layers.append((file.name, read_toml(file), file))
     elif source is not None: layers.append(('call', thawed(Config(source)), None))
     if tables: layers.append(('call', thawed(Config(tables)), None))
     if overrides: layers.append(('command line', typed_values(overrides), None))
     return layers
 
 def run_config(
-    source=None, # Path of a run file, or its tables as a dict
+    source=None, # Path of a run file or of an experiment's folder, or tables as a dict
     *overrides, # 'training.max_epochs=3', …
     trust=(), # Packages and .py files whose classes may be named
     complete:bool=True, # Must all be there that a run needs?
@@ -288,7 +290,7 @@ def write_resolved(
 
 # %% ../../nbs/08_runs/03_run_files.ipynb #d9f7aa06
 def train(
-    source, # Path of a run file, its tables as a dict, or what `run_config` gave
+    source, # Path of a run file or of an experiment's folder, tables, or what `run_config` gave
     *overrides, # 'training.max_epochs=3', …
     trust=(), # Packages and .py files whose classes may be named
     sinks=(), # Further sinks, as objects

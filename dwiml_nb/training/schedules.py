@@ -24,6 +24,7 @@ def parse_learning_rates(
     out = []
     for word in words:
         value,_,times = str(word).partition('*')
+        if len(times) > 6: raise ValueError(f"{word!r:.60}: at most 999,999 epochs have a rate")
         try: out += [float(value)] * int(times or 1)
         except ValueError:
             raise ValueError(f"{word!r} is no learning rate. Expected a number, "

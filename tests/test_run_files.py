@@ -1,0 +1,185 @@
+"""One run, begun in every way: the same weights, logs and record. And what a run file of a stranger cannot do."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dwiml_nb.batch.loader import DWIMLBatchLoaderOneInput
+from dwiml_nb.batch.sampler import DWIMLBatchIDSampler
+from dwiml_nb.cli.common import run_command
+from dwiml_nb.cli.runs import dwiml_train
+from dwiml_nb.core.config import read_toml
+from dwiml_nb.core.errors import DataProblem
+from dwiml_nb.core.options import seed_all
+from dwiml_nb.data.dataset import MultiSubjectDataset
+from dwiml_nb.models.base import load_model
+from dwiml_nb.models.learn2track import Learn2TrackModel
+from dwiml_nb.runs.resume import trainer_from_folder
+from dwiml_nb.runs.run_files import run_config, run_parts, train, write_run_file
+from dwiml_nb.runs.track import track_from_model
+from dwiml_nb.study.toy import toy_study
+from dwiml_nb.training.sinks import read_rows
+from dwiml_nb.training.trainer import DWIMLTrainerOneInput
+from dwiml_nb.widgets.training_dashboard import TrainingDashboard
+
+RUN = """seed = 11
+[data]
+hdf5_file = "study.hdf5"
+input_group_name = "input"
+streamline_group_name = "bundles"
+[sampler]
+batch_size_training = 40
+[loader]
+reverse_ratio = 0.5
+noise_mm_forward = 0.1
+[model]
+name = "Learn2TrackModel"
+rnn_layer_sizes = [6]
+dropout = 0.2
+step_size = 2.0
+[optimizer]
+name = "RAdam"
+betas = [0.8, 0.9]
+weight_decay = 0.001
+[scheduler]
+name = "cosine-warmup"
+[training]
+experiment_name = "file"
+learning_rates = [0.01]
+max_epochs = 2
+max_batches_per_epoch_training = 3
+max_batches_per_epoch_validation = 1
+clip_grad = 1.0
+device = "cpu"
+"""
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run_files")
+    toy_study(folder)
+    (folder / "run.toml").write_text(RUN)
+    train(folder / "run.toml")
+    return folder
+
+
+def hand_made(here, name, **changes):
+    dataset = MultiSubjectDataset(here / "study.hdf5").load_data()
+    seed_all(11)
+    model = Learn2TrackModel(nb_features=dataset.nb_features["input"], rnn_layer_sizes=[6], dropout=.2, step_size=2.)
+    sampler = DWIMLBatchIDSampler(dataset, "bundles", batch_size_training=40, seed=11)
+    loader = DWIMLBatchLoaderOneInput(dataset, model, "input", "bundles", reverse_ratio=.5, noise_mm_forward=.1, seed=11)
+    options = dict(learning_rates=[.01], lr_schedule="cosine-warmup", optimizer="RAdam", optimizer_args=dict(betas=[.8, .9]), weight_decay=.001, clip_grad=1.,
+                   max_epochs=2, max_batches_per_epoch_training=3, max_batches_per_epoch_validation=1, device="cpu", seed=11)
+    return DWIMLTrainerOneInput(model, here / "experiments", name, sampler, loader, **{**options, **changes})
+
+
+def in_shell(here, name):
+    "Another process, in another folder."
+    command = [sys.executable, "-c", "from dwiml_nb.cli.runs import dwiml_train; from dwiml_nb.cli.common import run_command; run_command(dwiml_train)"]
+    done = subprocess.run([*command, here / "run.toml", f"training.experiment_name={name}"], cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0 and f"experiments/{name}" in done.stdout, done.stderr
+
+
+def on_dashboard(here, name):
+    dashboard = TrainingDashboard(run_parts(run_config(here / "run.toml", f"training.experiment_name={name}")).trainer)
+    dashboard.start()
+    assert dashboard.wait(60) == "ended"
+
+
+def stopped_and_resumed(here, name):
+    trainer = run_parts(run_config(here / "run.toml", f"training.experiment_name={name}")).trainer
+    trainer.control.on_batch_end.append(lambda row: trainer.control.request_stop())
+    trainer.train_and_validate()
+    assert trainer.epoch == 0
+    trainer_from_folder(here / "experiments", name).train_and_validate()
+
+
+WAYS = {"command": lambda here, name: run_command(dwiml_train, [str(here / "run.toml"), f"training.experiment_name={name}"]), "shell": in_shell,
+        "cell": lambda here, name: train(here / "run.toml", training=dict(experiment_name=name)), "dashboard": on_dashboard,
+        "tables": lambda here, name: train(read_toml(here / "run.toml"), f"data.hdf5_file={here / 'study.hdf5'}", f"training.experiments_path={here / 'experiments'}",
+                                           f"training.experiment_name={name}"),
+        "by hand": lambda here, name: hand_made(here, name).train_and_validate(), "resumed": stopped_and_resumed,
+        "resolved file": lambda here, name: train(here / "experiments" / "file", f"training.experiment_name={name}"),
+        "file of objects": lambda here, name: train(write_run_file(hand_made(here, name), here / "made.toml", overwrite=True), "training.device=cpu")}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_trains_the_same_weights(here, way):
+    WAYS[way](here, way)
+    one, other = (here / "experiments" / name for name in ("file", way))
+    for folder in ("best_model", "checkpoint/model"):
+        a, b = (load_model(e / folder).state_dict() for e in (one, other))
+        assert all(torch.equal(a[k], b[k]) for k in a) and a.keys() == b.keys()
+        assert (one / folder / "parameters.json").read_bytes() == (other / folder / "parameters.json").read_bytes()
+    losses = [[row["loss"] for row in read_rows(e / "logs" / "batches.jsonl")] for e in (one, other)]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+    records = [json.loads((e / "checkpoint" / "params.json").read_text()) for e in (one, other)]
+    assert records[0] == records[1]
+
+
+def test_the_run_tracks(here, tmp_path):
+    assert len(track_from_model(here / "experiments" / "file", "sub-04", tmp_path / "a.trk", "seed_mask", nt=5, device="cpu", min_length_mm=0).lines) == 5
+
+
+def test_the_file_is_there_before_the_first_batch(here, monkeypatch):
+    trainer = run_parts(run_config(here / "run.toml", "training.experiment_name=early")).trainer
+    def no_batch(*args): raise RuntimeError("the first batch")
+    monkeypatch.setattr(trainer, "run_one_batch", no_batch)
+    with pytest.raises(RuntimeError, match="first batch"): trainer.train_and_validate()
+    made = read_toml(trainer.experiment_folder / "run.toml")
+    assert made["seed"] == 11 and made["made_with"]["versions"]["torch"] and made["made_with"]["fingerprint"]["bundles"]
+    assert len(made["made_with"]["commit"]["dwiml_nb"]) == 40
+
+
+def test_none_survives(here, tmp_path):
+    "A None where the default is something else is written as a word, and read again."
+    for source in (write_run_file(hand_made(here, "none", max_batches_per_epoch_training=None), tmp_path / "a.toml"),
+                   write_run_file(hand_made(here, "none", max_batches_per_epoch_training=None), tmp_path / "b.toml", all_values=True)):
+        assert run_config(source)["training"]["max_batches_per_epoch_training"] is None
+
+
+def test_what_a_file_cannot_say_is_told(here, tmp_path):
+    with pytest.raises(DataProblem, match="lr_schedule"): write_run_file(hand_made(here, "f", lr_schedule=lambda i: 1.), tmp_path / "a.toml")
+    assert not (tmp_path / "a.toml").exists()
+
+
+# ---- a file of a stranger
+
+MINE = "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\nfrom dwiml_nb.models.learn2track import Learn2TrackModel\nclass Mine(Learn2TrackModel): pass\n"
+
+
+def test_nothing_of_a_file_is_imported_unless_trusted(here, tmp_path, monkeypatch):
+    (tmp_path / "mine_of_run.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["model.name=mine_of_run.Mine", "training.experiment_name=mine"]
+    with pytest.raises(DataProblem, match="--trust mine_of_run"): run_parts(run_config(here / "run.toml", *words))
+    assert not (tmp_path / "ran").exists() and "mine_of_run" not in sys.modules
+    for table, name in (("model", "os.system"), ("sampler", "subprocess.Popen"), ("loader", "torch.utils.data.DataLoader"), ("training", "antigravity.Trainer"), ("model", "dwiml_nb.runs.run_files.train")):
+        with pytest.raises(DataProblem): run_config(here / "run.toml", f"{table}.name={name}")
+    assert "antigravity" not in sys.modules
+    trainer = train(here / "run.toml", *words, "training.max_epochs=1", trust=tmp_path / "mine_of_run.py")
+    assert read_toml(trainer.experiment_folder / "run.toml")["made_with"]["trust"] == [str(tmp_path / "mine_of_run.py")]
+
+
+@pytest.mark.parametrize("values, says", [
+    (["model.rnn_layer_sizes=[3000000, 3000000]"], "no memory"), (["training.max_epochs=1e400"], "finite"), (["training.learning_rates=0.1*9999999999"], "at most"),
+    (["sampler.batch_size_training=-1"], "sampler"), (["data.allow_links=true"], "unknown key"), (["loader.reverse_ratio=2"], "loader"), (["model.nb_features=0"], "model"),
+    (["criterion.name=torch.nn.MSELoss"], "criterion"), (["training.experiment_name=../out"], "experiment"), (["logging.sinks=['nobody']"], "nobody"),
+    (["optimizer.name=os.system"], "optimizer"), (["scheduler.name=os.system"], "os.system"), (["training.nb_cpu_processes=100000"], "1024"), (["seed=-1"], "seed"),
+    (["optimizer.lr=0.1"], "both given"), (["model.dg_args.add_eso=true"], "add_eos"), (["data.input_group_name=inptu"], "input"), (["loader.beyond_mm=5"], "beyond_mm"),
+    (["training.checkpoint=x"], "unknown key"), (["trust.a=1"], "--trust")])
+def test_a_value_that_makes_no_run_is_one_sentence(here, values, says, capsys):
+    with pytest.raises(SystemExit) as e: run_command(dwiml_train, [str(here / "run.toml"), "training.experiment_name=bad", *values])
+    assert isinstance(e.value.code, str) and says in e.value.code and "fault of dwiml_nb" not in e.value.code, e.value.code
+    assert not (here / "experiments" / "bad").exists()
+
+
+def test_a_damaged_file_is_one_sentence(here, tmp_path):
+    for text in ("seed = ", "[data\n", "a.b = 1\na.b.c = 2", "x = " + "[" * 5000, "\x00"):
+        (tmp_path / "run.toml").write_text(text)
+        with pytest.raises(DataProblem, match="run.toml"): run_config(tmp_path / "run.toml")
+    with pytest.raises(DataProblem): run_config(tmp_path / "none.toml")

@@ -85,6 +85,7 @@ class ModelSpec:
     loss_takes:tuple = () # Which of `LOSS_OPTIONS` it takes
     has_context:bool = False # `set_context` is written: the model wants to know the phase
     can_track:bool = True # `tracking_step` is written
+    has_temperature:bool = False # `get_tracking_directions` takes a temperature
 
     def __post_init__(self):
         known = checked_points(self.step_size, self.nb_points, self.compress_lines)
@@ -244,4 +245,5 @@ def spec_of(
         has_loss=is_written(model, 'compute_loss'),
         loss_takes=tuple(k for k in LOSS_OPTIONS if k in loss_takes),
         has_context=is_written(model, 'set_context'),
-        can_track=is_written(model, 'tracking_step'))
+        can_track=is_written(model, 'tracking_step'),
+        has_temperature='temperature' in arguments_of(model, 'get_tracking_directions'))

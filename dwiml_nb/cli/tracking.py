@@ -51,6 +51,7 @@ def dwiml_track_from_model(
     skip:whole=0, # Leave out the first seeds: another run has them
     save_seeds:bool=False, # Keep each line's seed as data per streamline
     algo:Param("Best direction, or drawn ones", choices=['det', 'prob'])='det',
+    temperature:positive=1., # For prob: below 1, draws keep nearer to the best direction
     step_size:not_negative=None, # mm; the model's when not given; 0: as long as the model's directions
     theta:angle=90., # Largest turn between two steps, degrees
     min_length:not_negative=10., # mm
@@ -80,7 +81,7 @@ def dwiml_track_from_model(
             min_length_mm=min_length, max_length_mm=max_length, eos_threshold=eos_stop,
             first_direction=first_direction, keep_last_point=keep_last_point, batch_size=batch_size,
             stop_rules=stop_rules, skip=skip, mask_interp=mask_interp, forward_only=track_forward_only,
-            compress=compress, processes=processes)
+            compress=compress, temperature=temperature, processes=processes)
         print(f"{len(lines)} streamlines in {out_tractogram}; dropped: {lines.info['dropped'] or 'none'}; "
               f"stopped by {lines.info['reasons']}")
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from ..core.errors import DataProblem
 from ..core.lines import directions
-from ..core.options import check_number, check_numbers, with_parts
+from ..core.options import check_number, check_numbers, options_of, with_parts
 from ..core.ragged import Ragged, as_ragged, rows_of
 from ..core.registry import Registry
 from ..core.sphere import nearest_vertex, sphere_vertices, vertex_areas
@@ -226,6 +226,15 @@ def check_directions(
                       do="look at the weights of the model, or at the getter's det_directions and "
                          "prob_directions.")
 
+def check_temperature(
+    draw, # `prob_directions` of a getter
+    name:str, # Of the getter
+):
+    "Refuse a temperature that `prob_directions` does not take."
+    if 'temperature' in options_of(draw): return
+    raise TypeError(f"the direction getter '{name}' takes no temperature. Write "
+                    "prob_directions(rows, draws, temperature=1.), or track with temperature=1.")
+
 # %% ../../nbs/04_directions/01_base.ipynb #4dec3e6c
 @patch
 def get_tracking_directions(self:DirectionGetter,
@@ -234,6 +243,7 @@ def get_tracking_directions(self:DirectionGetter,
     eos_threshold=None, # Stop above this P(end), or at 'max'; 0.5 when not given
     previous_dirs:Tensor=None, # (M, 3) the step before, 0 at a first point; only an axis head reads it
     draws:Tensor=None, # (M, >= nb_draws) uniform numbers in (0, 1) for 'prob'; None: fresh ones
+    temperature:float=1., # For 'prob': draw from the density to the power 1/temperature
 ) -> Tensor: # (M, 3) of any length; NaN where the line ends
     "One direction per line."
     rows = outputs if isinstance(outputs, Tensor) else torch.cat(list(outputs))
@@ -244,7 +254,8 @@ def get_tracking_directions(self:DirectionGetter,
         if draws.ndim != 2 or len(draws) != len(rows) or draws.shape[1] < self.nb_draws:
             raise ValueError(f"draws are ({len(rows)}, {self.nb_draws}) numbers or more for "
                              f"{len(rows)} rows, found {tuple(draws.shape)}")
-        dirs = self.prob_directions(mine, draws)
+        if temperature != 1: check_temperature(self.prob_directions, self.key or self._get_name())
+        dirs = self.prob_directions(mine, draws, *[temperature]*(temperature != 1))
     else: raise ValueError(f"algo is 'det' or 'prob', found '{algo}'")
     dirs = self.start.directions(dirs, rows, previous_dirs)
     check_directions(dirs, rows, self.key or self._get_name())

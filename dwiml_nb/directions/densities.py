@@ -27,6 +27,9 @@ class Law:
         raise NotImplementedError(f"{type(self).__name__} has no log_density(dirs, means, widths). Write it: "
                                   f"it returns the log of the density, for each direction and component.")
     def log_on_sphere(self, dirs, means, widths): return self.log_density(dirs, means, widths)
+    def tempered(self, widths, temperature):
+        raise NotImplementedError(f"{type(self).__name__} has no tempered(widths, temperature). Write it: it "
+                                  "returns the widths of the density to the power 1/temperature.")
     def draw(self, means, widths, draws):
         raise NotImplementedError(f"{type(self).__name__} has no draw(means, widths, draws). Write one: it "
                                   f"returns (M, 3) directions from (M, nb_draws - 1) uniform numbers.")
@@ -127,9 +130,11 @@ def det_directions(self:DensityDG, rows:Tensor) -> Tensor: # (M, 3)
 def prob_directions(self:DensityDG,
     rows:Tensor, # (M, nb_columns)
     draws:Tensor, # (M, >= nb_draws) uniform in (0, 1); the first column draws the component
+    temperature:float=1., # Each component, and its weight, to the power 1/temperature
 ) -> Tensor: # (M, 3)
     "A direction drawn from the distribution."
     weights,means,widths = self.components(rows)
+    if temperature != 1: weights,widths = weights/temperature, self.law.tempered(widths, temperature)
     chosen = drawn_class(weights, draws[:, 0])
     inside = draws[:, 1:].double().clamp(2**-54, 1 - 2**-53)
     means,widths = one_of(means, chosen).double(), one_of(widths, chosen).double()

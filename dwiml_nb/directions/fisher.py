@@ -66,6 +66,7 @@ class Fisher(Law):
 
     def read(self, means, widths): return unit(means), self.max_kappa*widths.sigmoid()
     def log_density(self, dirs, means, widths): return log_fisher(unit(dirs), means, widths[..., 0])
+    def tempered(self, widths, temperature): return widths/temperature
     def draw(self, means, widths, draws): return drawn_fisher(means, widths[:, 0], draws)
 
 @DIRECTION_GETTERS.register()

@@ -64,6 +64,7 @@ class Gaussian(Law):
     def log_density(self, dirs, means, widths): return log_gaussian(dirs, means, widths)
     def log_on_sphere(self, dirs, means, widths):
         return log_gaussian_on_sphere(dirs, means, widths).to(means.dtype)
+    def tempered(self, widths, temperature): return widths + .5*math.log(temperature)
     def draw(self, means, widths, draws): return means + widths.exp()*torch.special.ndtri(draws[:, :3])
 
 class GaussiansDG(DensityDG):

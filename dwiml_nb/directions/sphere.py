@@ -63,9 +63,10 @@ def det_directions(self:SphereClassificationDG, rows:Tensor) -> Tensor: # (M, K)
 def prob_directions(self:SphereClassificationDG,
     rows:Tensor, # (M, K)
     draws:Tensor, # (M, >=1) uniform in (0, 1); only the first column is used
+    temperature:float=1., # Scores are divided by it
 ) -> Tensor: # (M, 3) unit vectors
     "A vertex drawn from the softmax over the K vertices."
-    return self.vertices[drawn_class(rows, draws[:, 0])].to(rows.dtype)
+    return self.vertices[drawn_class(rows/temperature, draws[:, 0])].to(rows.dtype)
 
 # %% ../../nbs/04_directions/03_sphere.ipynb #27ba3ab1
 @patch

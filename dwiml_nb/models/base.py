@@ -144,7 +144,7 @@ def tracking_step(self:MainModelAbstract, inputs, previous_dirs, state=None):
 @patch
 @not_written
 def get_tracking_directions(self:MainModelAbstract, outputs, algo='det',
-                            eos_threshold=None, previous_dirs=None, draws=None):
+                            eos_threshold=None, previous_dirs=None, draws=None, temperature=1.):
     raise NotImplementedError(f"{type(self).__name__} has no get_tracking_directions(outputs, …), "
                               "so it cannot track. Write one, or use a direction getter: "
                               "it returns one direction per line, NaN where it ends.")

@@ -175,7 +175,7 @@ class ModelWithDirectionGetter(MainModelAbstract):
         return getter.compute_loss(outputs, target_streamlines, average_results, return_eos_probs, ends, left)
 
     def get_tracking_directions(self, outputs, algo='det', eos_threshold=None, previous_dirs=None,
-                                draws=None):
+                                draws=None, temperature=1.):
         "One direction per line, (n, 3); NaN where it ends."
-        getter = self.direction_getter
-        return getter.get_tracking_directions(outputs, algo, eos_threshold, previous_dirs, draws)
+        return self.direction_getter.get_tracking_directions(outputs, algo, eos_threshold, previous_dirs,
+                                                             draws, temperature)

@@ -61,6 +61,7 @@ class Walk:
     seed:int = 1234
     stop_rules:tuple = () # of `StopRule`
     mask_interp:Literal['nearest', 'trilinear'] = 'nearest' # The mask's value between the centres of voxels
+    temperature:float = 1. # For algo='prob': directions are drawn from the density to the power 1/temperature
 
     def __post_init__(self):
         if self.mask_interp not in ('nearest', 'trilinear'):
@@ -317,8 +318,9 @@ def one_step(
     outputs,state = walk.model.tracking_step(walk.inputs(here), remembered.flatten(1), state)
     walk.check_rows(outputs, here, "the model's outputs", allowed=-math.inf)
     draws = line_draws(walk.seed, numbers, t, walk.spec.nb_draws) if walk.algo == 'prob' else None
+    more = {} if walk.temperature == 1 else dict(temperature=walk.temperature)
     dirs = walk.model.get_tracking_directions(outputs, walk.algo, walk.eos_threshold,
-                                              previous_dirs=memory[:, 0].clone(), draws=draws)
+                                              previous_dirs=memory[:, 0].clone(), draws=draws, **more)
     if not isinstance(dirs, Tensor) or dirs.shape != here.shape:
         raise DataProblem("get_tracking_directions answered something else than a direction for each line",
                           expected=f"a tensor {tuple(here.shape)}",

@@ -40,7 +40,7 @@ class Reached(BaseException):
 
 # what takes long, in the module that calls it
 WORK = ["study.create.write_study", "study.grow.finished_parts", "study.grow.copy_object", "study.check_apart.subprocess.run", "core.sh.fit_attenuation", "viz.plots.draw_graph", "models.checks.run_checks",
-        "tracking.tracker.Tracker.track", "training.trainer.DWIMLTrainer.train_and_validate", "demo.run.demo_study"]
+        "tracking.tracker.Tracker.track", "training.trainer.DWIMLTrainer.train_and_validate", "cli.fronts.run_parts", "demo.run.demo_study"]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,9 @@ def usual(here):
             "dwiml_bids_sources": [here / "bids" / "derivatives" / "tracking", out / "choice", "--volume", "input:model=csd,param=fod,frame=image", "--split", "split"],
             "dwiml_fit_sh": [*dwi, subjects / "sub-01" / "masks" / "brain.nii.gz", out / "sh.nii.gz", "--order", "4"],
             "dwiml_train": [here / "run.toml", "training.experiment_name=again"],
+            "dwiml_train_l2t": [out, "l2t", study, "input", "bundles"],
+            "dwiml_train_transformer": [out, "tt", study, "input", "bundles"],
+            "dwiml_train_autoencoder": [out, "ae", study, "bundles"],
             "dwiml_config": ["show", here / "run.toml"],
             "dwiml_resume_training_from_checkpoint": [here / "experiments", "first", "--new_max_epochs", "2", "--device", "cpu"],
             "dwiml_visualize_logs": [experiment, "--save_figures", out / "figure"],

@@ -9,6 +9,7 @@ import torch
 from dwiml_nb.batch.loader import DWIMLBatchLoaderOneInput
 from dwiml_nb.batch.sampler import DWIMLBatchIDSampler
 from dwiml_nb.cli.common import run_command
+from dwiml_nb.cli.fronts import dwiml_train_autoencoder, dwiml_train_l2t, dwiml_train_transformer
 from dwiml_nb.cli.runs import dwiml_train
 from dwiml_nb.core.config import read_toml
 from dwiml_nb.core.errors import DataProblem
@@ -95,6 +96,34 @@ def stopped_and_resumed(here, name):
     trainer.train_and_validate()
     assert trainer.epoch == 0
     trainer_from_folder(here / "experiments", name).train_and_validate()
+
+
+def as_in_dwi_ml(here, name):
+    words = f"""{here}/experiments {name} {here}/study.hdf5 input bundles --batch_size_training 40 --reverse_ratio .5 --noise_gaussian_size_forward .1 --rnn_layer_sizes 6
+        --dropout .2 --step_size 2 --optimizer RAdam --weight_decay .001 --learning_rate 0.01 --max_epochs 2 --max_batches_per_epoch_training 3
+        --max_batches_per_epoch_validation 1 --clip_grad 1 --rng 11"""
+    run_command(dwiml_train_l2t, words.split())
+
+
+def test_the_front_of_dwi_ml_trains_the_same_weights(here):
+    "Its words, and a file that says the same: dwi_ml has no schedule and no arguments of optimisers."
+    as_in_dwi_ml(here, "front")
+    train(here / "run.toml", "training.experiment_name=plain", "scheduler.name=none", "optimizer.betas=[0.9, 0.999]")
+    a, b = (load_model(here / "experiments" / name / "best_model").state_dict() for name in ("front", "plain"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert (read_toml(here / "experiments" / "front" / "run.toml")["model"]["dropout"]) == .2
+
+
+@pytest.mark.parametrize("command, more", [(dwiml_train_transformer, ["input", "bundles", "--model", "TTST", "--nheads", "2", "--input_embedded_size", "4", "--target_embedded_size", "4", "--n_layers_e", "1",
+                                                                      "--step_size", "2", "--max_len", "200", "--add_eos"]),
+                                           (dwiml_train_autoencoder, ["bundles"]),
+                                           (dwiml_train_l2t, ["input", "bundles", "--step_size", "2", "--add_a_tracking_validation_phase", "--tracking_mask", "wm_mask", "--rnn_layer_sizes", "4"])])
+def test_other_fronts_train(here, command, more):
+    name = f"{command.__name__}{len(more)}"
+    run_command(command, [str(o) for o in (here / "experiments", name, here / "study.hdf5", *more, "--max_epochs", 1, "--max_batches_per_epoch_training", 1, "--max_batches_per_epoch_validation", 1,
+                                           "--batch_size_training", 10, "--batch_size_validation", 10)])
+    row, = read_rows(here / "experiments" / name / "logs" / "epochs.jsonl")
+    assert row["train_loss"] > 0 and ("--tracking_mask" not in more or any(k.startswith("generation") for k in row))
 
 
 WAYS = {"command": lambda here, name: run_command(dwiml_train, [str(here / "run.toml"), f"training.experiment_name={name}"]), "shell": in_shell,

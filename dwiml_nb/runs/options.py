@@ -13,6 +13,8 @@ import inspect
 import re
 import types
 from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 from fastcore.docments import docments
 from ..core.errors import DataProblem, did_you_mean
@@ -67,16 +69,18 @@ class Option:
         return f"{self.about}{': '*bool(self.about and self.choices)}{', '.join(map(str, self.choices))}"
 
 # %% ../../nbs/08_runs/02_options.ipynb #9cd8a4ac
+@cache
 def options_told(
     made, # A class, or a function
-) -> dict: # name -> `Option`
+) -> MappingProxyType: # name -> `Option`
     "The options of a class and of its parents that it hands them on to, with their comments."
     inits = chain_of(made) if isinstance(made, type) else [made]
     about = {}
     for init in reversed(inits): about |= {k: ' '.join(v.split()) for k,v in docments(init).items() if v}
     found = put_together(inits[0], inits[1:]).parameters.values()
-    return {p.name: Option(p.name, p.default, p.annotation, about.get(p.name, '')) for p in found
+    told = {p.name: Option(p.name, p.default, p.annotation, about.get(p.name, '')) for p in found
             if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != 'self'}
+    return MappingProxyType(told)
 
 # %% ../../nbs/08_runs/02_options.ipynb #8fa029c0
 MOST_TEXT,MOST_ITEMS,MOST_NUMBER = 4096, 10_000, 2**64     # of one value of a run file

@@ -23,6 +23,7 @@ from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.models.learn2track import Learn2TrackModel
 from dwiml_nb.models.transformers import OriginalTransformerModel, TransformerSrcAndTgtModel, TransformerSrcOnlyModel
 from dwiml_nb.runs.resume import trainer_from_folder
+from dwiml_nb.runs.run_files import run_config, run_parts, write_run_file
 from dwiml_nb.study.create import create_study
 from dwiml_nb.training.generation import PARTED_MM, DWIMLTrainerOneInputWithGVPhase, Generated, Generation, given_parts, points_every
 from dwiml_nb.training.trainer import DWIMLTrainerOneInput
@@ -417,6 +418,18 @@ def test_a_loop_of_ones_own(dataset, tmp_path):
     mine.train_and_validate()
     assert same_weights(trainer, mine)
     assert ["generation_left_mask" in row for row in rows_of(mine)] == [False, True]
+
+
+def test_a_run_file_has_the_phase(dataset, tmp_path):
+    "The options stand in the file under their names, and the same run comes of it."
+    trainer = trainer_of(dataset, tmp_path, "first", max_epochs=2, tracking_phase_frequency=2, tracking_phase_max_length_mm=50)
+    trainer.train_and_validate()
+    write_run_file(trainer, tmp_path / "run.toml")
+    again = run_parts(run_config(tmp_path / "run.toml", "training.experiment_name=second")).trainer
+    assert type(again) is type(trainer) and again.tracking_phase == trainer.tracking_phase
+    again.model.load_state_dict(made().state_dict())  # the weights that `trainer_of` began with
+    again.train_and_validate()
+    assert same_weights(trainer, again) and rows_of(trainer) == rows_of(again)
 
 
 @pytest.mark.parametrize("options,match", [

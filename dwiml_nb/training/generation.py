@@ -147,8 +147,8 @@ class Generation:
         batch_loader, # `DWIMLBatchLoaderOneInput`
         mask_group:str=None, # Lines end where this volume is below 1/2; None: where the volume ends
         nb_segments:int=1, # Segments given of each line
-        max_length_mm:float=200., # Longest line, what was given included
-        theta_deg:float=180., # Largest turn between two steps; 180: any
+        max_length_mm:float=200., # Longest line in mm, what was given included
+        theta_deg:float=180., # Largest turn between two steps in degrees; 180: any
         eos_threshold=.5, # Lines end where the model says so; for models that learn where lines end
         step_mm:float=None, # None: the model's step_size
     ):
@@ -247,11 +247,11 @@ class DWIMLTrainerOneInputWithGVPhase(DWIMLTrainerOneInput):
         tracking_phase_frequency:int=1, # Every so many epochs
         tracking_phase_start:int=0, # So many epochs pass first
         tracking_phase_nb_segments_init:int=1, # Segments given of each line
-        tracking_phase_mask_group:str=None, # Lines end outside this volume; None: where the volume ends
-        tracking_phase_max_length_mm:float=200., # Longest line
-        tracking_phase_theta_deg:float=180., # Largest turn between two steps; 180: any
-        tracking_phase_eos_threshold=.5, # Where the model says that lines end
-        tracking_phase_step_mm:float=None, # None: the model's step_size
+        tracking_phase_mask_group:str=None, # Lines end where this is below 1/2; None: with the volume
+        tracking_phase_max_length_mm:float=200., # Longest line in mm, what was given included
+        tracking_phase_theta_deg:float=180., # Largest turn between two steps in degrees; 180: any
+        tracking_phase_eos_threshold=.5, # Probability above which a model ends a line; or 'max'
+        tracking_phase_step_mm:float=None, # mm; None: the model's step_size
         tracking_phase_nb_batches:int=None, # Of an epoch; None: as many as the validation has
         **kwargs, # Options of `DWIMLTrainer`
     ):

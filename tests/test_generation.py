@@ -5,7 +5,9 @@ The study has one subject three times, in voxels of 2 mm, 1 mm and 1 x 2 x 4 mm:
 import functools
 import json
 import math
+import shutil
 
+import h5py
 import nibabel as nib
 import numpy as np
 import pytest
@@ -401,6 +403,21 @@ def test_resume_in_the_middle_of_the_phase(dataset, tmp_path, kind):
     again.train_and_validate()
     assert same_weights(whole, again)
     for which in ("epochs", "batches"): assert rows_of(again, which) == rows_of(whole, which)
+
+
+def test_resume_with_another_mask_is_refused(dataset, tmp_path):
+    "The mask is part of the data of a run."
+    trainer = trainer_of(dataset, tmp_path, "masked", max_batches_per_epoch_training=1, tracking_phase_nb_batches=1)
+    trainer.control.on_batch_end.append(lambda row: trainer.control.request_stop())
+    trainer.train_and_validate()
+    for name, change in (("same", 0), ("other", 1)):
+        study = shutil.copy(dataset.path, tmp_path / f"{name}.hdf5")
+        with h5py.File(study, "r+") as f:
+            mask = f["one/mask/data"]
+            mask[...] = abs(mask[...] - change)
+        if not change: assert trainer_from_folder(tmp_path, "masked", study, device="cpu").batch == 1
+        else:
+            with pytest.raises(DataProblem, match="one.*mask"): trainer_from_folder(tmp_path, "masked", study, device="cpu")
 
 
 def test_a_loop_of_ones_own(dataset, tmp_path):

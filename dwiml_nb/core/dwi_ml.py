@@ -435,7 +435,7 @@ COMMANDS = {              # command of dwi_ml -> what to use instead
     'tt_visualize_weights': f'{YET}: pictures of attention; `OriginalTransformerModel.forward` has weights',
     **for_each(f'{YET}: the loss along lines', 'l2t_visualize_loss', 'tt_visualize_loss'),
     'dwiml_visualize_logs_correlation': f'{YET}: `read_logs` gives the columns to correlate',
-    **for_each(f'{YET}: connectivity; a matrix in a study is read and written',
+    **for_each(f'{YET}: a command; `dwiml_nb.core.connectivity` has what it does',
                'dwiml_compute_connectivity_matrix_from_blocs',
                'dwiml_compute_connectivity_matrix_from_labels', 'dwiml_compute_connectivity_score',
                'dwiml_divide_volume_into_blocs'),

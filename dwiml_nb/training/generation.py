@@ -19,6 +19,7 @@ from ..core.lines import arc_positions, cut, lengths_of
 from ..core.options import check_number, check_numbers, with_parts
 from ..core.ragged import Ragged
 from ..core.space import Grid
+from ..data.fingerprint import fingerprint
 from ..batch.inputs import InputsAt, known_group
 from ..directions.ends_starts import check_threshold
 from ..tracking.propagate import Walk, propagate
@@ -26,6 +27,8 @@ from ..tracking.stops import count_reasons
 from ..tracking.tracker import join_halves, lines_together, most_points, volume_on_grid
 from .feed import Phase
 from .means import Logged
+from .run import data_of
+from .sinks import PHASES
 from .trainer import DWIMLTrainerOneInput
 
 # %% ../../nbs/07_training/12_generation.ipynb #ede2e26a
@@ -264,6 +267,10 @@ class DWIMLTrainerOneInputWithGVPhase(DWIMLTrainerOneInput):
     def make_phases(self): return [*super().make_phases(), *generation_phases(self)]
     @property
     def own_params(self) -> dict: return {**super().own_params, **self.tracking_phase}
+    @property
+    def params(self) -> dict:
+        if self.experiment.fingerprint is None: self.experiment.fingerprint = data_with_mask(self)
+        return super().params
 
 # %% ../../nbs/07_training/12_generation.ipynb #eb552289
 def generation_of(
@@ -283,6 +290,15 @@ def generation_of(
                           do="leave out add_a_tracking_validation_phase, or name such subjects in the study.")
     return Generation(trainer.model, trainer.batch_loader, o['mask_group'], o['nb_segments_init'],
                       o['max_length_mm'], o['theta_deg'], o['eos_threshold'], o['step_mm'])
+
+def data_with_mask(
+    trainer:DWIMLTrainerOneInputWithGVPhase,
+) -> dict: # group -> subject -> word
+    "The fingerprint of the data that a run reads, the mask's with it."
+    sampler,mask = trainer.batch_sampler, trainer.tracking_phase['tracking_phase_mask_group']
+    off = trainer.generation is None or mask is None
+    of_mask = {} if off else fingerprint(sampler.dataset, [mask], [], PHASES)
+    return {**of_mask, **data_of(sampler, trainer.batch_loader)}
 
 def generation_phases(
     trainer:DWIMLTrainerOneInputWithGVPhase,

@@ -40,7 +40,7 @@ class Reached(BaseException):
 
 # what takes long, in the module that calls it
 WORK = ["study.create.write_study", "study.grow.finished_parts", "study.grow.copy_object", "study.check_apart.subprocess.run", "core.sh.fit_attenuation", "viz.plots.draw_graph", "models.checks.run_checks",
-        "tracking.tracker.Tracker.track", "training.trainer.DWIMLTrainer.train_and_validate", "cli.fronts.run_parts", "demo.run.demo_study"]
+        "tracking.tracker.Tracker.track", "training.trainer.DWIMLTrainer.train_and_validate", "cli.fronts.run_parts", "demo.run.demo_study", "runs.export.write_onnx"]
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,7 @@ def usual(here):
             "dwiml_track_from_model": [experiment, "sub-04", out / "a.trk", "seed_mask", "-f", "--device", "cpu"],
             "dwiml_score": [sorted((subjects / "sub-04" / "bundles").glob("*.trk"))[0], subjects / "sub-04"],
             "dwiml_check_model": ["dwiml_nb.models.learn2track:Learn2TrackModel", "--args", '{"nb_features": 5}'],
+            "dwiml_export": [experiment, out / "a.onnx", "-f"],
             "dwiml_demo": ["--out", out / "demo", "--device", "cpu"]}
 
 

@@ -123,9 +123,9 @@ def tell_busy(
 def fits(
     *tensors:Tensor, # Or None
 ) -> bool:
-    "Can a kernel serve? It can if everything is on the CPU and needs no gradient."
+    "Can a kernel serve? If everything is on the CPU, needs no gradient and is there, not only traced."
     there = [t for t in tensors if t is not None]
-    return (all(t.device.type == 'cpu' for t in there)
+    return (all(t.device.type == 'cpu' for t in there) and not torch.compiler.is_compiling()
             and not (torch.is_grad_enabled() and any(t.requires_grad for t in there)))
 
 # %% ../../nbs/00_core/07_kernels.ipynb #1004cf7d

@@ -118,7 +118,7 @@ def one_of(
     chosen:Tensor, # (M,) int64, a component for each row
 ) -> Tensor: # (M, n)
     "The values of one component of each row."
-    return values[torch.arange(len(values), device=values.device), chosen]
+    return values[torch.arange(values.shape[0], device=values.device), chosen]
 
 @patch
 def det_directions(self:DensityDG, rows:Tensor) -> Tensor: # (M, 3)

@@ -1,0 +1,78 @@
+"""Models as ONNX files: the same numbers for any number of lines and points, or no file at all."""
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import dwiml_nb.runs.export as export
+from dwiml_nb.core.errors import DataProblem
+from dwiml_nb.models.learn2track import Learn2TrackModel
+from dwiml_nb.models.padded import OnnxRecurrent, padded_form
+from dwiml_nb.models.transformers import OriginalTransformerModel, TransformerSrcAndTgtModel, TransformerSrcOnlyModel
+
+SMALL = dict(input_embedded_size=16, nheads=2, n_layers_e=1)
+AROUND = dict(neighborhood_type="grid", neighborhood_radius=1, input_embedding_key="cnn_embedding", nb_cnn_filters=[4], kernel_size=[3])
+MODELS = {
+    "lstm": lambda: Learn2TrackModel(2, rnn_layer_sizes=[8, 6], nb_previous_dirs=3, use_skip_connection=True, use_layer_normalization=True, normalize_prev_dirs=True,
+                                     dg_key="fisher-von-mises", step_size=.5, **AROUND),
+    "gru": lambda: Learn2TrackModel(4, rnn_key=dict(key="gru", num_layers=2, bias=False), rnn_layer_sizes=[8], dg_key="sphere-classification", dg_args=dict(add_eos=True)),
+    "tts": lambda: TransformerSrcOnlyModel(4, dg_args=dict(add_eos=True, axis_head=True), **SMALL),
+    "ttst": lambda: TransformerSrcAndTgtModel(4, target_embedded_size=8, sos_token_type="repulsion724", positional_encoding_key="rotary", window=4, max_len=20, **SMALL),
+    "tto": lambda: OriginalTransformerModel(4, dg_key="gaussian", **SMALL)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_same_numbers(name, tmp_path):
+    "Files of all kinds of models, on other sizes than the sample, lines of one and two points among them."
+    torch.manual_seed(0)
+    model = MODELS[name]().train()  # its state is not touched
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    about = export.export_onnx(model, tmp_path / "model.onnx")
+    assert model.training and all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
+    assert max(o["difference"] for o in about["compared"]) < 1e-5
+    assert {(o["lines"], o["points"]) for o in about["compared"]} >= {(1, 2), (9, 2), (3, 1)}
+    form = padded_form(model.eval())
+    fed = form.sample([1, 2, 40, 17], seed=9)  # a size that the export did not look at; beyond max_len it is cut
+    junk = {k: v.clone() for k, v in fed.items()}
+    for k in ("inputs", "streamlines"): junk[k][torch.arange(fed[k].shape[1]) >= fed["lengths"][:, None]] = np.nan
+    found, again = (export.run_onnx(tmp_path / "model.onnx", o) for o in (fed, junk))
+    for k, wanted in form.expected(fed, found).items():
+        np.testing.assert_allclose(found[k], wanted, atol=2e-6)
+        np.testing.assert_array_equal(found[k], again[k])  # what stands in the padding is not read
+
+
+@pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU])
+def test_both_ways(cls, tmp_path):
+    "A layer that reads lines from both ends begins at their ends, not at the padding."
+    class Net(nn.Module):
+        outputs, axes = ["y"], {"x": {0: "lines", 1: "points"}, "lengths": {0: "lines"}}
+        def __init__(self):
+            super().__init__()
+            self.layer = cls(3, 5, num_layers=2, bidirectional=True)
+            self.onnx = OnnxRecurrent(self.layer)
+        def forward(self, x, lengths): return self.onnx(x.transpose(0, 1), lengths).transpose(0, 1)
+        def sample(self, lengths, seed=0):
+            lengths = torch.tensor(lengths)
+            return {"x": torch.randn(len(lengths), int(lengths.max()), 3, generator=torch.Generator().manual_seed(seed)), "lengths": lengths}
+        def expected(self, fed, found):
+            packed = pack_padded_sequence(fed["x"], fed["lengths"], batch_first=True, enforce_sorted=False)
+            with torch.no_grad(): return {"y": pad_packed_sequence(self.layer(packed)[0], batch_first=True)[0]}
+    torch.manual_seed(0)
+    net = Net().eval()
+    export.write_onnx(net, tmp_path / "net.onnx")
+    assert max(o["difference"] for o in export.compare(tmp_path / "net.onnx", net)) < 1e-6
+
+
+def test_no_file_that_is_wrong(tmp_path, monkeypatch):
+    "A mismatch leaves nothing; what is there is not replaced; a model without a form says so."
+    torch.manual_seed(0)
+    model = MODELS["tts"]()
+    right = export.run_onnx
+    monkeypatch.setattr(export, "run_onnx", lambda file, fed: {k: v + .01 for k, v in right(file, fed).items()})
+    with pytest.raises(DataProblem, match="nothing was written"): export.export_onnx(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "there.json").write_text("mine")
+    with pytest.raises(DataProblem, match="of that name already"): export.export_onnx(model, tmp_path / "there.onnx")
+    with pytest.raises(DataProblem, match="no form for padded lines"): export.export_onnx(nn.Linear(3, 3), tmp_path / "model")
+    assert [p.name for p in tmp_path.iterdir()] == ["there.json"] and (tmp_path / "there.json").read_text() == "mine"

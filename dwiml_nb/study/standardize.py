@@ -12,7 +12,7 @@ from ..core.errors import DataProblem
 from ..core.registry import Registry
 from ..core.sh import added_up, sh_degrees, standardize_per_degree, values_inside
 
-# %% ../../nbs/01_study/02_standardize.ipynb #e3cf400a
+# %% ../../nbs/01_study/02_standardize.ipynb #34b16dc6
 def need_voxels(mask):
     "Refuse to measure a mean over no voxel."
     if mask.any(): return
@@ -32,6 +32,7 @@ def check_scale(
                       found=f"magnitudes up to {largest:.3g}",
                       do=f"{do}, or keep them with standardization none.")
 
+# %% ../../nbs/01_study/02_standardize.ipynb #77ac3962
 def deviation(
     values, # (n, F) float32
     mean, # (F,) float64
@@ -46,6 +47,7 @@ def deviation(
             total = np.add.reduce(np.concatenate([total, squares(row, row + rows)]), 0, keepdims=True)
     return np.sqrt(total/len(values)).reshape(-1)
 
+# %% ../../nbs/01_study/02_standardize.ipynb #d6e63cde
 def standardize(
     data, # (X, Y, Z, F) float32
     mask, # (X, Y, Z) bool, at least one voxel

@@ -22,13 +22,15 @@ RESULTS = HERE/'recipes.json'
 SEEDS = (1, 2, 3)
 CHOSEN_ON,CHOSEN_FOLD = 'sub_4', 'sub_3'        # the fold that holds sub_3 out validates on sub_4
 KEPT = ('VB', 'VS', 'IB', 'NC', 'OL', 'OR', 'F1', 'nb_lines')
-WAYS = {                                        # name -> changes to the recipe: model, training, tracking
+WAYS = {                                        # name -> changes to the recipe: model, training, tracking, nb_batches
     'the recipe': {},
     'lines not widened': dict(training=dict(widen_mm=0.)),
     'nothing off track': dict(training=dict(off_track_mm=0.)),
     'no axis head, first step along the peak': dict(model=dict(dg_args={}), tracking=dict(first_direction='peaks:peaks')),
     'no neighbours': dict(model=dict(neighborhood_type=None, neighborhood_radius=None, neighborhood_resolution=None)),
-    'a Transformer (TTST)': dict(build='transformer'),
+    'a Transformer (TTST)': dict(build='transformer', nb_batches=1000),
+    'drawn steps (Fisher-von Mises), temperature 0.1': dict(model=dict(dg_key='fisher-von-mises', dg_args=dict(axis_head=True, second_step_weight=.25, max_kappa=1000.)),
+                                                            tracking=dict(algo='prob', temperature=.1, theta_deg=60)),
 }
 
 def transformer(nb_features:int, **changes):
@@ -100,15 +102,15 @@ def one_csd(subject:str, cache:Path) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', choices=['attempts', 'folds', 'csd'])
-    parser.add_argument('--nb-batches', type=int, default=1000)
+    parser.add_argument('--nb-batches', type=int, help="600 for attempts, 1,000 for folds, if nothing else is said")
     parser.add_argument('--jobs', type=int, default=1)
     parser.add_argument('--cache', type=Path, default=HERE.parent/'build'/'recipes', help="where the studies are kept between runs")
     args = parser.parse_args()
     done = {(r['kind'], r['way'], r['subject'], r['seed']) for r in read()}
     people = [f'sub_{k}' for k in range(1, 6)]
     if args.what == 'csd': jobs = [(one_csd, (p, args.cache)) for p in people if ('csd', 'dipy CSD', p, 1) not in done]
-    elif args.what == 'folds': jobs = [(one_run, ('fold', 'the recipe', {}, p, p, s, args.nb_batches, args.cache)) for s in SEEDS for p in people if ('fold', 'the recipe', p, s) not in done]
-    else: jobs = [(one_run, ('attempt', way, changes, CHOSEN_FOLD, CHOSEN_ON, s, args.nb_batches, args.cache)) for way,changes in WAYS.items() for s in SEEDS if ('attempt', way, CHOSEN_ON, s) not in done]
+    elif args.what == 'folds': jobs = [(one_run, ('fold', 'the recipe', {}, p, p, s, args.nb_batches or 1000, args.cache)) for s in SEEDS for p in people if ('fold', 'the recipe', p, s) not in done]
+    else: jobs = [(one_run, ('attempt', way, changes, CHOSEN_FOLD, CHOSEN_ON, s, args.nb_batches or changes.get('nb_batches', 600), args.cache)) for way,changes in WAYS.items() for s in SEEDS if ('attempt', way, CHOSEN_ON, s) not in done]
     for fold in dict.fromkeys([a[3] for f,a in jobs if f is one_run] or (['sub_3', 'sub_1'] if jobs else [])): study(fold, args.cache)   # before the processes start
     if args.jobs == 1:
         for f,a in jobs: keep(f(*a))

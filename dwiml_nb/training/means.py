@@ -47,11 +47,12 @@ class Logged:
     "A number of a batch that says how its epoch is summed up."
     value:float
     weight:float=None # How often it counts in the mean; None: as often as the batch has points
-    how:Literal['mean', 'last']='mean' # What the epoch keeps
+    how:Literal['mean', 'last', 'sum']='mean' # What the epoch keeps
 
     def __post_init__(self):
-        if self.how in ('mean', 'last'): return
-        raise ValueError(f"an epoch keeps the 'mean' of a value or the 'last' one, found how={self.how!r}")
+        if self.how in ('mean', 'last', 'sum'): return
+        raise ValueError("an epoch keeps the 'mean' of a value, the 'last' one or the 'sum', "
+                         f"found how={self.how!r}")
 
 @dataclass(frozen=True)
 class Row:
@@ -77,6 +78,7 @@ class Sums(dict):
         for name,v in {'loss': row.loss, **row.values}.items():
             if not isinstance(v, Logged): v = Logged(v)
             if v.how == 'last': self[phase, name] = WeightedMean(float(v.value), 1)
+            elif v.how == 'sum': self[phase, name] = WeightedMean(self[phase, name].total + v.value, 1)
             else:
                 mean = self.setdefault((phase, name), WeightedMean())
                 mean.update(v.value, row.n if v.weight is None else v.weight)
@@ -111,19 +113,23 @@ class BestEpochMonitor:
     "Remembers the best epoch and counts the bad ones since."
     def __init__(self,
         patience:int=None, # Bad epochs in a row that end the training; None: never
-        patience_delta:float=1e-6, # How much lower than the best a loss must be
+        patience_delta:float=1e-6, # How much better than the best a value must be
+        mode:Literal['min', 'max']='min', # Which values are better: low ones, or high ones
     ):
         self.patience = check_number('patience', patience, least=1, whole=True, none=True)
         self.patience_delta = check_number('patience_delta', patience_delta)
+        if mode not in ('min', 'max'):
+            raise ValueError(f"monitor_mode is 'min' (low values are good) or 'max', found {mode!r:.80}")
+        self.sign = -1 if mode == 'max' else 1
         self.best_value,self.best_epoch,self.n_bad = None,None,0
 
     def update(self,
-        loss:float, # The supervised loss of this epoch
+        loss:float, # The supervised loss of this epoch, or another value
         epoch:int, # Its number
     ) -> bool: # True if it is the best so far
         "Judge one more epoch."
-        best = math.isfinite(loss)
-        if self.best_value is not None: best = best and loss < self.best_value - self.patience_delta
+        best,sign = math.isfinite(loss),self.sign
+        if self.best_value is not None: best = best and sign*loss < sign*self.best_value - self.patience_delta
         if best: self.best_value,self.best_epoch,self.n_bad = float(loss),epoch,0
         else: self.n_bad += 1
         return best

@@ -78,7 +78,7 @@ from .training.sinks import SINKS, Sink, export_csv, read_logs
 from .training.checkpoints import Checkpoint, read_checkpoint
 from .training.schedules import SCHEDULES
 from .training.optimizers import OPTIMIZERS
-from .training.control import TrainingControl
+from .training.control import TrainingControl, send_control
 from .training.feed import Phase
 from .training.step import NotFinite
 from .training.trainer import DWIMLTrainer, DWIMLTrainerOneInput

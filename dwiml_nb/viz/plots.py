@@ -68,7 +68,7 @@ def default_graphs(
     losses = [name for name in ('train_loss', 'valid_loss') if name in columns]
     others = [name for name in columns if is_number(name)
               and name not in (*losses, 'epoch', 'batch', 'best_epoch', 'best_loss',
-                               'nb_batches', 'n', 'seconds')]
+                               'best_value', 'nb_batches', 'n', 'seconds')]
     return ({'loss': losses} if losses else {}) | {name.replace('_', ' '): [name] for name in others}
 
 # %% ../../nbs/09_viz/05_plots.ipynb #9fbb7843

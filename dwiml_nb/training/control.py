@@ -35,7 +35,8 @@ def checked_order(
 ) -> dict:
     "What was asked for, if it can be done."
     if not isinstance(order, dict) or not isinstance(order.get('do'), str):
-        raise ValueError(f"an order is a dict {{'do': …}} with one of {', '.join(ORDERS)}; found {order!r:.80}")
+        raise ValueError(f"an order is a dict {{'do': …}} with one of {', '.join(ORDERS)}; "
+                         f"found {order!r:.80}")
     args = {name: value for name,value in order.items() if name != 'do'}
     refuse_unknown([order['do']], list(ORDERS), 'the control of a training')
     refuse_unknown(args, ORDERS[order['do']], order['do'])
@@ -77,7 +78,7 @@ class TrainingControl(Control):
         self.state = 'ready'
         self.on_batch_end,self.on_epoch_end,self.on_state = [],[],[]  # functions of a row; of the new state
         self.started,self.done_before,self.done,self.total = None,0,0,0
-        self.ends,self.looked,self.longest = None,None,0.    # the last moment, the last look, longest time between
+        self.ends,self.looked,self.longest = None,None,0.  # last moment; last look; longest time between two
 
     def ask(self, do, by='python', **args):
         "Ask for one of `ORDERS`; a training that is over is not asked to stop."

@@ -11,7 +11,7 @@ import inspect
 from fnmatch import fnmatchcase
 import torch
 from ..core.errors import did_you_mean
-from ..core.options import check_number
+from ..core.options import check_number, check_numbers
 from ..core.registry import Registry
 
 # %% ../../nbs/07_training/04_optimizers.ipynb #3d6eb7b8
@@ -139,7 +139,7 @@ def named_groups(
         options = param_groups[pattern]
         if not found: raise ValueError(f"param_groups: no weight is left for {pattern!r}."
                                        f"{did_you_mean(pattern, names)} There are {', '.join(names)}")
-        check_number(f"lr of the group {pattern!r}", options.get('lr'), least=0, none=True)
-        check_number(f"weight_decay of the group {pattern!r}", options.get('weight_decay'), least=0, none=True)
+        check_numbers(*((f"{name} of the group {pattern!r}", options.get(name)) for name in OF_GROUPS[1:]),
+                      least=0, none=True)
     if not lr: raise ValueError("param_groups have their rates relative to the first learning rate. Found 0.")
     return [{'params': rest}]*bool(rest) + [{'params': groups[o], **param_groups[o]} for o in groups]

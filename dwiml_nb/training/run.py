@@ -218,7 +218,8 @@ def keep_checkpoint(self:Experiment,
     if k == 1: return
     folder,source = self.folder/'checkpoints',self.folder/'checkpoint'
     folder_to_write(folder).mkdir(exist_ok=True)
-    write_folder(folder/epoch_name(epoch), {path.name: partial(same_or_copy, path) for path in source.iterdir()})
+    parts = {path.name: partial(same_or_copy, path) for path in source.iterdir()}
+    write_folder(folder/epoch_name(epoch), parts)
     there = sorted(int(path.name[6:]) - 1 for path in folder.glob('epoch_*') if path.name[6:].isdigit())
     keep_only(folder, [o for o in there if o <= epoch][-k:])
 

@@ -133,7 +133,8 @@ class TorchSchedule:
         usual = 'step' if short in ('OneCycleLR', 'CyclicLR') else 'epoch'
         self.name,self.by_value,self.per = name,short == 'ReduceLROnPlateau',per or usual
         if self.per not in ('epoch', 'step') or self.by_value and self.per == 'step':
-            raise ValueError(f"{short} goes on per='epoch'{''if self.by_value else ' or step'}, found {per!r:.80}")
+            choice = "'epoch'" if self.by_value else "'epoch' or 'step'"
+            raise ValueError(f"{short} goes on per {choice}, found per={per!r:.80}")
         self.stand_in = torch.optim.SGD([torch.zeros(1)], lr=rate)
         self.scheduler = made_scheduler(name, self.stand_in, options)
 
@@ -150,7 +151,8 @@ class TorchSchedule:
         if not self.by_value: self.scheduler.step()
         elif value is not None: self.scheduler.step(value)
 
-    def state(self) -> dict: return {'scheduler': self.scheduler.state_dict(), 'rate': self.stand_in.state_dict()}
+    def state(self) -> dict:
+        return {'scheduler': self.scheduler.state_dict(), 'rate': self.stand_in.state_dict()}
     def load_state(self, state):
         self.scheduler.load_state_dict(state['scheduler']); self.stand_in.load_state_dict(state['rate'])
 
@@ -167,7 +169,8 @@ def made_scheduler(
     own = inspect.signature(cls.__init__).parameters
     refuse_unknown(options, [o for o in own if o not in ('self', 'optimizer', 'last_epoch', 'verbose')], name)
     if 'lr_lambda' in own:
-        raise ValueError(f"{name} needs a function: give the function itself, lr_schedule=lambda iteration: …")
+        raise ValueError(f"{name} needs a function: give the function itself, "
+                         "lr_schedule=lambda iteration: …")
     if 'cycle_momentum' in own:
         if options.get('cycle_momentum'): raise ValueError(f"{name}: cycle_momentum changes the momentum, "
                                                            "which stays as it is here. Leave it out.")
@@ -190,7 +193,7 @@ class Rates:
         mode:str='min', # Whether low or high values are better, for a plateau
     ):
         self.rates,self.lr_schedule,self.max_epochs = rates,lr_schedule,max_epochs
-        self.of_torch,self.changed = None,None         # the second: [rate asked for, the schedule's rate then]
+        self.of_torch,self.changed = None,None         # [rate asked for, the schedule's rate then]
         name,options = key_and_options(lr_schedule)
         if name == 'plateau': name,options = OF_TORCH + 'ReduceLROnPlateau', {'mode': mode, **options}
         if not isinstance(name, str) or not name.startswith(OF_TORCH): schedule_of(lr_schedule, 1); return
@@ -251,5 +254,5 @@ def load_state(self:Rates,
 ):
     "Go on from a checkpoint."
     self.changed = state.get('changed')
-    if self.changed: self.changed = [float(check_number('the learning rate', o, least=0)) for o in self.changed]
+    for o in self.changed or (): check_number('the learning rate', o, least=0)
     if self.of_torch: self.of_torch.load_state(state['of_torch'])

@@ -91,7 +91,7 @@ class LoopOptions(NamesOfDwiml):
         init_weights=None, # Folder of a model or an experiment whose weights to begin with
         init_match=None, # Names of weights that come from there, with wildcards: one or several; None: all
         frozen=(), # Names of weights that stay as they are, with wildcards: one or several
-        param_groups:dict=None, # Names of weights, with wildcards -> options of the optimiser: lr, weight_decay
+        param_groups:dict=None, # Names of weights, with wildcards -> lr, weight_decay, …
     ):
         given = {name: value for name,value in locals().items() if name not in ('self', '__class__')}
         self.loop = checked_loop(SimpleNamespace(**given))
@@ -167,7 +167,7 @@ class DWIMLTrainer(LoopOptions):
         batch_sampler, # `DWIMLBatchIDSampler`
         batch_loader, # `DWIMLBatchLoader`
         learning_rates=(1e-3,), # One per epoch, the last one kept; also '0.001*3 0.0001'
-        lr_schedule=None, # Factor on those: a name of `SCHEDULES`, one of torch, or a function of the iteration
+        lr_schedule=None, # Factor on those: a name, dict(key=name, option=…), or a function of the iteration
         optimizer='Adam', # A name of `OPTIMIZERS` or of `torch.optim`, or a function of the parameters
         weight_decay:float=WEIGHT_DECAY, # L2 for all but AdamW, as in dwi_ml; not for a function
         max_epochs:int=100,
@@ -491,7 +491,8 @@ def do_phase(self:DWIMLTrainer,
             if name != self.phase: self.phase,self.batch = name,0
             self.doing = name
             try:
-                with self.average.used(not next(p.train for p in self.phases if p.name == name)): work(self.epoch)
+                learns = next(phase.train for phase in self.phases if phase.name == name)
+                with self.average.used(not learns): work(self.epoch)
             finally: self.doing = None
             if self.control.stop_requested: return
             self.phase,self.batch = order[order.index(name) + 1],0

@@ -27,9 +27,9 @@ def weights_file(
     places = [folder, *(whole_folder(folder/name) for name in ('best_model', 'checkpoint/model'))]
     found = next((o for o in places if o and (o/'model_state.pkl').is_file()), None)
     if found: return found/'model_state.pkl'
-    raise DataProblem("there are no weights to begin with", expected="the folder of a model (model_state.pkl) "
-                      "or of an experiment (best_model/)", found="neither" if folder.is_dir() else "no folder",
-                      file=folder, do="check init_weights.")
+    raise DataProblem("there are no weights to begin with", file=folder, do="check init_weights.",
+                      expected="the folder of a model (model_state.pkl) or of an experiment (best_model/)",
+                      found="neither" if folder.is_dir() else "no folder")
 
 def patterns_of(
     match, # None, a pattern, or several
@@ -91,7 +91,8 @@ def load_some(
                           found=shape(kept.get(name)), file=file,
                           do="choose the weights that can, with init_match, or build the model alike.")
     if bad := [name for name in wanted if not bool(kept[name].isfinite().all())]:
-        raise DataProblem(f"the weight '{bad[0]}' is NaN or infinite there", file=file, do="use another copy.")
+        raise DataProblem(f"the weight '{bad[0]}' is NaN or infinite there", file=file,
+                          do="use another copy.")
     model.load_state_dict({name: kept[name] for name in wanted}, strict=False)
     rest = [[name for name in o if name not in wanted] for o in (own, kept)]
     return Loaded(str(file), wanted, *rest)

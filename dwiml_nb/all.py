@@ -88,6 +88,7 @@ from .training.generation import DWIMLTrainerOneInputWithGVPhase
 from .runs.track import experiment_model, read_experiment, track_from_model
 from .runs.resume import trainer_from_folder
 from .runs.run_files import run_config, run_parts, train, write_run_file
+from .runs.table import runs_table
 
 # %% ../nbs/all.ipynb #535c42d9
 from .viz.theme import direction_colours, matplotlib_style, plotly_style

@@ -81,6 +81,7 @@ def usual(here):
             "dwiml_train_l2t": [out, "l2t", study, "input", "bundles"],
             "dwiml_train_transformer": [out, "tt", study, "input", "bundles"],
             "dwiml_train_autoencoder": [out, "ae", study, "bundles"],
+            "dwiml_runs": [here / "experiments"],
             "dwiml_config": ["show", here / "run.toml"],
             "dwiml_resume_training_from_checkpoint": [here / "experiments", "first", "--new_max_epochs", "2", "--device", "cpu"],
             "dwiml_visualize_logs": [experiment, "--save_figures", out / "figure"],

@@ -19,11 +19,13 @@ from dwiml_nb.models.base import load_model
 from dwiml_nb.models.learn2track import Learn2TrackModel
 from dwiml_nb.runs.resume import trainer_from_folder
 from dwiml_nb.runs.run_files import run_config, run_parts, train, write_run_file
+from dwiml_nb.runs.table import runs_table
 from dwiml_nb.runs.track import track_from_model
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.training.sinks import read_rows
 from dwiml_nb.training.trainer import DWIMLTrainerOneInput
 from dwiml_nb.widgets.training_dashboard import TrainingDashboard
+from dwiml_nb.widgets.viz import viz
 
 RUN = """seed = 11
 [data]
@@ -173,6 +175,35 @@ def test_none_survives(here, tmp_path):
 def test_what_a_file_cannot_say_is_told(here, tmp_path):
     with pytest.raises(DataProblem, match="lr_schedule"): write_run_file(hand_made(here, "f", lr_schedule=lambda i: 1.), tmp_path / "a.toml")
     assert not (tmp_path / "a.toml").exists()
+
+
+# ---- the table of runs
+
+KILLED = """import os, signal, sys
+from dwiml_nb.runs.run_files import run_config, run_parts
+for name, number in (("term", signal.SIGTERM), ("kill", signal.SIGKILL)):
+    if os.fork(): os.wait(); continue
+    trainer = run_parts(run_config(sys.argv[1], f"training.experiment_name={name}", f"training.experiments_path={sys.argv[2]}")).trainer
+    trainer.control.on_batch_end.append(lambda row: row["batch"] == 1 and os.kill(os.getpid(), number))
+    trainer.train_and_validate()
+"""
+
+
+def test_the_table_says_what_became_of_runs(here, tmp_path):
+    subprocess.run([sys.executable, "-c", KILLED, here / "run.toml", tmp_path], check=True)
+    train(here / "run.toml", f"training.experiments_path={tmp_path}", "training.experiment_name=whole", "model.dropout=0.1")
+    states = []
+    trainer = run_parts(run_config(here / "run.toml", f"training.experiments_path={tmp_path}", "training.experiment_name=now")).trainer
+    trainer.control.on_epoch_end.append(lambda row: states.append(runs_table(tmp_path)[1]["state"]))
+    trainer.train_and_validate()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "parameters_latest.json").write_text("[")
+    table = runs_table(tmp_path, by="state")
+    assert {r["name"]: r["state"] for r in table} == {"broken": "unreadable", "kill": "died", "now": "ended", "term": "stopped", "whole": "ended"} and states == ["running", "ended"]
+    killed = next(r for r in table if r["name"] == "kill")
+    assert "epoch 1, training batch 2" in killed["why"] and killed["when"].startswith("20") and table.differ["model.dropout"]["whole"] == .1
+    trainer_from_folder(tmp_path, "kill").train_and_validate()
+    assert next(r for r in viz(tmp_path) if r["name"] == "kill")["state"] == "ended"
 
 
 # ---- a file of a stranger

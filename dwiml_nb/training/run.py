@@ -34,6 +34,7 @@ from .checkpoints import (Checkpoint, check_same, checkpoint_parts, read_checkpo
                                            write_model)
 from .control import check_held, only_one
 from .means import BestEpochMonitor, Sums, WeightedMean
+from .sessions import session
 from .optimizers import OPTIMIZERS, torch_optimizers
 from .schedules import SCHEDULES, torch_schedulers
 from .sinks import PHASES, SINKS, read_rows
@@ -160,7 +161,7 @@ def create(self:Experiment,
             self.check_new(resume)
             record = self.fill(params, save_checkpoint)
         except BaseException: clear_folder(made); raise
-        yield record
+        with session(self.folder): yield record
 
 @patch
 @contextmanager
@@ -168,7 +169,7 @@ def in_use(self:Experiment):
     "Hold the folder's lock, and remove what a process left that was killed while it wrote."
     with self.locked(self.folder):
         remove_partials(self.folder, below=True)
-        yield
+        with session(self.folder): yield
 
 @patch
 @contextmanager

@@ -18,6 +18,7 @@ from ..data.dataset import MultiSubjectDataset
 from ..batch.sampler import DWIMLBatchIDSampler
 from ..batch.loader import Batch, DWIMLBatchLoader
 from ..training.trainer import DWIMLTrainer
+from ..runs.table import runs_table
 from ..viz.plots import figure_png, plot_logs
 from ..viz.scene import Scene, scene_of_batch
 from ..viz.viewers import show
@@ -81,5 +82,7 @@ def viz_path(x):
     if path.suffix in ('.hdf5', '.h5'): return StudyBrowser(path)
     if is_tractogram(path): return viz_tractogram(load_tractogram(path), path.name)
     if path.is_dir() and (path/'logs').is_dir(): return viz_experiment(path)
+    if path.is_dir() and any(path.glob('*/parameters_latest.json')): return runs_table(path)
     raise ValueError(f"{path}: don't know how to show this. Expected a study (.hdf5), a tractogram "
-                     f"({', '.join(TRACTOGRAM_FORMATS)}) or the folder of an experiment, with logs/ in it.")
+                     f"({', '.join(TRACTOGRAM_FORMATS)}), the folder of an experiment, with logs/ in it, "
+                     "or a folder of experiments.")

@@ -22,6 +22,7 @@ from dwiml_nb.core.ragged import Ragged
 from dwiml_nb.core.space import Grid, convert
 from dwiml_nb.core.tractograms import Tractogram, save_tractogram
 from dwiml_nb.data.dataset import MultiSubjectDataset
+from dwiml_nb.models.base import load_model
 from dwiml_nb.models.learn2track import Learn2TrackModel
 from dwiml_nb.models.transformers import OriginalTransformerModel, TransformerSrcAndTgtModel, TransformerSrcOnlyModel
 from dwiml_nb.runs.resume import trainer_from_folder
@@ -403,6 +404,42 @@ def test_resume_in_the_middle_of_the_phase(dataset, tmp_path, kind):
     again.train_and_validate()
     assert same_weights(whole, again)
     for which in ("epochs", "batches"): assert rows_of(again, which) == rows_of(whole, which)
+
+
+@pytest.mark.parametrize("monitor,mode", [("final_distance_mm", "min"), ("within_15_mm", "max")])
+def test_the_best_epoch_is_that_of_the_best_lines(dataset, tmp_path, monitor, mode):
+    "Only epochs with the phase are judged; patience counts those alone; a resume keeps all this."
+    options = dict(learning_rates=[.01], max_batches_per_epoch_training=3, tracking_phase_frequency=2, monitor=f"generation_{monitor}", monitor_mode=mode)
+    trainer = trainer_of(dataset, tmp_path, "best", max_epochs=5, **options)
+    trainer.train_and_validate()
+    again = trainer_from_folder(tmp_path, "best", device="cpu", new_max_epochs=8)
+    again.train_and_validate()
+    values = {row["epoch"]: row[options["monitor"]] for row in rows_of(again) if options["monitor"] in row}
+    assert list(values) == [1, 3, 5, 7] and again.monitor.best_epoch == (min if mode == "min" else max)(values, key=values.get)
+    best = load_model(again.experiment_folder / "best_model").eval()
+    sampler, loader = again.batch_sampler, loader_of(dataset, best)
+    made = [o for ids in sampler.batches("validation", again.monitor.best_epoch) for o in Generation(best, loader, "mask").generate(loader.load_batch_streamlines(ids))]
+    assert torch.cat([o.scores()[monitor] for o in made]).mean() == pytest.approx(values[again.monitor.best_epoch], abs=1e-5)
+    still = trainer_of(dataset, tmp_path, "patient", max_epochs=50, patience=2, patience_delta=1e9 if mode == "min" else 2., **options)
+    still.train_and_validate()
+    assert still.epoch == 6  # the first phase is the best, two more are not
+
+
+@pytest.mark.parametrize("options", [dict(ema_decay=.5), dict(autocast="bf16"), dict(accumulate=2)])
+def test_with_other_options_of_the_loop(dataset, tmp_path, options):
+    "Lines are those of the weights that validation uses; training stays what it is without the phase."
+    plain, on = (trainer_of(dataset, tmp_path, name, "tts", cls, **options) for name, cls in (("plain", DWIMLTrainerOneInput), ("on", DWIMLTrainerOneInputWithGVPhase)))
+    for trainer in (plain, on): trainer.train_and_validate()
+    assert same_weights(plain, on)
+    assert [row["valid_loss"] for row in rows_of(plain)] == [row["valid_loss"] for row in rows_of(on)]
+    assert all(math.isfinite(row["generation_final_distance_mm"]) for row in rows_of(on))
+
+
+def test_options_of_the_phase_stay_in_a_resume(dataset, tmp_path):
+    trainer = trainer_of(dataset, tmp_path, "kept", max_epochs=1, max_batches_per_epoch_training=1)
+    trainer.train_and_validate()
+    with pytest.raises(ValueError, match="tracking_phase_frequency goes on as it was in the run, 1"):
+        trainer_from_folder(tmp_path, "kept", device="cpu", new_max_epochs=2, tracking_phase_frequency=2)
 
 
 def test_resume_with_another_mask_is_refused(dataset, tmp_path):

@@ -713,7 +713,7 @@ def init_from_checkpoint(cls:DWIMLTrainer,
                max_hours=max_hours)
     params = arguments_again(kept['params'], **new, lr_schedule=lr_schedule, optimizer=optimizer, sinks=sinks)
     for name in kwargs:
-        if name not in options_of(DWIMLTrainer): continue
+        if name not in {*options_of(DWIMLTrainer), *params}: continue
         raise ValueError(f"{name} goes on as it was in the run, {params.get(name)!r:.80}: leave it out, or "
                          "start a new experiment.")
     trainer = cls(model, experiments_path, experiment_name, batch_sampler, batch_loader, **params,

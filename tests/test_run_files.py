@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from dwiml_nb.cli.runs import dwiml_train
 from dwiml_nb.core.config import read_toml
 from dwiml_nb.core.errors import DataProblem
 from dwiml_nb.core.options import seed_all
+from dwiml_nb.core.registry import trusting
 from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.models.base import load_model
 from dwiml_nb.models.learn2track import Learn2TrackModel
@@ -26,6 +28,8 @@ from dwiml_nb.training.sinks import read_rows
 from dwiml_nb.training.trainer import DWIMLTrainerOneInput
 from dwiml_nb.widgets.training_dashboard import TrainingDashboard
 from dwiml_nb.widgets.viz import viz
+
+ROOT = Path(__file__).resolve().parent.parent
 
 RUN = """seed = 11
 [data]
@@ -175,6 +179,52 @@ def test_none_survives(here, tmp_path):
 def test_what_a_file_cannot_say_is_told(here, tmp_path):
     with pytest.raises(DataProblem, match="lr_schedule"): write_run_file(hand_made(here, "f", lr_schedule=lambda i: 1.), tmp_path / "a.toml")
     assert not (tmp_path / "a.toml").exists()
+
+
+LOOP = """
+[scheduler]
+name = "torch.optim.lr_scheduler.StepLR"
+step_size = 1
+gamma = 0.5
+[training]
+accumulate = 2
+ema_decay = 0.9
+monitor = "train_loss"
+frozen = ["*bias*"]
+on_nan = {key = "skip", in_a_row = 3}
+keep_last = 2
+[training.param_groups]
+"rnn_model.*" = {lr = 0.002}
+"""
+
+
+def test_options_of_the_loop_stand_in_a_file(here, tmp_path):
+    "As they are called in the trainer; a file written from the objects trains the same weights."
+    (here / "loop.toml").write_text(RUN.replace('[scheduler]\nname = "cosine-warmup"\n', "").replace("[training]\n", LOOP.split("[training.param")[0].strip() + "\n")
+                                    + "[training.param" + LOOP.split("[training.param")[1])
+    trainers = [train(here / "loop.toml", "training.experiment_name=loop")]
+    trainers.append(train(write_run_file(trainers[0], tmp_path / "again.toml"), "training.experiment_name=again", "training.device=cpu"))
+    assert trainers[0].loop.accumulate == 2 and trainers[0].optimizer.param_groups[1]["lr"] < .002
+    a, b = (t.model.state_dict() for t in trainers)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(DataProblem, match="Did you mean 'accumulate'"): run_config(here / "loop.toml", "training.acumulate=2")
+    with pytest.raises(DataProblem, match="scheduler|lr_schedule"): run_parts(run_config(here / "loop.toml", "training.experiment_name=x", "scheduler.step_sise=2"))
+
+
+# ---- the script to copy
+
+def test_the_example_trains_resumes_and_becomes_a_file(here, tmp_path):
+    "Its own process, its own module; then the file that it wrote, with the script trusted."
+    script = ROOT / "examples" / "train_model.py"
+    words = [str(o) for o in (here / "study.hdf5", tmp_path, "first", "--max_epochs", 1, "--write", tmp_path / "run.toml")]
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    run_command(dwiml_train, [str(tmp_path / "run.toml"), "training.experiment_name=second", "--trust", str(script)])
+    with trusting(script):
+        a, b = (load_model(tmp_path / name / "best_model").state_dict() for name in ("first", "second"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+        example = sys.modules["train_model"]
+        assert example.main([*words[:3], "--max_epochs", "2", "--resume"]).epoch == 2
 
 
 # ---- the table of runs

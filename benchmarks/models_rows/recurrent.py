@@ -40,7 +40,7 @@ def rows(threads, quick):
         ways = {'ours': lambda: step(rnn, rnn(x)[0].data), 'packed': lambda: step(rnn, packed(rnn, lists)), 'products alone': arithmetic(rnn, len(x.data))}
         # the mean over rows does not know their order, so the gradients are the same
         apart = max(float((a - b).abs().max()/b.abs().max()) for a,b in zip(ways['ours'](), ways['packed']()))
-        times = interleaved(ways, 1 if quick else 10, clock=time.process_time, budget=20, of=min)
+        times = interleaved(ways, 1 if quick else 10, clock=time.process_time, budget=8, of=min)
         yield Row(f"{key} {sizes}, {nb_lines} lines, {len(x.data):,} points: forward and backward", threads, times, 'packed',
                   f">= {goal:g}x torch's packed form" if goal else "", times['packed']/times['ours'] >= goal if goal else None,
                   limit='products alone', agrees=f"gradients, largest difference {apart:.0e} of the largest entry")

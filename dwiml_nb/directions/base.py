@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from ..core.errors import DataProblem
 from ..core.lines import directions
 from ..core.options import check_number, check_numbers, options_of, with_parts
+from ..core.products import Linear
 from ..core.ragged import Ragged, as_ragged, rows_of
 from ..core.registry import Registry
 from ..core.sphere import nearest_vertex, sphere_vertices, vertex_areas
@@ -83,7 +84,7 @@ def two_layers(self:DirectionGetter,
 ) -> nn.ModuleList:
     "The two layers of a head."
     hidden = math.ceil(self.input_size/2)
-    return nn.ModuleList([nn.Linear(self.input_size, hidden), nn.Linear(hidden, nb_outputs)])
+    return nn.ModuleList([Linear(self.input_size, hidden), Linear(hidden, nb_outputs)])
 
 @patch
 def through(self:DirectionGetter, layers:nn.ModuleList, x:Tensor) -> Tensor: # (M, D) -> (M, columns)

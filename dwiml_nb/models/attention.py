@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from fastcore.basics import patch
 from ..core.options import check_number
+from ..core.products import Linear, linear
 from ..core.ragged import Ragged
 from ..core.registry import Registry
 from ..core.sizes import need_memory
@@ -222,7 +223,7 @@ class Attention(nn.Module):
             weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(d_model, d_model)))
             self.register_parameter(f'{name}_proj_weight', weight)
         self.in_proj_bias = nn.Parameter(torch.zeros(3*d_model))
-        self.out_proj = nn.Linear(d_model, d_model)
+        self.out_proj = Linear(d_model, d_model)
         nn.init.zeros_(self.out_proj.bias)
 
     def project(self,
@@ -231,7 +232,7 @@ class Attention(nn.Module):
     ) -> tuple: # of (M, H, C)
         biases = dict(zip('qkv', self.in_proj_bias.chunk(3)))
         weight = torch.cat([self.get_parameter(f'{name}_proj_weight') for name in names])
-        y = F.linear(x, weight, torch.cat([biases[name] for name in names]))
+        y = linear(x, weight, torch.cat([biases[name] for name in names]))
         return y.reshape(x.shape[0], len(names), self.nheads, x.shape[1]//self.nheads).unbind(1)
 
     def forward(self,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from fastcore.basics import patch
 from ..core.options import check_number, key_and_options, options_of, refuse_unknown
+from ..core.products import Linear
 from ..core.registry import Registry
 from ..core.volume import neighborhood_vectors
 from ..batch.spec import InputSpec
@@ -59,7 +60,7 @@ class NNEmbedding(Embedding):
             raise ValueError("nn_embedding needs an embedded size: how many features should leave?")
         self.output_size = check_number('the embedded size', output_size, least=1, whole=True)
         self.input_size = int(input_size)
-        self.linear = nn.Linear(self.input_size, self.output_size)
+        self.linear = Linear(self.input_size, self.output_size)
     def forward(self, x): return F.relu(self.linear(x))
 
 # %% ../../nbs/05_models/01_embeddings.ipynb #b522ec7d

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from ..core.lines import previous_directions
 from ..core.options import check_number, check_numbers, with_parts
+from ..core.products import Linear
 from ..core.ragged import Ragged, as_ragged
 from ..core.registry import class_path
 from ..core.sizes import need_memory
@@ -44,7 +45,7 @@ class TransformerLayer(nn.Module):
         super().__init__()
         self.self_attn = Attention(d_model, nheads, dropout)
         if asks_encoder: self.multihead_attn = Attention(d_model, nheads, dropout)
-        self.linear1,self.linear2 = nn.Linear(d_model, ffnn_hidden_size), nn.Linear(ffnn_hidden_size, d_model)
+        self.linear1,self.linear2 = Linear(d_model, ffnn_hidden_size), Linear(ffnn_hidden_size, d_model)
         for i in range(2 + asks_encoder): self.add_module(f'norm{i+1}', nn.LayerNorm(d_model))
         self.dropout,self.norm_first = QuickDropout(dropout), bool(norm_first)
         self.activation = ACTIVATIONS[activation]

@@ -465,13 +465,17 @@ def test_a_loop_of_ones_own(dataset, tmp_path):
             for epoch in range(self.epoch, self.max_epochs):
                 self.train_one_epoch(epoch)
                 self.validate_one_epoch(epoch)
-                if epoch: self.go_through("generation", epoch, self.generation)
+                if epoch: self.go_through("generation", epoch, self.generate_one_batch)
                 self.save_checkpoint()
+        def generate_one_batch(self, batch):
+            distance, n, values = super().generate_one_batch(batch)
+            return distance, n, {**values, "nb_subjects": len(batch.ids_per_subj)}
     mine = trainer_of(dataset, tmp_path, "mine", cls=Mine, max_epochs=2, add_a_tracking_validation_phase=True, tracking_phase_mask_group="mask")
     trainer.train_and_validate()
     mine.train_and_validate()
     assert same_weights(trainer, mine)
-    assert ["generation_left_mask" in row for row in rows_of(mine)] == [False, True]
+    assert [row.get("generation_nb_subjects") for row in rows_of(mine)] == [None, 4]
+    assert {**rows_of(trainer)[1], "generation_nb_subjects": 4} == rows_of(mine)[1]
 
 
 def test_a_run_file_has_the_phase(dataset, tmp_path):

@@ -273,7 +273,7 @@ CALLED |= {
         '_update_states_from_checkpoint': "`trainer.load_state(checkpoint)`",
         '_get_latest_loss_to_supervise_best': "`trainer.end_epoch()`",
         'propagate_multiple_lines': "`dwiml_nb.training.generation.Generation`",
-        'gv_phase_one_batch': "`dwiml_nb.training.generation.Generation`"},
+        'gv_phase_one_batch': "`DWIMLTrainerOneInputWithGVPhase.generate_one_batch`"},
     'DWIMLBatchLoader': {
         'load_batch': "`batch_loader.load_batch_streamlines(batch_ids)`",
         '_data_augmentation_sft': "`batch_loader.load_batch_streamlines(batch_ids)`"},

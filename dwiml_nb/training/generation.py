@@ -265,6 +265,9 @@ class DWIMLTrainerOneInputWithGVPhase(DWIMLTrainerOneInput):
         super().check_arguments()
         self.generation = generation_of(self)
     def make_phases(self): return [*super().make_phases(), *generation_phases(self)]
+    def generate_one_batch(self, batch) -> tuple: # As from `Generation`; values that you add are columns too
+        "The numbers of the lines generated from a batch."
+        return self.generation(batch)
     @property
     def own_params(self) -> dict: return {**super().own_params, **self.tracking_phase}
     @property
@@ -310,6 +313,6 @@ def generation_phases(
         done = epoch + 1 - o['tracking_phase_start']
         return done > 0 and done % o['tracking_phase_frequency'] == 0
     def generate(epoch):
-        if is_due(epoch): trainer.go_through('generation', epoch, trainer.generation)
+        if is_due(epoch): trainer.go_through('generation', epoch, trainer.generate_one_batch)
     most = o['tracking_phase_nb_batches'] or trainer.max_batches['validation']
     return [GenerationPhase('generation', 'validation', generate, most, state='generating')]

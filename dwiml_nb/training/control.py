@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from fastcore.basics import patch
-from ..core.errors import DataProblem
+from ..core.errors import DataProblem, naming, printable
 from ..core.files import file_to_write, parse_json
 from ..core.options import check_number, refuse_unknown
 from .sinks import read_rows, row_position
@@ -213,7 +213,7 @@ def read_file(self:Control):
             order = checked_order(parse_json(line.decode()))
             self.ask(order.pop('do'), by='file', **order)
         except (ValueError, TypeError) as e:
-            warnings.warn(f"{self.file}: a line was left out: {e!s:.300}", stacklevel=2)
+            warnings.warn(f"{self.file}: a line was left out: {printable(str(e), most=300)}", stacklevel=2)
 
 # %% ../../nbs/07_training/05_control.ipynb #179295bb
 def changes_again(
@@ -223,10 +223,12 @@ def changes_again(
 ) -> list: # of (place, rate)
     "Changes of the learning rate that a run will make again."
     found = []
-    for row in read_rows(path):
-        if row.get('do') != 'set_learning_rate': continue
-        at = row_position(row, phases)
-        found = [o for o in found if o[0] <= at] + [(at, row['rate'])]
+    with naming("a row of the record of orders is none", "epoch, phase, batch and rate", "remove it.", file=path):
+        for row in read_rows(path):
+            if row.get('do') != 'set_learning_rate': continue
+            at = row_position(row, phases)
+            rate = check_number('the learning rate', row['rate'], least=0)
+            found = [o for o in found if o[0] <= at] + [(at, float(rate))]
     return [o for o in found if o[0] >= place]
 
 # %% ../../nbs/07_training/05_control.ipynb #139e2c94

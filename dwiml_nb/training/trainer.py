@@ -628,6 +628,8 @@ def running(self:DWIMLTrainer):
         self.sinks.send('begin', {**record, 'experiment_folder': str(self.experiment_folder)})
         self.sinks.send('rewind', place)
         with self.average.used(): self.experiment.mend(self.model, self.monitor, place, self.loop.monitor)
+        if self.epoch and not any(place[1:]):            # killed before this, perhaps
+            self.experiment.keep_checkpoint(self.epoch - 1, self.loop.keep_last)
         self.control.changes = changes_again(self.experiment_folder/'logs'/'control.jsonl', place, names)
         hook = self.optimizer.register_step_post_hook(lambda *_: (self.average.update(), self.rates.step()))
         self.runner = threading.get_ident()

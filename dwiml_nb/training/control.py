@@ -223,7 +223,8 @@ def changes_again(
 ) -> list: # of (place, rate)
     "Changes of the learning rate that a run will make again."
     found = []
-    with naming("a row of the record of orders is none", "epoch, phase, batch and rate", "remove it.", file=path):
+    told = "a row of the record of orders is none", "epoch, phase, batch and rate", "remove it."
+    with naming(*told, file=path):
         for row in read_rows(path):
             if row.get('do') != 'set_learning_rate': continue
             at = row_position(row, phases)

@@ -138,7 +138,7 @@ def named_groups(
         options = param_groups[pattern]
         if not found: raise ValueError(f"param_groups: no weight is left for {pattern!r}."
                                        f"{did_you_mean(pattern, names)} There are {', '.join(names)}")
-        check_numbers(*((f"{name} of the group {pattern!r}", options.get(name)) for name in ('lr', 'weight_decay')),
-                      least=0, none=True)
+        both = [(f"{name} of the group {pattern!r}", options.get(name)) for name in ('lr', 'weight_decay')]
+        check_numbers(*both, least=0, none=True)
     if not lr: raise ValueError("param_groups have their rates relative to the first learning rate. Found 0.")
     return [{'params': rest}]*bool(rest) + [{'params': groups[o], **param_groups[o]} for o in groups]

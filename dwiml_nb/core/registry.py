@@ -165,8 +165,14 @@ class Registry(Mapping):
     def __init__(self,
         what:str, # One of them, in words: 'direction getter'
         base:type=None, # Each entry is a child of this class; None: anything
+        more:str=None, # A module of this library that registers more, imported when a name is looked up
     ):
-        self.what,self.base,self.entries = what,base,{}
+        self.what,self.base,self.more,self.entries = what,base,more,{}
+
+    def bring_in(self):
+        "Import what may register entries."
+        if self.more: importlib.import_module(self.more)
+        bring_in_trusted()
 
     def find(self, name): # -> the name in full, or None
         "The entry that a name means."
@@ -179,7 +185,7 @@ class Registry(Mapping):
         return [full for full in self.entries if full.rpartition('.')[2] == name and not full.startswith('.')]
 
     def __getitem__(self, name):
-        if self.find(name) is None: bring_in_trusted()
+        if self.find(name) is None: self.bring_in()
         if (full := self.find(name)) is not None: return self.entries[full]
         if same := self.called(name):
             raise ValueError(f"more than one {self.what} is called '{name}': {', '.join(same)}. "
@@ -201,11 +207,11 @@ class Registry(Mapping):
                 "imported, or its file trusted: --trust mine.py.")
 
     def __contains__(self, name):
-        if self.find(name) is None: bring_in_trusted()
+        if self.find(name) is None: self.bring_in()
         return self.find(name) is not None
     def get(self, name, default=None): return self[name] if name in self else default
-    def __iter__(self): bring_in_trusted(); return iter(self.entries)
-    def __len__(self): bring_in_trusted(); return len(self.entries)
+    def __iter__(self): self.bring_in(); return iter(self.entries)
+    def __len__(self): self.bring_in(); return len(self.entries)
     def __repr__(self): return f"{self.what}: {', '.join(self)}"
 
 # %% ../../nbs/00_core/03_registry.ipynb #9459dd26

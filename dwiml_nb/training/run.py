@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 import torch
 from fastcore.basics import patch
-from ..core.errors import DataProblem
+from ..core.errors import DataProblem, printable
 from ..core.files import fsync_path, remove_partials, write_json
 from ..core.folders import clear_folder, flush_folder, folder_to_write, whole_folder, write_folder
 from ..core.options import key_and_options, wrong_name
@@ -479,6 +479,7 @@ def check_known(
 # %% ../../nbs/07_training/09_run.ipynb #5ae6761e
 def arguments_again(
     kept:dict, # The trainer's arguments, as recorded
+    folder=None, # Of all experiments
     **given, # Those given now; None: as recorded
 ) -> dict:
     "The arguments of a trainer that goes on."
@@ -493,19 +494,24 @@ def arguments_again(
     if new is not None and new != kept.get('optimizer') and not (was_function and callable(new)):
         raise ValueError(f"the run's optimizer is {kept.get('optimizer')!r}, and its state goes on: "
                          f"leave it out. Found {in_words(new)!r}.")
-    sinks = sinks_again(kept['sinks']) if 'sinks' in kept and 'sinks' not in given else {}
+    sinks = sinks_again(kept['sinks'], folder) if 'sinks' in kept and 'sinks' not in given else {}
     return {**kept, **sinks, **given}
 
 def sinks_again(
-    kept:list, # Names, or objects in words
-) -> dict: # {'sinks': names}
+    kept:list, # Names, dicts of a name and options, or objects in words
+    folder=None, # Of all experiments
+) -> dict: # {'sinks': names, and dicts}
     "The sinks that can be had by name; a warning about others."
-    lost = [o for o in kept if not is_name(o)]
-    for name in kept:
-        if name not in lost: check_known('sinks', name, SINKS)
+    lost,why = [o for o in kept if isinstance(o, str) and not is_name(o)], {}
+    for sink in kept:
+        if sink in lost: continue
+        name,options = key_and_options(sink)
+        check_known('sinks', name, SINKS)
+        if said := SINKS[name].refuse(options, folder): why[name] = said
     if lost: warnings.warn(f"the run sent its rows to {', '.join(lost)} too, which was an object: "
                            "give it again with sinks=[…], or it gets no more.", stacklevel=2)
-    return {'sinks': [o for o in kept if o not in lost]}
+    for said in why.values(): warnings.warn(printable(said), stacklevel=2)
+    return {'sinks': [o for o in kept if o not in lost and key_and_options(o)[0] not in why]}
 
 # %% ../../nbs/07_training/09_run.ipynb #18c19211
 def sums_again(

@@ -13,13 +13,14 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from ..core.errors import DataProblem, naming, need_file
 from ..core.files import atomic_file, check_outputs, file_to_write, parse_json
 from ..core.folders import folder_to_write
+from ..core.options import key_and_options, options_of, refuse_unknown
 from ..core.registry import Registry
 
 # %% ../../nbs/07_training/01_sinks.ipynb #fdeac84b
@@ -121,9 +122,14 @@ class Sink:
         "Rows from this (epoch, number of the phase, batch) on will come again: forget them."
     def batch(self, row): "A batch was done."
     def epoch(self, row): "An epoch was done."
+    def picture(self, name, png, epoch): "A picture of an epoch, as the bytes of a PNG file."
     def close(self): "The training stopped, ended or failed."
 
-SINKS = Registry('sink', Sink)
+    @classmethod
+    def refuse(cls, options, experiments_path):
+        "Why options that only a file names are not used; None: they are."
+
+SINKS = Registry('sink', Sink, more='dwiml_nb.training.loggers')
 
 # %% ../../nbs/07_training/01_sinks.ipynb #2c57d020
 class ExperimentLogs(Sink):
@@ -161,13 +167,13 @@ class Sinks:
     "The logs of an experiment and the sinks beside them."
     def __init__(self,
         logs:ExperimentLogs,
-        others=(), # `Sink`s, or names of `SINKS`
+        others=(), # As for `list_of_sinks`
     ):
         self.logs,self.others = logs,[sink_of(o) for o in list_of_sinks(others)]
 
     def send(self,
-        what:str, # 'begin', 'rewind', 'batch', 'epoch' or 'close'
-        *news, # A record, a place or a row
+        what:str, # 'begin', 'rewind', 'batch', 'epoch', 'picture' or 'close'
+        *news, # A record, a place or a row; or name, PNG and epoch
     ):
         "Call a method of every sink."
         getattr(self.logs, what)(*news)
@@ -179,18 +185,21 @@ class Sinks:
                               "It gets no more rows; the training goes on.", stacklevel=2)
 
 def list_of_sinks(
-    sinks=(), # `Sink`s, or names of `SINKS`; or one of them
+    sinks=(), # `Sink`s, names of `SINKS`, or dicts of a name (its `key`) and options; or one of them
 ) -> list:
     "The sinks that were asked for, as they were."
-    if isinstance(sinks, Iterable) and not isinstance(sinks, (str, type, Sink)): return list(sinks)
+    if isinstance(sinks, Iterable) and not isinstance(sinks, (str, type, Sink, Mapping)): return list(sinks)
     return [] if sinks is None else [sinks]
 
 def sink_of(
-    sink, # A `Sink`, or a name of `SINKS`
+    sink, # A `Sink`, a name of `SINKS`, or a dict of a name (its `key`) and options
 ) -> Sink:
     "The sink that was asked for."
-    if isinstance(sink, str): return SINKS[sink]()
     if isinstance(sink, Sink): return sink
+    if isinstance(sink, (str, dict)):
+        key,options = key_and_options(sink)
+        refuse_unknown(options, options_of(SINKS[key]), f"the sink '{key}'")
+        return SINKS[key](**options)
     raise TypeError("a sink is made from a child of Sink, or named. "
                     f"Expected such an object or a name; found {sink!r}. {SINKS.choice()}")
 

@@ -181,7 +181,7 @@ class DWIMLTrainer(LoopOptions):
         seed:int=1234, # Of all that the model draws (dropout)
         checkpoint:Checkpoint=None, # What to go on from; `init_from_checkpoint` gives it
         optimizer_args:dict=None, # Further arguments of an optimiser that is named
-        sinks=(), # Who else receives the rows of the logs: `Sink`s, or names of `SINKS`
+        sinks=(), # Who else receives the rows: `Sink`s, names of `SINKS`, or dict(key=name, option=…)
         **loop, # Options of `LoopOptions`
     ):
         super().__init__(**loop)
@@ -572,7 +572,7 @@ def own_params(self:DWIMLTrainer) -> dict:
                   nb_cpu_processes=self.nb_cpu_processes, seed=self.seed)
     if self.optimizer_args: params['optimizer_args'] = self.optimizer_args
     params |= differing(self.loop)
-    sinks = [o if isinstance(o, str) else f'<{class_path(o)}>' for o in self.given_sinks]
+    sinks = [o if isinstance(o, (str, dict)) else f'<{class_path(o)}>' for o in self.given_sinks]
     return {**params, 'sinks': sinks} if sinks else params
 
 @patch(as_prop=True)
@@ -713,7 +713,8 @@ def init_from_checkpoint(cls:DWIMLTrainer,
     check_same('trainer', {'class': name}, {'class': cls.__name__}, checkpoint.folder)
     new = dict(patience=new_patience, max_epochs=new_max_epochs, nb_cpu_processes=nb_cpu_processes,
                max_hours=max_hours)
-    params = arguments_again(kept['params'], **new, lr_schedule=lr_schedule, optimizer=optimizer, sinks=sinks)
+    params = arguments_again(kept['params'], experiments_path, **new, lr_schedule=lr_schedule,
+                             optimizer=optimizer, sinks=sinks)
     for name in kwargs:
         if name not in {*options_of(DWIMLTrainer), *params}: continue
         raise ValueError(f"{name} goes on as it was in the run, {params.get(name)!r:.80}: leave it out, or "

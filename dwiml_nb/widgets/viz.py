@@ -23,6 +23,7 @@ from ..viz.plots import figure_png, plot_logs
 from ..viz.scene import Scene, scene_of_batch
 from ..viz.viewers import show
 from .batch_preview import BatchPreview
+from .run_panel import RunPanel
 from .study_browser import StudyBrowser
 from .training_dashboard import TrainingDashboard
 
@@ -80,9 +81,11 @@ def viz_path(x):
     if stand_in(path): need_file(path, "there is nothing to show")
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file or folder")
     if path.suffix in ('.hdf5', '.h5'): return StudyBrowser(path)
+    if path.suffix == '.toml': return RunPanel(path)
     if is_tractogram(path): return viz_tractogram(load_tractogram(path), path.name)
     if path.is_dir() and (path/'logs').is_dir(): return viz_experiment(path)
     if path.is_dir() and any(path.glob('*/parameters_latest.json')): return runs_table(path)
     raise ValueError(f"{path}: don't know how to show this. Expected a study (.hdf5), a tractogram "
-                     f"({', '.join(TRACTOGRAM_FORMATS)}), the folder of an experiment, with logs/ in it, "
+                     f"({', '.join(TRACTOGRAM_FORMATS)}), a run file (.toml), the folder of an "
+                     "experiment, with logs/ in it, "
                      "or a folder of experiments.")

@@ -275,6 +275,19 @@ def test_nothing_of_a_file_is_imported_unless_trusted(here, tmp_path, monkeypatc
     assert read_toml(trainer.experiment_folder / "run.toml")["made_with"]["trust"] == [str(tmp_path / "mine_of_run.py")]
 
 
+def test_a_file_does_not_say_where_rows_are_sent(here, monkeypatch):
+    "A server gets what is trained: whoever trains names it."
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (here / "sends.toml").write_text(RUN + '[logging]\nsinks = [{key = "mlflow", uri = "http://stranger.example"}]\n')
+    with pytest.raises(DataProblem, match="sends its rows.*stranger"): run_config(here / "sends.toml")
+    sinks = 'logging.sinks=[{key = "mlflow", uri = "http://mine.example"}, "csv"]'
+    assert run_config(here / "run.toml", sinks).to_dict()["logging"]["sinks"][0]["uri"] == "http://mine.example"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://stranger.example")
+    run_config(here / "sends.toml")
+    trainer = train(here / "run.toml", "training.experiment_name=csv", "logging.sinks=['csv']")
+    assert len((trainer.experiment_folder / "csv" / "epochs.csv").read_text().splitlines()) == 3
+
+
 @pytest.mark.parametrize("values, says", [
     (["model.rnn_layer_sizes=[3000000, 3000000]"], "no memory"), (["training.max_epochs=1e400"], "finite"), (["training.learning_rates=0.1*9999999999"], "at most"),
     (["sampler.batch_size_training=-1"], "sampler"), (["data.allow_links=true"], "unknown key"), (["loader.reverse_ratio=2"], "loader"), (["model.nb_features=0"], "model"),

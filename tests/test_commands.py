@@ -88,6 +88,7 @@ def usual(here):
             "dwiml_track_from_model": [experiment, "sub-04", out / "a.trk", "seed_mask", "-f", "--device", "cpu"],
             "dwiml_score": [sorted((subjects / "sub-04" / "bundles").glob("*.trk"))[0], subjects / "sub-04"],
             "dwiml_check_model": ["dwiml_nb.models.learn2track:Learn2TrackModel", "--args", '{"nb_features": 5}'],
+            "dwiml_sweep": [here / "run.toml", "training.experiment_name=swept", "sweep.space.model.dropout=[0.0, 0.1]"],
             "dwiml_export": [experiment, out / "a.onnx", "-f"],
             "dwiml_demo": ["--out", out / "demo", "--device", "cpu"]}
 

@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import signal
+import stat
 import struct
 import sys
 import threading
@@ -199,9 +200,10 @@ def listen(self:Control,
 @patch
 def read_file(self:Control):
     "Take in what was added to the control file."
-    if self.file is None or not self.file.is_file(): return
-    size = self.file.stat().st_size
-    if size == self.nb_read: return
+    try: found = os.stat(self.file)
+    except (OSError, TypeError): return                                        # none, or nothing to listen to
+    size = found.st_size
+    if size == self.nb_read or not stat.S_ISREG(found.st_mode): return
     with open(self.file, 'rb') as f:
         f.seek(self.nb_read if size > self.nb_read else 0)
         self.nb_read = f.tell()

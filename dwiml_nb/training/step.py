@@ -250,6 +250,7 @@ class Step:
         if lost and not bad: value,n,values = math.nan,0,{}
         return Row(value, n, {**learnt, **self.skips.column(bad + lost), **values})
 
+# %% ../../nbs/07_training/07_step.ipynb #9f783269
 @patch
 def learnt(self:Step,
     loss:Tensor, # Scalar; None: the batch is skipped

@@ -1,7 +1,6 @@
 """A training step on a machine that is busy: two other processes want its cores."""
 import json
 import os
-import statistics
 import subprocess
 import sys
 from side_by_side import Row
@@ -22,8 +21,8 @@ for turn in range(3 + int(sys.argv[3])):
     start = time.perf_counter()
     optimizer.zero_grad(); model.compute_loss(model(inputs, seen), lines)[0].backward(); optimizer.step()
     times.append(time.perf_counter() - start)
-    if turn > 3 and sum(times) > 5: break
-print(json.dumps(statistics.median(times[3:])))
+    if turn and sum(times) > 4: break
+print(json.dumps(statistics.median(times[3:] or times[-1:])))
 '''
 SPIN = "while True: pass"
 
@@ -35,8 +34,9 @@ def seconds(order:str, threads:int, turns:int) -> float:
 
 def rows(threads, quick):
     if threads == 1: return                                   # nothing waits
-    turns,repeats = (3, 1) if quick else (15, 2)
-    both = lambda: {order: statistics.median(seconds(order, threads, turns) for _ in range(repeats)) for order in ('ours', 'torch first')}
+    turns = 3 if quick else 30
+    both = lambda: {order: seconds(order, threads, turns) for order in ('ours', 'torch first')}
+    load = os.getloadavg()[0]
     quiet = both()
     busy = [subprocess.Popen([sys.executable, '-c', SPIN]) for _ in range(os.cpu_count() or 1)]
     try: shared = both()
@@ -46,4 +46,5 @@ def rows(threads, quick):
     yield Row("demo's step beside as many busy processes as cores", threads, shared, 'torch first', "at most 2.5x its time alone (its share is a half)",
               costs['ours'] <= 2.5, agrees="the same step in fresh processes",
               notes=[f"busy / alone: ours {costs['ours']:.1f}, with spinning threads {costs['torch first']:.1f}",
+                     f"before: {load:.1f} processes wanted {os.cpu_count()} cores; a step that takes long ends after 4 s",
                      f"alone: spinning threads take {quiet['torch first']/quiet['ours']:.2f} of ours"])

@@ -65,6 +65,8 @@ from .models.learn2track import Learn2TrackModel, dwi_ml_problems
 from .models.transformers import (OriginalTransformerModel, TransformerSrcAndTgtModel,
                                           TransformerSrcOnlyModel)
 from .models.autoencoder import ModelAE
+from .models.items import COLLATE_FUNCTIONS, ITEM_DATASETS, RegisteredBatchLoader
+from .models.registered import dwiml_model, hyrax_model, registered_model
 from .models.checks import check_direction_getter, check_model
 
 # %% ../nbs/all.ipynb #bec6a930
@@ -82,6 +84,7 @@ from .training.control import TrainingControl, send_control
 from .training.feed import Phase
 from .training.step import NotFinite
 from .training.trainer import DWIMLTrainer, DWIMLTrainerOneInput
+from .training.registered import RegisteredTrainer, trace_model
 from .training.generation import DWIMLTrainerOneInputWithGVPhase
 
 # %% ../nbs/all.ipynb #c0ffee02

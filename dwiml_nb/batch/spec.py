@@ -85,6 +85,7 @@ class ModelSpec:
     loss_takes:tuple = () # Which of `LOSS_OPTIONS` it takes
     has_context:bool = False # `set_context` is written: the model wants to know the phase
     can_track:bool = True # `tracking_step` is written
+    to_tensor:object = None # Of a registered model: makes what it gets of a batch; None: it gets lines
     has_temperature:bool = False # `get_tracking_directions` takes a temperature
 
     def __post_init__(self):
@@ -209,7 +210,7 @@ def not_written(
 ASKED = ('step_size', 'nb_points', 'compress_lines',
          'neighborhood_vectors', 'streamline_space', 'legacy_half_voxel',
          'uses_last_point', 'accepts_ragged', 'nb_previous_dirs', 'nb_draws', 'has_step_length',
-         'max_len', 'bytes_per_point')
+         'max_len', 'bytes_per_point', 'to_tensor')
 
 def is_written(
     model,

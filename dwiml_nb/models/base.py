@@ -194,17 +194,19 @@ def save_params_and_state(self:MainModelAbstract,
     "Save the model's arguments, class and weights in a folder."
     folder = Path(folder)
     there = list(folder.iterdir()) if folder.is_dir() else []
-    others = sorted(p.name for p in there if p.name not in MODEL_FILES or not p.is_file())
+    params,weights,*more = self.what_is_saved()           # a child may have further files: name -> writer
+    more = dict(*more)
+    others = sorted(p.name for p in there if p.name not in more and
+                    (p.name not in MODEL_FILES or not p.is_file()))
     if not (folder/'model_type.txt').is_file(): others = sorted(p.name for p in there)    # not a model
     if others:
         raise DataProblem("this folder holds other files, which saving a model would remove", file=folder,
                           expected="a new folder, or one with a model in it", found=", ".join(others[:5]),
                           do="give the model a folder of its own.")
-    params,weights = self.what_is_saved()
     write_folder(folder, {'parameters.json': lambda path: write_json(params, path),
                           'model_class.json': lambda path: write_json(self.class_for_checkpoint(), path),
                           'model_type.txt': lambda path: path.write_text(type(self).__name__),
-                          'model_state.pkl': lambda path: torch.save(weights, path)})
+                          'model_state.pkl': lambda path: torch.save(weights, path), **more})
 
 # %% ../../nbs/05_models/00_base.ipynb #91110eb0
 def read_model_folder(

@@ -1,0 +1,332 @@
+"""Registered models: the contract, and each thing that Hyrax's own code does otherwise."""
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from dwiml_nb.batch.sampler import DWIMLBatchIDSampler
+from dwiml_nb.data.dataset import MultiSubjectDataset
+from dwiml_nb.models.base import load_model
+from dwiml_nb.models.items import ITEM_DATASETS, RegisteredBatchLoader
+from dwiml_nb.models.registered import REGISTERED_MODELS, dwiml_model, hyrax_model, registered_model
+from dwiml_nb.runs.resume import trainer_from_folder
+from dwiml_nb.study.toy import toy_study
+from dwiml_nb.tracking.tracker import Tracker
+from dwiml_nb.training.registered import RegisteredTrainer, trace_model
+from dwiml_nb.training.sinks import read_logs
+
+GROUPS = dict(streamline_group_name="bundles", input_group_name="input")
+CONFIG = {"model": {"Bands": {"classes": 3}}}
+
+
+@hyrax_model
+class Bands(torch.nn.Module):
+    def __init__(self, config, data_sample):
+        super().__init__()
+        self.config = config
+        self.layer = torch.nn.Linear(data_sample.shape[1], config["model"]["Bands"]["classes"])
+    def forward(self, batch): return self.layer(batch)
+    def train_step(self, batch):
+        self.optimizer.zero_grad()
+        loss = self.criterion(self(batch), batch.argmax(1) % self.config["model"]["Bands"]["classes"])
+        loss.backward()
+        self.optimizer.step()
+        return {"loss": [loss.item()], "norm": batch.norm().item()}
+    @staticmethod
+    def to_tensor(data_dict):
+        import numpy as np
+        return np.stack([np.asarray(v).mean(0) for v in data_dict["data"]["input"]])
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    made = MultiSubjectDataset(toy_study(tmp_path_factory.mktemp("study")))
+    made.load_data()
+    return made
+
+
+@pytest.fixture
+def make(dataset, tmp_path):
+    "A trainer of a registered class, new or going on."
+    def made(cls=Bands, name="run", config=CONFIG, loader=None, resume=False, groups=GROUPS, batch_size=40, **options):
+        loader = loader or {}
+        torch.manual_seed(1)
+        model = registered_model(cls, config, dataset, **groups, **loader)
+        sampler = DWIMLBatchIDSampler(dataset, "bundles", batch_size_training=batch_size, batch_size_validation=batch_size)
+        parts = model, tmp_path, name, sampler, RegisteredBatchLoader(dataset, model, **groups, **loader)
+        if resume: return RegisteredTrainer.init_from_checkpoint(*parts)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*no validate_step.*")
+            return RegisteredTrainer(*parts, **{"max_epochs": 2, **options})
+    return made
+
+
+def weights(trainer): return [p.detach().clone() for p in trainer.model.parameters()]
+def same(a, b): return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_the_class_of_the_issue_runs_as_it_stands(make):
+    trainer = make()
+    before = weights(trainer)
+    trainer.train_and_validate()
+    assert not same(before, weights(trainer))
+    assert isinstance(trainer.optimizer, torch.optim.SGD) and isinstance(trainer.model.net.criterion, torch.nn.CrossEntropyLoss)
+    epochs, batches = (read_logs(trainer.experiment_folder, k) for k in ("epochs", "batches"))
+    assert epochs["norm"][0] > 0 and len(batches["norm"]) == len(batches["loss"]) > 2
+
+
+def test_it_tracks_with_an_infer_step_that_gives_directions(make, dataset):
+    class Along(Bands):
+        nb_previous_dirs = 1
+        @staticmethod
+        def to_tensor(data_dict):
+            along = [np.array([0., 0., 1.]) if len(v) < 2 else v[-1] - v[-2] for v in data_dict["data"]["bundles"]]
+            return np.c_[np.stack(along), np.stack([np.asarray(v).mean(0) for v in data_dict["data"]["input"]])]
+        def infer_step(self, batch): return batch[:, :3] + 0*self(batch)[:, :1]
+    trainer = make(dwiml_model(Along))
+    trainer.train_and_validate()
+    model = load_model(trainer.experiment_folder / "best_model")
+    subject = dataset.training.subjects[0]
+    tracker = Tracker(model, dataset, subject, "input", step_mm=1., min_length_mm=0, max_length_mm=20)
+    seed = np.array([[0., 0., 0.]]) + tracker.grid.affine[:3, :3] @ (np.array(tracker.grid.dimensions)/2) + tracker.grid.affine[:3, 3]
+    lines = tracker.track(seed, quiet=True).lines
+    assert len(lines) == 1 and len(lines.data) in (9, 10)
+    assert torch.allclose((lines.data[1:] - lines.data[:-1]).norm(dim=1), torch.ones(len(lines.data) - 1, dtype=lines.data.dtype), atol=1e-3)
+
+
+def test_aliases_and_optional_steps(make):
+    @dwiml_model
+    class Other(Bands):
+        def train_batch(self, batch): return {**Bands.train_step(self, batch), "extra": torch.tensor([1., 3.])}
+        def validate_batch(self, batch): return {"loss": (self(batch)**2).mean(), "spread": self(batch).std()}
+        def infer_batch(self, batch): return self(batch)*2
+        @staticmethod
+        def prepare_inputs(data_dict): return Bands.to_tensor(data_dict)[:, :5]
+    trainer = make(Other)
+    assert trainer.model.net.layer.in_features == 5
+    trainer.train_and_validate()
+    epochs = read_logs(trainer.experiment_folder)
+    assert epochs["extra"] == [2., 2.] and epochs["valid_spread"][0] > 0 and "valid_norm" not in epochs
+    ones = torch.ones(2, 5)
+    assert torch.equal(trainer.model.infer(ones), 2*trainer.model.net(ones))
+
+
+def test_save_and_load_of_the_class(make):
+    @dwiml_model
+    class Keeps(Bands):
+        def save(self, path): path.write_text(f"{self.counted}")
+        def load(self, path): self.counted = int(path.read_text())
+        counted = 0
+        def train_step(self, batch):
+            self.counted += 1
+            return super().train_step(batch)
+    trainer = make(Keeps, max_epochs=1)
+    trainer.train_and_validate()
+    assert load_model(trainer.experiment_folder / "best_model").net.counted == trainer.model.net.counted > 0
+    assert trainer_from_folder(trainer.experiments_path, "run", new_max_epochs=2).model.net.counted == trainer.model.net.counted
+
+
+def test_several_datasets_and_collate_functions(make, dataset):
+    class Ages:
+        def __getitem__(self, object_id): return {"age": np.array([30.]), "of": np.arange(3.)}
+        @staticmethod
+        def collate_fn(items): return {"together": np.stack([item["of"] for item in items])}
+    ITEM_DATASETS.entries.pop("ages", None)
+    ITEM_DATASETS.register("ages", Ages)
+    seen = []
+    @dwiml_model
+    class Both(Bands):
+        @staticmethod
+        def to_tensor(data_dict):
+            seen.append(data_dict)
+            lengths = data_dict["data"]["input_lengths"]
+            return data_dict["data"]["input"].sum(1)/lengths[:, None]
+    trainer = make(Both, loader=dict(collate_fn="pad", datasets={"people": "ages"}))
+    trainer.train_and_validate()
+    last = seen[-1]
+    n = len(last["object_id"])
+    assert set(last) == {"data", "people", "object_id"} and list(last["people"]) == ["together"] and last["people"]["together"].shape == (n, 3)
+    assert last["data"]["input"].ndim == 3 and last["object_id"][0].partition("/")[0] in dataset.training.subjects
+    assert trainer_from_folder(trainer.experiments_path, "run", new_max_epochs=3).batch_loader.params == trainer.batch_loader.params
+
+
+def test_ragged_on_the_device(make):
+    @dwiml_model
+    class OfRagged(Bands):
+        accepts_ragged = True
+        def __init__(self, config, data_sample):
+            super().__init__(config, data_sample["data"]["input"].data)
+        def forward(self, batch): return self.layer(batch["data"]["input"].data)
+        def train_step(self, batch):
+            self.optimizer.zero_grad()
+            loss = self(batch).square().mean()
+            loss.backward()
+            self.optimizer.step()
+            return {"loss": loss, "lines": len(batch["data"]["bundles"])}
+        @staticmethod
+        def to_tensor(data_dict): raise AssertionError("not called")
+    trainer = make(OfRagged)
+    trainer.train_and_validate()
+    assert max(read_logs(trainer.experiment_folder, "batches")["lines"]) == 40
+
+
+def test_every_problem_of_a_class_is_listed_at_once():
+    class Wrong(torch.nn.Module):
+        def train_step(self): pass
+        def to_tensor(self, data_dict): pass
+        def infer_step(self): pass
+    with pytest.raises(TypeError) as e: dwiml_model(Wrong)
+    assert all(o in str(e.value) for o in ("no __init__(self, config, data_sample)", "no forward", "train_step does not take", "infer_step does not take", "to_tensor is not static"))
+    with pytest.raises(TypeError, match="not a class"): dwiml_model(3)
+
+
+def test_the_preflight_changes_nothing_and_names_the_stage(make):
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    trainer = make()
+    kept = weights(trainer), torch.get_rng_state()
+    table = trace_model(trainer, 5)
+    assert same(kept[0], weights(trainer)) and torch.equal(kept[1], torch.get_rng_state()) and not trainer.optimizer.state
+    assert np.array_equal(before[1], np.random.get_state()[1])
+    assert [row["stage"] for row in table] == ["items", "to_tensor", "forward", "infer_step", "train_step"] and "(5, 15)" in repr(table)
+    @dwiml_model
+    class Fewer(Bands):
+        def forward(self, batch): return self.layer(batch)[:1]
+    with pytest.raises(ValueError, match="forward gives another number of rows"): make(Fewer, "fewer")
+
+
+# Where Hyrax's own code falls short
+
+def test_hyrax_per_item_loss_lists(make):
+    @dwiml_model
+    class PerItem(Bands):
+        def train_step(self, batch):
+            super().train_step(batch)
+            return {"loss": [1., *[3.]*(len(batch) - 1)]}
+    trainer = make(PerItem, max_epochs=1)
+    trainer.train_and_validate()
+    rows = read_logs(trainer.experiment_folder, "batches")
+    assert rows["loss"] == [pytest.approx((1 + 3*(n - 1))/n) for n in rows["n"]]
+
+
+def test_hyrax_epoch_values_are_means_over_items(make):
+    trainer = make(max_epochs=1, batch_size=70)
+    trainer.train_and_validate()
+    rows, epoch = read_logs(trainer.experiment_folder, "batches"), read_logs(trainer.experiment_folder)
+    assert epoch["train_loss"][0] != rows["loss"][-1]
+    for name, column in (("loss", "train_loss"), ("norm", "norm")): assert epoch[column][0] == pytest.approx(np.average(rows[name], weights=rows["n"]))
+
+
+def test_hyrax_shuffling_draws_each_item_once(make, dataset):
+    ids = []
+    @dwiml_model
+    class Listens(Bands):
+        @staticmethod
+        def to_tensor(data_dict):
+            ids.extend(data_dict["object_id"])
+            return Bands.to_tensor(data_dict)
+    trainer = make(Listens, max_epochs=1)
+    ids.clear()
+    trainer.train_and_validate()
+    assert len(ids) == len(set(ids)) == sum(dataset.training.nb_streamlines("bundles"))
+
+
+def test_hyrax_a_write_to_the_config_is_refused(make):
+    @dwiml_model
+    class Writes(Bands):
+        def __init__(self, config, data_sample):
+            config["model"]["Bands"]["classes"] = 7
+            super().__init__(config, data_sample)
+    with pytest.raises(TypeError, match="model.Bands.classes"): make(Writes)
+
+
+def test_hyrax_fine_tuning_moves_the_weights_that_were_loaded(make):
+    first = make()
+    first.train_and_validate()
+    second = make(name="second", learning_rates=[.5])
+    second.model.load_state_dict(load_model(first.experiment_folder / "best_model").state_dict())
+    before = weights(second)
+    assert same(before, [p for p in load_model(first.experiment_folder / "best_model").parameters()])
+    second.train_and_validate()
+    assert not same(before, weights(second))
+
+
+def test_hyrax_a_decorated_child_trains_its_new_layers(make):
+    @dwiml_model
+    class Child(Bands):
+        def __init__(self, config, data_sample):
+            super().__init__(config, data_sample)
+            self.more = torch.nn.Linear(data_sample.shape[1], 3)
+        def forward(self, batch): return self.layer(batch) + self.more(batch)
+    trainer = make(Child)
+    before = trainer.model.net.more.weight.detach().clone()
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in trainer.model.net.parameters()}
+    trainer.train_and_validate()
+    assert not torch.equal(before, trainer.model.net.more.weight)
+
+
+def test_hyrax_to_tensor_is_inherited_and_a_renamed_one_survives_loading(make):
+    @dwiml_model
+    class Parent(torch.nn.Module):
+        def __init__(self, config, data_sample):
+            super().__init__()
+            self.layer = torch.nn.Linear(data_sample.shape[1], 2)
+        def forward(self, batch): return self.layer(batch)
+        def train_step(self, batch):
+            self.optimizer.zero_grad()
+            loss = self(batch).square().mean()
+            loss.backward()
+            self.optimizer.step()
+            return {"loss": loss}
+        @staticmethod
+        def prepare_inputs(data_dict): return np.stack([v[0] for v in data_dict["data"]["input"]])
+    @dwiml_model
+    class Heir(Parent): pass
+    trainer = make(Heir)
+    trainer.train_and_validate()
+    again = load_model(trainer.experiment_folder / "best_model")
+    fields = {"data": {"input": [np.ones((2, 15), np.float32)]}, "object_id": ["a"]}
+    assert again.prepared(fields).shape == (1, 15)
+    assert "def prepare_inputs" in (trainer.experiment_folder / "best_model/to_tensor.txt").read_text()
+
+
+def test_hyrax_arguments_of_the_criterion_count_and_a_typo_raises(make):
+    assert make(config={**CONFIG, "criterion": {"name": "CrossEntropyLoss", "label_smoothing": .2}}).model.net.criterion.label_smoothing == .2
+    with pytest.raises(ValueError, match="criterion.label_smothing.*Did you mean 'label_smoothing'"):
+        make(name="b", config={**CONFIG, "criterion": {"label_smothing": .2}})
+    with pytest.raises(ValueError, match="momentum"): make(name="c", optimizer_args={"momentun": .9})
+    with pytest.raises(ValueError, match="model.Bands.classes is not in the configuration"): make(name="d", config={"model": {"Bands": {"clases": 3}}})
+
+
+def test_hyrax_a_run_of_three_iterations_logs(make):
+    trainer = make(max_epochs=1, max_batches_per_epoch_training=3)
+    trainer.train_and_validate()
+    assert len(read_logs(trainer.experiment_folder, "batches")["loss"]) == 3
+
+
+def test_hyrax_the_same_seed_gives_the_same_weights(make):
+    @dwiml_model
+    class Drops(Bands):
+        def forward(self, batch): return self.layer(torch.nn.functional.dropout(batch, .5, self.training))
+    runs = [make(Drops, name) for name in "ab"]
+    torch.rand(3)
+    for run in runs: run.train_and_validate()
+    assert same(*map(weights, runs))
+
+
+def test_hyrax_inference_builds_no_gradient(make):
+    trainer = make()
+    assert not trainer.model.infer(torch.ones(2, 15)).requires_grad
+    assert trainer.model.net(torch.ones(2, 15)).requires_grad
+
+
+def test_names_are_unique_or_warned_about():
+    class Twin(Bands): pass
+    Twin.__module__ = "somewhere.else"
+    dwiml_model(Twin)
+    class Twin(Bands): pass
+    with pytest.warns(UserWarning, match="two registered models are called Twin"): dwiml_model(Twin)
+    for path in [k for k in REGISTERED_MODELS.entries if k.endswith("Twin")]: del REGISTERED_MODELS.entries[path]
+    assert copy.copy(Twin) is Twin

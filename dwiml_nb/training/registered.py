@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 import torch
 from torch import Tensor
-from fastcore.basics import patch
 from ..core.errors import DataProblem
 from ..core.ragged import Ragged
 from ..models.items import RegisteredBatchLoader, named_tensors

@@ -102,7 +102,8 @@ OF_TORCH = 'torch.optim.lr_scheduler.'
 def torch_schedulers() -> dict: # name with its path -> class
     "The schedulers of torch."
     base = torch.optim.lr_scheduler.LRScheduler
-    found = {OF_TORCH + k: o for k,o in vars(torch.optim.lr_scheduler).items() if isinstance(o, type)}
+    found = {OF_TORCH + k: o for k,o in vars(torch.optim.lr_scheduler).items()
+             if isinstance(o, type) and not k.startswith('_')}
     return {name: o for name,o in found.items() if issubclass(o, base) and o is not base}
 
 # %% ../../nbs/07_training/03_schedules.ipynb #4052a98e

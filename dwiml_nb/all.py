@@ -90,6 +90,9 @@ from .training.generation import DWIMLTrainerOneInputWithGVPhase
 # %% ../nbs/all.ipynb #c0ffee02
 from .runs.track import experiment_model, read_experiment, track_from_model
 from .runs.resume import trainer_from_folder
+from .runs.sweeps import sweep, sweep_figures
+from .runs.export import export_onnx
+from .runs.cards import model_card, write_safetensors
 from .runs.run_files import run_config, run_parts, train, write_run_file
 from .runs.table import runs_table
 

@@ -6,6 +6,9 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import dwiml_nb.runs.export as export
+from dwiml_nb.study.toy import toy_study
+from dwiml_nb.runs.resume import trainer_from_folder
+from dwiml_nb.runs.run_files import train
 from dwiml_nb.core.errors import DataProblem
 from dwiml_nb.models.learn2track import Learn2TrackModel
 from dwiml_nb.models.padded import OnnxRecurrent, padded_form
@@ -76,3 +79,17 @@ def test_no_file_that_is_wrong(tmp_path, monkeypatch):
     with pytest.raises(DataProblem, match="of that name already"): export.export_onnx(model, tmp_path / "there.onnx")
     with pytest.raises(DataProblem, match="no form for padded lines"): export.export_onnx(nn.Linear(3, 3), tmp_path / "model")
     assert [p.name for p in tmp_path.iterdir()] == ["there.json"] and (tmp_path / "there.json").read_text() == "mine"
+
+
+def test_cards_with_best_models(tmp_path):
+    "A run that goes on with the sinks has a card and safetensors of the model that is best already; weights are equal bit for bit."
+    from safetensors.torch import load_file
+    run = dict(data=dict(hdf5_file=str(toy_study(tmp_path)), input_group_name="input", streamline_group_name="bundles"), model=dict(name="Learn2TrackModel", rnn_layer_sizes=[4], step_size=2.),
+               optimizer=dict(lr=1e-9), training=dict(experiments_path=str(tmp_path), experiment_name="<b>run", max_epochs=1, device="cpu", max_batches_per_epoch_training=1, max_batches_per_epoch_validation=1, patience_delta=1.))
+    best = train(run).experiment_folder / "best_model"
+    assert not (best / "README.md").exists()
+    trainer_from_folder(tmp_path, "<b>run", new_max_epochs=2, sinks=["model_card", "safetensors"]).train_and_validate()  # no epoch of it is better
+    weights, again = torch.load(best / "model_state.pkl", weights_only=True), load_file(best / "model.safetensors")
+    assert weights.keys() == again.keys() and all(torch.equal(weights[k], again[k]) for k in weights)
+    card = (best / "README.md").read_text()
+    assert card.startswith("# &lt;b&gt;run") and "<b>" not in card and "| epoch | 0 |" in card

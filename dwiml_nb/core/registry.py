@@ -165,13 +165,13 @@ class Registry(Mapping):
     def __init__(self,
         what:str, # One of them, in words: 'direction getter'
         base:type=None, # Each entry is a child of this class; None: anything
-        more:str=None, # A module of this library that registers more, imported when a name is looked up
+        more:tuple=(), # Modules of this library that register more, imported when a name is looked up
     ):
         self.what,self.base,self.more,self.entries = what,base,more,{}
 
     def bring_in(self):
         "Import what may register entries."
-        if self.more: importlib.import_module(self.more)
+        for module in self.more: importlib.import_module(module)
         bring_in_trusted()
 
     def find(self, name): # -> the name in full, or None

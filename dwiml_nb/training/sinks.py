@@ -129,7 +129,7 @@ class Sink:
     def refuse(cls, options, experiments_path):
         "Why options that only a file names are not used; None: they are."
 
-SINKS = Registry('sink', Sink, more='dwiml_nb.training.loggers')
+SINKS = Registry('sink', Sink, more=('dwiml_nb.training.loggers', 'dwiml_nb.runs.cards'))
 
 # %% ../../nbs/07_training/01_sinks.ipynb #2c57d020
 class ExperimentLogs(Sink):

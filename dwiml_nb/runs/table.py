@@ -79,7 +79,7 @@ def run_row(
         study = {'study': record.get('dataset', {}).get('hdf5_file')}
         return {**row, 'state': state, 'when': when, 'why': why, 'epochs': done,
                 'options': {**parts, **study}, 'max_epochs': options.get('max_epochs'),
-                'best': last.get('best_loss'), 'best_epoch': last.get('best_epoch'),
+                'best': last.get('best_loss', last.get('best_value')), 'best_epoch': last.get('best_epoch'),
                 'device': record.get('device', ''),
                 'seconds': sum(e.get('seconds', 0) for e in epochs) + running}
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['NEEDED', 'REGISTRIES', 'MOST_TEXT', 'MOST_ITEMS', 'MOST_NUMBER', 'KINDS', 'MODELS', 'TRAINERS', 'ABOUT', 'FREE',
            'NOT_IN_FILES', 'PATHS', 'of_run', 'GROUPS', 'OPTIMIZATION', 'Option', 'options_told', 'kinds_of', 'meant',
-           'is_a', 'is_huge', 'problem_with', 'unknown_key', 'Classes', 'classes_of', 'name_of_class', 'left',
-           'name_option', 'data_options', 'optimizer_options', 'tables_of']
+           'is_a', 'is_huge', 'problem_with', 'unknown_key', 'Classes', 'classes_of', 'name_of_class', 'is_registered',
+           'left', 'name_option', 'data_options', 'optimizer_options', 'model_options', 'criterion_options',
+           'tables_of']
 
 # %% ../../nbs/08_runs/02_options.ipynb #35cc9bb5
 import inspect
@@ -34,12 +35,16 @@ from ..models.learn2track import Learn2TrackModel
 from ..models.transformers import (OriginalTransformerModel, TransformerSrcAndTgtModel,
                                           TransformerSrcOnlyModel)
 from ..models.autoencoder import ModelAE
+from ..models.parts import LooksAround
+from ..models.items import RegisteredBatchLoader
+from ..models.registered import REGISTERED_MODELS, criterion_class
 from ..tracking.stops import STOP_RULES
 from ..tracking.tracker import Tracker
 from ..training.optimizers import OPTIMIZERS, optimizer_class
 from ..training.schedules import SCHEDULES
 from ..training.sinks import SINKS
 from ..training.trainer import DWIMLTrainer, DWIMLTrainerOneInput
+from ..training.registered import RegisteredTrainer
 from ..training.generation import DWIMLTrainerOneInputWithGVPhase
 from .track import track_from_model
 
@@ -174,6 +179,11 @@ def classes_of(
     def named(table, base, usual):
         name = (tables.get(table) or {}).get('name')
         return usual if name is None else class_named(name, base)
+    own = (tables.get('model') or {}).get('name')
+    if isinstance(own, str) and own in REGISTERED_MODELS:
+        return Classes(REGISTERED_MODELS[own], named('sampler', DWIMLBatchIDSampler, DWIMLBatchIDSampler),
+                       named('loader', RegisteredBatchLoader, RegisteredBatchLoader),
+                       named('training', RegisteredTrainer, RegisteredTrainer))
     model = named('model', MainModelAbstract, Learn2TrackModel)
     takes_inputs = len(arguments_of(model, 'forward', needed=True)) > 2              # self too
     loader = named('loader', DWIMLBatchLoader, DWIMLBatchLoaderOneInput if takes_inputs else DWIMLBatchLoader)
@@ -185,7 +195,14 @@ def name_of_class(
     base:type, # Of its kind
 ) -> str:
     "How a file names a class: in short if it is one of the library."
-    return cls.__name__ if cls.__module__.startswith('dwiml_nb.') else class_path(cls)
+    in_short = REGISTERED_MODELS.called(cls.__name__) == [class_path(cls)]
+    return cls.__name__ if in_short or cls.__module__.startswith('dwiml_nb.') else class_path(cls)
+
+def is_registered(
+    cls:type, # Of a model
+) -> bool:
+    "Is it a registered model, with a step of its own?"
+    return not issubclass(cls, MainModelAbstract)
 
 # %% ../../nbs/08_runs/02_options.ipynb #08703a5b
 ABOUT = {'data': "The study, and what is learned from", 'sampler': "Which streamlines make a batch",
@@ -245,6 +262,30 @@ def optimizer_options(
     return {'name': Option('name', name, str, about), 'lr': rate, 'weight_decay': decay, **own}
 
 # %% ../../nbs/08_runs/02_options.ipynb #f49de4fb
+def model_options(
+    cls:type, # Of the model
+) -> dict: # name -> `Option`
+    "The keys of `[model]`, without its name."
+    if is_registered(cls):
+        own = Option(cls.__name__, None, dict, "What its __init__ reads of config")
+        return {**left(LooksAround, 'experiment_name'), cls.__name__: own}
+    told = left(cls)
+    if 'nb_features' in told:
+        told['nb_features'] = Option('nb_features', None, int, "F of the input; the data's if not given")
+    return told
+
+def criterion_options(
+    cls:type, # Of the model
+    name=None, # As in `[criterion]`
+) -> dict: # name -> `Option`
+    "The keys of `[criterion]`: a loss of torch and its arguments, for a registered model."
+    if not is_registered(cls): return {}
+    made = criterion_class(name or 'CrossEntropyLoss')
+    own = {k: Option(k, p.default) for k,p in inspect.signature(made.__init__).parameters.items()
+           if k != 'self' and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return {'name': Option('name', 'CrossEntropyLoss', str, "A loss of torch.nn"), **own}
+
+# %% ../../nbs/08_runs/02_options.ipynb #60482607
 def tables_of(
     classes:Classes,
     given=(), # The tables as far as they are known: the optimiser's name
@@ -252,9 +293,7 @@ def tables_of(
     "Every key of a run file."
     given = dict(given)
     seed,models = {'seed': Option('seed', None, int, of_run)},', '.join(o.__name__ for o in MODELS)
-    model = left(classes.model)
-    if 'nb_features' in model:
-        model['nb_features'] = Option('nb_features', None, int, "F of the input; the data's if not given")
+    named = lambda table: (given.get(table) or {}).get('name')
     training,sinks = left(classes.trainer, *OPTIMIZATION), options_told(classes.trainer)['sinks']
     training['experiments_path'] = Option('experiments_path', 'experiments', str, "Folder of all experiments")
     schedule = options_told(classes.trainer)['lr_schedule']
@@ -267,9 +306,10 @@ def tables_of(
                         **left(classes.sampler, *GROUPS, 'seed'), **seed},
             'loader': {**name_option(classes.loader, DWIMLBatchLoader, "The loader's class"),
                        **left(classes.loader, *GROUPS, 'seed'), **seed},
-            'model': {**name_option(classes.model, MainModelAbstract, f"Its class: {models}, …"), **model},
-            'criterion': {},
-            'optimizer': optimizer_options((given.get('optimizer') or {}).get('name'), classes.trainer),
+            'model': {**name_option(classes.model, MainModelAbstract, f"Its class: {models}, …"),
+                      **model_options(classes.model)},
+            'criterion': criterion_options(classes.model, named('criterion')),
+            'optimizer': optimizer_options(named('optimizer'), classes.trainer),
             'scheduler': {'name': Option('name', None, str, schedule.about)},
             'training': {**name_option(classes.trainer, DWIMLTrainer, "The trainer's class"), **training},
             'logging': {'sinks': Option('sinks', [], list, sinks.about)},

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['checked_layer', 'checked_table', 'sinks_refused', 'layers_given', 'run_config', 'missing', 'RunParts', 'of_table',
-           'check_size', 'changed', 'trainer_arguments', 'run_parts', 'nb_features', 'commit_of', 'made_with',
-           'comments_of', 'as_written', 'write_resolved', 'train', 'tables_of_run', 'run_text', 'write_run_file',
-           'without_defaults', 'flat', 'differing']
+           'check_size', 'changed', 'trainer_arguments', 'run_parts', 'own_model', 'nb_features', 'commit_of',
+           'made_with', 'comments_of', 'as_written', 'write_resolved', 'train', 'model_tables', 'tables_of_run',
+           'run_text', 'write_run_file', 'without_defaults', 'flat', 'differing']
 
 # %% ../../nbs/08_runs/03_run_files.ipynb #fc4909a2
 import os
@@ -27,11 +27,12 @@ from ..data.dataset import MultiSubjectDataset
 from ..batch.sampler import DWIMLBatchIDSampler
 from ..batch.loader import DWIMLBatchLoader
 from ..models.base import MainModelAbstract
+from ..models.registered import RegisteredModel, package_config, registered_model
 from ..training.run import is_name
 from ..training.sinks import SINKS, list_of_sinks
 from ..training.trainer import DWIMLTrainer
-from .options import (ABOUT, FREE, GROUPS, NEEDED, PATHS, classes_of, meant, name_of_class,
-                                   options_told, problem_with, tables_of, unknown_key)
+from .options import (ABOUT, FREE, GROUPS, NEEDED, PATHS, classes_of, is_registered, meant,
+                                   name_of_class, options_told, problem_with, tables_of, unknown_key)
 
 # %% ../../nbs/08_runs/03_run_files.ipynb #50f8f60d
 def checked_layer(
@@ -120,7 +121,11 @@ def run_config(
     layers = layers_given(source, overrides, tables)
     given = layered(*((name, values) for name,values,_ in layers))
     with trusting(trust):
-        known = tables_of(classes_of(given), given)
+        classes = classes_of(given)
+        if is_registered(classes.model) and (found := package_config(classes.model)):
+            layers.insert(0, (f'package {found[0]}', found[1], None))
+            given = layered(*((name, values) for name,values,_ in layers))
+        known = tables_of(classes, given)
         checked = [checked_layer(values, known, file) for _,values,file in layers]
     defaults = {t: {k: None if o.default is NEEDED else o.default for k,o in options.items()}
                 for t,options in known.items()}
@@ -227,9 +232,11 @@ def run_parts(
     if config['model'].get('nb_features', 0) is None: arguments['nb_features'] = nb_features(dataset, groups)
     seed_of = lambda table: {'seed': seed if config[table]['seed'] is None else config[table]['seed']}
     with of_table('model'):
-        check_size(classes.model, arguments)
-        seed_all(seed)
-        model = classes.model(**arguments)
+        if is_registered(classes.model): model = own_model(config, classes.model, dataset, groups, arguments)
+        else:
+            check_size(classes.model, arguments)
+            seed_all(seed)
+            model = classes.model(**arguments)
     own = lambda table: changed(config, table, options[table], 'name', 'seed') | seed_of(table)
     with of_table('sampler'):
         sampler = classes.sampler(dataset, groups['streamline_group_name'], **own('sampler'))
@@ -241,6 +248,19 @@ def run_parts(
                                   **kept, **({'sinks': sinks} if sinks else {}))
     trainer.experiment.files['run.toml'] = partial(write_resolved, config, options)
     return RunParts(dataset, model, sampler, loader, trainer)
+
+def own_model(
+    config:Config,
+    cls:type, # A registered model
+    dataset:MultiSubjectDataset,
+    groups:dict, # Names of the groups
+    arguments:dict, # Of `[model]`, that differ from the defaults
+) -> RegisteredModel:
+    "A registered model, which gets the whole configuration."
+    loader = {k: v for k in ('collate_fn', 'datasets') if (v := thawed(config['loader'].get(k)))}
+    options = {k: v for k,v in arguments.items() if k != cls.__name__}
+    seed_all(config['seed'])
+    return registered_model(cls, config, dataset, **groups, **loader, **options)
 
 def nb_features(
     dataset:MultiSubjectDataset,
@@ -322,6 +342,24 @@ def train(
     return trainer
 
 # %% ../../nbs/08_runs/03_run_files.ipynb #3b448116
+def model_tables(
+    trainer:DWIMLTrainer,
+    params:dict, # The model's arguments, as recorded
+    path:str, # Of its class
+) -> tuple: # (the table [model], further tables)
+    "What a file says of a model."
+    cls = class_named(path, MainModelAbstract)
+    takes,more,name = options_told(cls),{},name_of_class(cls, MainModelAbstract)
+    elsewhere = ('model_class', 'config', 'items', 'reads')
+    table = {k: v for k,v in params.items() if k in takes and k not in elsewhere}
+    if cls is RegisteredModel:
+        own = class_named(params['model_class'], torch.nn.Module)
+        config,name = params.get('config') or {},name_of_class(own, MainModelAbstract)
+        table.pop('experiment_name', None)
+        table |= {k: v for k,v in config.get('model', {}).items() if k == own.__name__}
+        more = {k: config[k] for k in ('criterion', 'extra') if k in config}
+    return {'name': name, **table}, more
+
 def tables_of_run(
     trainer:DWIMLTrainer,
 ) -> dict: # Table -> key -> value
@@ -329,8 +367,7 @@ def tables_of_run(
     record,seed = trainer.params,trainer.seed
     part = lambda name: dict(record[name]['params'])
     sampler,loader,kept = part('sampler'),part('loader'),part('trainer')
-    takes = options_told(class_named(record['model']['class'], MainModelAbstract))
-    model = {k: v for k,v in part('model').items() if k in takes}
+    model,more = model_tables(trainer, part('model'), record['model']['class'])
     unsaid = [f'model.{key}' for key in trainer.model.class_for_checkpoint()['not_kept']]
     for key in ('optimizer', 'lr_schedule'):
         if isinstance(kept.get(key), str) and not is_name(kept[key]): unsaid.append(key)
@@ -350,10 +387,9 @@ def tables_of_run(
                  **(kept.pop('optimizer_args', None) or {})}
     where = {'experiments_path': str(Path(trainer.experiments_path).absolute()),
              'experiment_name': trainer.experiment_name}
-    return {'seed': seed, 'data': data, 'optimizer': optimizer,
+    return {'seed': seed, 'data': data, 'optimizer': optimizer, **more, 'model': model,
             'sampler': named(trainer.batch_sampler, DWIMLBatchIDSampler) | sampler,
             'loader': named(trainer.batch_loader, DWIMLBatchLoader) | loader,
-            'model': named(trainer.model, MainModelAbstract) | model,
             'scheduler': schedule, 'logging': {'sinks': kept.pop('sinks', [])},
             'training': named(trainer, DWIMLTrainer) | where | kept}
 

@@ -1,0 +1,89 @@
+"""A registered model in a run file: its table, criterion and package layer; the same weights from file and by hand."""
+import pytest
+import torch
+
+from dwiml_nb.core.config import read_toml
+from dwiml_nb.core.errors import DataProblem
+from dwiml_nb.core.registry import trusting
+from dwiml_nb.runs.resume import trainer_from_folder
+from dwiml_nb.runs.run_files import run_config, run_parts, train, write_run_file
+from dwiml_nb.study.toy import toy_study
+
+PACKAGE = '''import torch
+from dwiml_nb.models.registered import hyrax_model
+
+@hyrax_model
+class Bands(torch.nn.Module):
+    def __init__(self, config, data_sample):
+        super().__init__()
+        self.config = config
+        self.layer = torch.nn.Linear(data_sample.shape[1], config["model"]["Bands"]["classes"])
+    def forward(self, batch): return self.layer(batch)
+    def train_step(self, batch):
+        self.optimizer.zero_grad()
+        loss = self.criterion(self(batch), batch.argmax(1) % self.config["model"]["Bands"]["classes"])
+        loss.backward()
+        self.optimizer.step()
+        return {"loss": [loss.item()], "norm": batch.norm().item()}
+    @staticmethod
+    def to_tensor(data_dict):
+        import numpy as np
+        return np.stack([np.asarray(v).mean(0) for v in data_dict["data"]["input"]])
+'''
+RUN = """seed = 5
+[data]
+hdf5_file = "study.hdf5"
+input_group_name = "input"
+streamline_group_name = "bundles"
+[model]
+name = "Bands"
+[criterion]
+name = "CrossEntropyLoss"
+label_smoothing = 0.1
+[optimizer]
+lr = 0.05
+momentum = 0.9
+[training]
+experiment_name = "one"
+max_epochs = 2
+max_batches_per_epoch_training = 3
+device = "cpu"
+"""
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("registered_file")
+    toy_study(folder)
+    (folder / "run.toml").write_text(RUN)
+    package = folder / "my_bands"
+    package.mkdir()
+    (package / "__init__.py").write_text(PACKAGE)
+    (package / "default_config.toml").write_text("[model.Bands]\nclasses = 4\n")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_registered_model_of_a_package(here, monkeypatch):
+    monkeypatch.syspath_prepend(here)
+    with pytest.raises(DataProblem): run_config(here / "run.toml")                                  # not trusted: not imported
+    with trusting("my_bands"):
+        config = run_config(here / "run.toml")
+        assert config["model"]["Bands"]["classes"] == 4 and config.origin("model.Bands.classes") == "package my_bands"
+        assert config["optimizer"]["name"] == "SGD" and config.origin("criterion.label_smoothing") == "run.toml"
+        for wrong, says in (("criterion.label_smothing=0", "label_smoothing"), ("criterion.name=CrosEntropyLoss", "CrossEntropyLoss"), ("optimizer.momentun=0", "momentum"), ("criterion.name=os.system", "not allowed")):
+            with pytest.raises(DataProblem, match=says): run_config(here / "run.toml", wrong)
+        one = train(here / "run.toml", "model.Bands.classes=3")
+        assert one.model.net.layer.out_features == 3 and one.model.net.criterion.label_smoothing == .1
+        again = train(one.experiment_folder, "training.experiment_name=again")
+        made = train(write_run_file(one, here / "made.toml"), "training.experiment_name=made", "training.device=cpu")
+        stopped = run_parts(run_config(here / "run.toml", "model.Bands.classes=3", "training.experiment_name=stopped")).trainer
+        stopped.control.on_batch_end.append(lambda row: stopped.control.request_stop())
+        stopped.train_and_validate()
+        resumed = trainer_from_folder(here / "experiments", "stopped")
+        resumed.train_and_validate()
+        for other in (again, made, resumed):
+            a, b = one.model.state_dict(), other.model.state_dict()
+            assert all(torch.equal(a[k], b[k]) for k in a)
+        assert read_toml(one.experiment_folder / "run.toml")["model"]["Bands"] == {"classes": 3}
+        with pytest.raises(TypeError, match="model.Bands.classes"): one.model.net.config["model"]["Bands"]["classes"] = 9

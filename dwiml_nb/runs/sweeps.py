@@ -9,7 +9,7 @@ __all__ = ['RANGE', 'SAMPLERS', 'PRUNERS', 'TABLE', 'WORDS', 'check_range', 'che
            'check_same_sweep', 'work', 'do_trial', 'sweep_folder', 'sweep', 'start_workers', 'sweep_rows',
            'sweep_figures', 'write_sweep_page']
 
-# %% ../../nbs/08_runs/04_sweeps.ipynb #8eb4f129
+# %% ../../nbs/08_runs/04_sweeps.ipynb #cc53df92
 import itertools
 import json
 import math
@@ -33,7 +33,7 @@ from ..training.trainer import DWIMLTrainer
 from .resume import trainer_from_folder
 from .run_files import run_config, run_parts
 
-# %% ../../nbs/08_runs/04_sweeps.ipynb #49efccbe
+# %% ../../nbs/08_runs/04_sweeps.ipynb #e6db52c4
 RANGE = ('low', 'high', 'log', 'step')
 
 def check_range(
@@ -74,7 +74,7 @@ def checked_space(
                                 expected="a list of two different values or more, or {low = …, high = …}")
     return found
 
-# %% ../../nbs/08_runs/04_sweeps.ipynb #a3a237d0
+# %% ../../nbs/08_runs/04_sweeps.ipynb #92f90292
 SAMPLERS = {'tpe': 'TPESampler', 'random': 'RandomSampler', 'qmc': 'QMCSampler', 'grid': 'RandomSampler'}
 PRUNERS = {'none': 'NopPruner', 'median': 'MedianPruner', 'hyperband': 'HyperbandPruner',
            'halving': 'SuccessiveHalvingPruner'}
@@ -124,7 +124,7 @@ def grid_points(
                           found=math.prod(map(len, every)))
     return [dict(zip(space, point)) for point in itertools.product(*every)]
 
-# %% ../../nbs/08_runs/04_sweeps.ipynb #85eacbb0
+# %% ../../nbs/08_runs/04_sweeps.ipynb #2d3ad280
 def label(value): # A value of a list -> what Optuna keeps
     return value if isinstance(value, (str, bool, int, float)) else json.dumps(value)
 
@@ -149,7 +149,7 @@ def typed(
     "The values as they are typed."
     return [f'{path}={json.dumps(value)}' for path,value in values.items()]
 
-# %% ../../nbs/08_runs/04_sweeps.ipynb #68a40575
+# %% ../../nbs/08_runs/04_sweeps.ipynb #12191731
 class PruneEpochs(Sink):
     "Reports each epoch of a trial, and stops the training if the pruner says so."
     def __init__(self,
@@ -191,7 +191,7 @@ def result(
     if table['take'] == 'last': return values[-1]
     return (min if table['direction'] == 'minimize' else max)(values)
 
-# %% ../../nbs/08_runs/04_sweeps.ipynb #5ac847b0
+# %% ../../nbs/08_runs/04_sweeps.ipynb #8409a627
 def is_done(
     experiment:Path, # Folder of a trial's experiment
 ) -> bool:
@@ -223,7 +223,7 @@ def train_trial(
     if pruner.pruned and not trainer.has_ended: return 'PRUNED', None
     return ('COMPLETE', result(read_rows(log), table)) if trainer.has_ended else (None, None)
 
-# %% ../../nbs/08_runs/04_sweeps.ipynb #35a4064d
+# %% ../../nbs/08_runs/04_sweeps.ipynb #2ae06700
 @contextmanager
 def claim(
     folder:Path, # Of the sweep
@@ -248,7 +248,7 @@ def alone(
             if ours: yield; return
         time.sleep(.02)
 
-# %% ../../nbs/08_runs/04_sweeps.ipynb #0b1fb21f
+# %% ../../nbs/08_runs/04_sweeps.ipynb #38e953eb
 def next_trial(
     study, # `optuna.Study`
     folder:Path, # Of the sweep
@@ -285,7 +285,7 @@ def make_sampler(
         warnings.simplefilter('ignore')                                       # QMC is called experimental
         return getattr(samplers, SAMPLERS[table['sampler']])(seed=seed % 2**32)
 
-# %% ../../nbs/08_runs/04_sweeps.ipynb #d328bbd3
+# %% ../../nbs/08_runs/04_sweeps.ipynb #49fd3dcd
 @contextmanager
 def quiet_optuna():
     "A block in which Optuna tells only of errors."
@@ -340,7 +340,7 @@ def check_same_sweep(
         raise DataProblem(f"the sweep that is here has another {other[0]}", expected=then.get(other[0]),
                           found=now[other[0]], file=folder, do="give this one another experiment_name.")
 
-# %% ../../nbs/08_runs/04_sweeps.ipynb #db75bfab
+# %% ../../nbs/08_runs/04_sweeps.ipynb #c5390760
 def work(
     source, # Path of the run file
     overrides:tuple=(), # What was typed
@@ -383,7 +383,7 @@ def do_trial(study, trial, source, overrides, folder, table) -> bool: # As for `
     study.tell(trial, value, state=states[state])
     return True
 
-# %% ../../nbs/08_runs/04_sweeps.ipynb #1a7c2af0
+# %% ../../nbs/08_runs/04_sweeps.ipynb #26ef5fe2
 def sweep_folder(
     source, # Path of the run file, or what `run_config` gave
     *overrides, # What was typed
@@ -433,7 +433,7 @@ def start_workers(
                           found=[p.exitcode for p in processes],
                           do="read what they said above; the same call goes on.")
 
-# %% ../../nbs/08_runs/04_sweeps.ipynb #bcc583e0
+# %% ../../nbs/08_runs/04_sweeps.ipynb #05d2dff6
 def sweep_rows(
     study, # `optuna.Study`
 ) -> list: # of dicts, the best first
@@ -446,7 +446,7 @@ def sweep_rows(
              'value': t.value if t.values else last(t), 'epochs': len(t.intermediate_values),
              **t.params, **error(t)} for t in sorted(study.get_trials(deepcopy=False), key=rank)]
 
-# %% ../../nbs/08_runs/04_sweeps.ipynb #fa40f195
+# %% ../../nbs/08_runs/04_sweeps.ipynb #5bbf5cd2
 def sweep_figures(
     study, # `optuna.Study`, or the folder of a sweep
 ) -> dict: # name -> plotly figure; those that have enough trials
@@ -458,13 +458,15 @@ def sweep_figures(
     if not done: raise DataProblem("the sweep has no trial that came to its end", expected="one at least")
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        figures = {'history': drawn.plot_optimization_history(study),
-                   'parallel': drawn.plot_parallel_coordinate(study)}
-        if len({t.value for t in done}) > 1: figures['importance'] = drawn.plot_param_importances(study)
+        name = {'target_name': study.user_attrs.get('sweep', TABLE)['value']}
+        figures = {'history': drawn.plot_optimization_history(study, **name),
+                   'parallel': drawn.plot_parallel_coordinate(study, **name)}
+        if len({t.value for t in done}) > 1:
+            figures['importance'] = drawn.plot_param_importances(study, **name)
     for figure in figures.values(): figure.update_layout(template='plotly_white', font_size=13)
     return figures
 
-# %% ../../nbs/08_runs/04_sweeps.ipynb #f2a0b4ea
+# %% ../../nbs/08_runs/04_sweeps.ipynb #f6138917
 def write_sweep_page(
     study, # `optuna.Study`, or the folder of a sweep
     path, # The .html file to write
@@ -477,7 +479,8 @@ def write_sweep_page(
     rows = sweep_rows(study)
     names = list(dict.fromkeys(k for row in rows for k in row))
     line = lambda tag, cells: '<tr>' + ''.join(f'<{tag}>{html_text(o)}</{tag}>' for o in cells) + '</tr>'
-    body = ''.join(line('td', [row.get(k, '') for k in names]) for row in rows)
+    short = lambda o: f'{o:.6g}' if isinstance(o, float) else o
+    body = ''.join(line('td', [short(row.get(k, '')) for k in names]) for row in rows)
     title = html_text(study.study_name)
     text = (f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>body{{font:14px sans-serif;'
             'margin:2em}td,th{padding:.2em .8em;text-align:left}</style>'

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['checked_layer', 'checked_table', 'sinks_refused', 'layers_given', 'run_config', 'missing', 'RunParts', 'of_table',
            'check_size', 'changed', 'trainer_arguments', 'run_parts', 'own_model', 'nb_features', 'commit_of',
-           'made_with', 'comments_of', 'as_written', 'write_resolved', 'train', 'model_tables', 'tables_of_run',
-           'run_text', 'write_run_file', 'without_defaults', 'flat', 'differing']
+           'made_with', 'comments_of', 'as_written', 'write_resolved', 'train', 'track_run', 'model_tables',
+           'tables_of_run', 'run_text', 'write_run_file', 'without_defaults', 'flat', 'differing']
 
 # %% ../../nbs/08_runs/03_run_files.ipynb #fc4909a2
 import os
@@ -31,6 +31,7 @@ from ..models.registered import RegisteredModel, package_config, registered_mode
 from ..training.run import is_name
 from ..training.sinks import SINKS, list_of_sinks
 from ..training.trainer import DWIMLTrainer
+from .track import track_from_model
 from .options import (ABOUT, FREE, GROUPS, NEEDED, PATHS, classes_of, is_registered, meant,
                                    name_of_class, options_told, problem_with, tables_of, unknown_key)
 
@@ -340,6 +341,24 @@ def train(
         trainer = run_parts(run_config(source, *overrides, **tables), sinks, allow_links).trainer
         trainer.train_and_validate()
     return trainer
+
+# %% ../../nbs/08_runs/03_run_files.ipynb #3a0abd1b
+def track_run(
+    experiment, # Folder of an experiment that a run file began
+    subj_id:str, # Subject of the study
+    out_tractogram, # The file to write
+    trust=(), # Packages and .py files whose classes may be named
+    overwrite:bool=False, # Replace a file of that name
+    **changes, # Instead of what [tracking] says: seeding_mask_group='wm', theta_deg=30, …
+): # -> `Tractogram`
+    "Track a subject with a trained run, as its file says."
+    with trusting(trust): config = run_config(experiment, complete=False, tracking=changes)
+    options = tables_of(classes_of(config), config)['tracking']
+    said = changed(config, 'tracking', options)
+    if 'seeding_mask_group' not in said:
+        raise DataProblem("tracking.seeding_mask_group is missing", expected="a volume group to begin in",
+                          do="give it under [tracking] in the file, or in the call.", file=experiment)
+    return track_from_model(experiment, subj_id, out_tractogram, trust=trust, overwrite=overwrite, **said)
 
 # %% ../../nbs/08_runs/03_run_files.ipynb #3b448116
 def model_tables(

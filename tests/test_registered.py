@@ -12,6 +12,7 @@ from dwiml_nb.models.base import load_model
 from dwiml_nb.models.items import ITEM_DATASETS, RegisteredBatchLoader
 from dwiml_nb.models.registered import REGISTERED_MODELS, dwiml_model, hyrax_model, registered_model
 from dwiml_nb.runs.resume import trainer_from_folder
+from dwiml_nb.runs.run_files import run_config, train, write_run_file
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.tracking.tracker import Tracker
 from dwiml_nb.training.registered import RegisteredTrainer, trace_model
@@ -330,3 +331,45 @@ def test_names_are_unique_or_warned_about():
     with pytest.warns(UserWarning, match="two registered models are called Twin"): dwiml_model(Twin)
     for path in [k for k in REGISTERED_MODELS.entries if k.endswith("Twin")]: del REGISTERED_MODELS.entries[path]
     assert copy.copy(Twin) is Twin
+
+
+PACKAGE = '''
+import numpy as np
+import torch
+from dwiml_nb.models.registered import dwiml_model
+
+@dwiml_model
+class Packed(torch.nn.Module):
+    def __init__(self, config, data_sample):
+        super().__init__()
+        self.layer = torch.nn.Linear(data_sample.shape[1], config["model"]["Packed"]["width"])
+    def forward(self, batch): return self.layer(batch)
+    def train_step(self, batch):
+        self.optimizer.zero_grad()
+        loss = self.criterion(self(batch), torch.zeros(len(batch), self.layer.out_features))
+        loss.backward()
+        self.optimizer.step()
+        return {"loss": loss}
+    @staticmethod
+    def to_tensor(data_dict): return np.stack([v.mean(0) for v in data_dict["data"]["input"]])
+'''
+
+
+def test_from_a_package_with_its_defaults_in_one_file(dataset, tmp_path, monkeypatch):
+    package = tmp_path / "site/packed_models"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(PACKAGE)
+    (package / "default_config.toml").write_text('[model.Packed]\nwidth = 6\n[criterion]\nname = "L1Loss"\n[optimizer]\nname = "Adam"\n')
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    (tmp_path / "run.toml").write_text(f'[data]\nhdf5_file = "{dataset.path}"\ninput_group_name = "input"\nstreamline_group_name = "bundles"\n'
+                                       '[model]\nname = "packed_models.Packed"\n[training]\nexperiment_name = "a"\nmax_epochs = 1\n')
+    with pytest.raises(ValueError, match="not allowed"): run_config(tmp_path / "run.toml")
+    config = run_config(tmp_path / "run.toml", trust="packed_models")
+    assert config.origin("model.Packed.width") == "package packed_models" and config["criterion"]["name"] == "L1Loss"
+    with pytest.raises(ValueError, match="model.Packed.widht.*Did you mean 'width'"): run_config(tmp_path / "run.toml", "model.Packed.widht=3", trust="packed_models")
+    with pytest.warns(UserWarning, match="no validate_step"): trainer = train(tmp_path / "run.toml", "model.Packed.width=4", trust="packed_models")
+    assert trainer.model.net.layer.out_features == 4 and isinstance(trainer.optimizer, torch.optim.Adam)
+    assert trainer.model.config.origin("model.Packed.width") == "command line"
+    write_run_file(trainer, tmp_path / "again.toml")
+    with pytest.warns(UserWarning): again = train(tmp_path / "again.toml", "training.experiment_name=b")
+    assert same(weights(trainer), weights(again))

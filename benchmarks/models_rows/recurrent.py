@@ -45,7 +45,7 @@ def faults(f) -> int: # pages that the system had to hand out
 def rows(threads, quick):
     bf16 = 'avx512_bf16' in Path('/proc/cpuinfo').read_text()
     torch.manual_seed(0)
-    for key,sizes,nb_lines,most,goal in (('gru', [500, 500], 60, 160, 5.), ('lstm', [500, 500], 60, 160, None), ('gru', [128], 126, 60, None)):
+    for key,sizes,nb_lines,most,goal in (('gru', [500, 500], 60, 160, 5.), ('lstm', [500, 500], 15, 160, None), ('gru', [128], 126, 60, None)):
         if quick: sizes,nb_lines,most = [16]*len(sizes), 10, 30
         x,rnn = ragged(nb_lines, most, 320), StackedRNN(key, 320, sizes)
         lists = list(x.unbind())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from dwiml_nb.core import registry
 from dwiml_nb.batch.sampler import DWIMLBatchIDSampler
 from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.models.base import load_model
@@ -361,6 +362,7 @@ def test_from_a_package_with_its_defaults_in_one_file(dataset, tmp_path, monkeyp
     (package / "__init__.py").write_text(PACKAGE)
     (package / "default_config.toml").write_text('[model.Packed]\nwidth = 6\n[criterion]\nname = "L1Loss"\n[optimizer]\nname = "Adam"\n')
     monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(registry, "brought_in", dict(registry.brought_in))      # other tests' workers do not find this package
     (tmp_path / "run.toml").write_text(f'[data]\nhdf5_file = "{dataset.path}"\ninput_group_name = "input"\nstreamline_group_name = "bundles"\n'
                                        '[model]\nname = "packed_models.Packed"\n[training]\nexperiment_name = "a"\nmax_epochs = 1\n')
     with pytest.raises(ValueError, match="not allowed"): run_config(tmp_path / "run.toml")

@@ -79,8 +79,10 @@ def dwiml_visualize_logs(
     which:Param("Rows to draw", choices=['epochs', 'batches'])='epochs',
     nb_plots_per_fig:count=3, # Graphs beside each other
     xlim:Param("Range of epochs or batches, from 1", finite, nargs=2)=None,
+    ylims:Param("Range of values, of each graph that does not give its own", finite, nargs=2)=None,
     fig_size:Param("Width and height, inches", inches, nargs=2)=None,
     remove_outliers:bool=False, # Show values beyond 3 standard deviations as stars
+    allow_missing:bool=False, # Draw a log for the experiments that have it
     save_figures:str=None, # Prefix of the PNG files; logs/figure in the first experiment when not given
     save_to_csv:bool=False, # Also write each experiment's log as CSV into its logs folder
     overwrite:Param("Replace files of the names that --save_figures makes", action=switch('-f'))=False,
@@ -91,7 +93,8 @@ def dwiml_visualize_logs(
         graphs = [parse_graph(words) for words in graph or []]
         figures = plot_logs(experiments, {title: logs for title,logs,_ in graphs} or None, which,
                             nb_plots_per_fig, xlim,
-                            {title: limits for title,_,limits in graphs if limits}, fig_size, remove_outliers)
+                            {title: limits or ylims for title,_,limits in graphs} or ylims, fig_size,
+                            remove_outliers, allow_missing)
         prefix = save_figures or f'{experiments[0]}/logs/figure'
         files,overwrite = [f'{prefix}_{i+1}.png' for i in range(len(figures))], overwrite or not save_figures
         check_outputs(dict(zip(files, files)), overwrite=overwrite)

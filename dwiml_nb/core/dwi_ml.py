@@ -427,14 +427,14 @@ COMMANDS = {              # command of dwi_ml -> what to use instead
     'scil_score_ismrm_Renauld2023.sh': '`dwiml_score`',
     'l2t_update_deprecated_exp': 'nothing in its place: `load_model` reads older folders as they are',
     'l2t_visualize_weights_evolution': 'nothing in its place: it no longer runs in dwi_ml',
-    **for_each('nothing in its place: `SINKS` send values elsewhere while they come',
-               'dwiml_send_value_to_comet_from_log', 'dwiml_send_value_to_comet_manually'),
+    'dwiml_send_value_to_comet_from_log': '`dwiml_send_value_to_comet_from_log`: an archive to upload',
+    'dwiml_send_value_to_comet_manually': '`dwiml_send_value_to_comet_manually`: an archive to upload',
     'tt_train_model': '`dwiml_train_transformer`',
     'tt_resume_training_from_checkpoint': '`dwiml_resume_training_from_checkpoint`',
     'tt_update_deprecated_exp': 'nothing in its place: `load_model` reads older folders as they are',
     'tt_visualize_weights': f'{YET}: pictures of attention; `OriginalTransformerModel.forward` has weights',
     **for_each(f'{YET}: the loss along lines', 'l2t_visualize_loss', 'tt_visualize_loss'),
-    'dwiml_visualize_logs_correlation': f'{YET}: `read_logs` gives the columns to correlate',
+    'dwiml_visualize_logs_correlation': '`dwiml_visualize_logs_correlation`',
     **for_each(f'{YET}: a command; `dwiml_nb.core.connectivity` has what it does',
                'dwiml_compute_connectivity_matrix_from_blocs',
                'dwiml_compute_connectivity_matrix_from_labels', 'dwiml_compute_connectivity_score',
@@ -455,11 +455,16 @@ OPTIONS = {               # command of dwi_ml -> its option -> what to use inste
         '-v': 'nothing in its place: epochs are always told'},
     'dwiml_visualize_logs': {
         **same('--save_to_csv', '--save_figures', '--graph', '--nb_plots_per_fig', '--xlim', '--fig_size',
-               '--remove_outliers', '-f'),
-        '--ylims': '`--graph`: its last two words are ymin and ymax',
+               '--remove_outliers', '--ylims', '--allow_missing', '-f'),
         '--show_now': '`plot_logs` in a notebook',
-        '--allow_missing': '`--graph` with the logs that there are',
         '-v': 'nothing in its place: names of files are always told'},
+    'dwiml_visualize_logs_correlation': {
+        **same('--rename_log1', '--rename_log2', '--ignore_first_epochs', '--show_individual_logs',
+               '--show_first_order_fit', '--show_second_order_fit', '--xlim', '--ylim', '-f'),
+        '-v': 'nothing in its place: correlations are always told'},
+    'dwiml_send_value_to_comet_from_log': {
+        **same('--logs', '--metric_names', '--use_best'),
+        '--use_suggested_name': '`--use_suggested_names`'},
 }
 
 # %% ../../nbs/00_core/17_dwi_ml.ipynb #9f4ac9c9

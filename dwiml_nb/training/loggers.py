@@ -16,6 +16,7 @@ import time
 import warnings
 import zipfile
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from importlib.util import find_spec
 from io import BytesIO
 from numbers import Real
@@ -504,22 +505,35 @@ def archived(
                 for line in f: yield parse_json(line.decode())
 
 # %% ../../nbs/07_training/13_loggers.ipynb #b84b26e0
+def begin_comet(
+    folder, # Of an experiment
+    project:str=None, # Of Comet
+    workspace:str=None, # Of Comet
+): # -> an offline experiment of Comet, whose `end` writes the archive
+    "One more archive of an experiment of Comet."
+    comet,where = quiet_comet(),Path(folder)/'comet'
+    key = kept_name(folder, 'comet') or kept_name(folder, 'comet', uuid4().hex)
+    folder_to_write(where).mkdir(exist_ok=True)
+    about = dict(project_name=project, workspace=workspace, offline_directory=str(where), **NO_EXTRAS)
+    hook = sys.excepthook
+    try:
+        if not archives(folder): return comet.OfflineExperiment(experiment_key=key, **about)
+        return comet.ExistingOfflineExperiment(previous_experiment=key, **about)
+    finally: sys.excepthook = hook
+
+@contextmanager
+def open_comet(folder): # -> as from `begin_comet`
+    "A block in which numbers are added to an experiment of Comet."
+    experiment = begin_comet(folder)
+    yield experiment
+    experiment.end()
+
+# %% ../../nbs/07_training/13_loggers.ipynb #fe159a62
 class CometBook(Book):
     "One more archive of an experiment of Comet."
     def __init__(self, folder, project=None, workspace=None):
-        comet = quiet_comet()
         self.folder,self.drawn = Path(folder),set()
-        self.key = kept_name(folder, 'comet') or kept_name(folder, 'comet', uuid4().hex)
-        where = self.folder/'comet'
-        folder_to_write(where).mkdir(exist_ok=True)
-        self.before = set(archives(folder))
-        what = (dict(cls=comet.ExistingOfflineExperiment, previous_experiment=self.key) if self.before else
-                dict(cls=comet.OfflineExperiment, experiment_key=self.key))
-        hook = sys.excepthook
-        begin,about = what.pop('cls'),dict(project_name=project, workspace=workspace)
-        self.experiment = begin(offline_directory=str(where), display_summary_level=0, **about, **what,
-                                **NO_EXTRAS)
-        sys.excepthook = hook
+        self.experiment = begin_comet(folder, project, workspace)
 
     def steps(self):
         found = defaultdict(set)
@@ -553,7 +567,7 @@ class CometLogger(Logger):
         self.project,self.workspace = project,workspace
     def open(self, record): return CometBook(record['experiment_folder'], self.project, self.workspace)
 
-# %% ../../nbs/07_training/13_loggers.ipynb #eaedde21
+# %% ../../nbs/07_training/13_loggers.ipynb #1659fbd2
 def send_logs(
     experiment, # Folder of one experiment
     *sinks, # Names of loggers, or dicts of a name (its `key`) and options

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 import warnings
 from collections import Counter
 
@@ -154,6 +155,34 @@ def test_parameters_and_pictures(trained):
     kept = sorted((trained.parent / "mlflow_pictures").rglob("lines_*.png"))
     assert [pixels(o.read_bytes())[0, 0, 0] for o in kept] == [50, 51] == [pixels(o.read_bytes())[0, 0, 0] for o in sorted((trained / "csv").glob("*.png"))]
     assert sum("figName" in (o["payload"].get("additional_params") or {}) for o in archived(trained)) == 2
+
+
+@pytest.mark.browser
+def test_mlflow_shows_the_run_in_its_page(browser, trained, tmp_path):
+    "Its own server on the experiments' store: the run's page has our values and their curves."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store, log = own_store(trained.parent), open(tmp_path / "server.txt", "w")
+    server = subprocess.Popen([sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
+                              start_new_session=True, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"})
+    page = browser.new_page()
+    try:
+        for _ in range(240):
+            try: urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2); break
+            except OSError: time.sleep(0.5)
+        else: pytest.fail((tmp_path / "server.txt").read_text()[-2000:])
+        run = need_extra("mlflow.tracking", "mlflow").MlflowClient(store).get_run(kept_name(trained, "mlflow"))
+        page.goto(f"http://127.0.0.1:{port}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}")
+        page.wait_for_selector("text=epoch/train_loss", timeout=60_000)
+        assert page.get_by_text("epoch/valid_loss").count() and page.get_by_text("validation/loss").count()
+        page.goto(f"http://127.0.0.1:{port}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/model-metrics")
+        page.wait_for_selector("svg.main-svg", timeout=60_000)
+        page.screenshot(path=tmp_path / "mlflow.png")
+    finally:
+        page.close()
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
 
 
 def test_weights_are_the_same_without_loggers(dataset, trained, tmp_path):

@@ -12,6 +12,7 @@ from dwiml_nb.batch.sampler import DWIMLBatchIDSampler
 from dwiml_nb.cli.common import run_command
 from dwiml_nb.cli.fronts import dwiml_train_autoencoder, dwiml_train_l2t, dwiml_train_transformer
 from dwiml_nb.cli.runs import dwiml_train
+from dwiml_nb.core import registry
 from dwiml_nb.core.config import read_toml
 from dwiml_nb.core.errors import DataProblem
 from dwiml_nb.core.options import seed_all
@@ -61,6 +62,12 @@ max_batches_per_epoch_validation = 1
 clip_grad = 1.0
 device = "cpu"
 """
+
+
+@pytest.fixture(autouse=True)
+def trust_of_one_test(monkeypatch):
+    "What a test trusts is not brought in again by the next one."
+    monkeypatch.setattr(registry, "brought_in", dict(registry.brought_in))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,12 @@
 """Registered models: the contract, and each thing that Hyrax's own code does otherwise."""
+import ast
 import copy
+import json
+import multiprocessing
+import os
+import signal
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +20,9 @@ from dwiml_nb.models.items import ITEM_DATASETS, RegisteredBatchLoader
 from dwiml_nb.models.registered import REGISTERED_MODELS, dwiml_model, hyrax_model, registered_model
 from dwiml_nb.runs.resume import trainer_from_folder
 from dwiml_nb.runs.run_files import run_config, train, write_run_file
+from dwiml_nb.core.phantom import write_phantom
+from dwiml_nb.core.tractograms import load_tractogram, save_tractogram
+from dwiml_nb.study.create import create_study
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.tracking.tracker import Tracker
 from dwiml_nb.training.registered import RegisteredTrainer, trace_model
@@ -213,11 +222,12 @@ def test_hyrax_per_item_loss_lists(make):
 
 
 def test_hyrax_epoch_values_are_means_over_items(make):
-    trainer = make(max_epochs=1, batch_size=70)
+    trainer = make(max_epochs=1, batch_size=37)                                           # batches of 34 and of 35
     trainer.train_and_validate()
     rows, epoch = read_logs(trainer.experiment_folder, "batches"), read_logs(trainer.experiment_folder)
-    assert epoch["train_loss"][0] != rows["loss"][-1]
+    assert epoch["train_loss"][0] != rows["loss"][-1] and len(set(rows["n"])) > 1
     for name, column in (("loss", "train_loss"), ("norm", "norm")): assert epoch[column][0] == pytest.approx(np.average(rows[name], weights=rows["n"]))
+    assert epoch["norm"][0] != pytest.approx(np.mean(rows["norm"]), rel=1e-9)
 
 
 def test_hyrax_shuffling_draws_each_item_once(make, dataset):
@@ -324,6 +334,39 @@ def test_hyrax_inference_builds_no_gradient(make):
     assert trainer.model.net(torch.ones(2, 15)).requires_grad
 
 
+def test_hyrax_different_keys_from_train_and_validate(make):
+    @dwiml_model
+    class Differs(Bands):
+        def validate_step(self, batch): return {"loss": self(batch).square().mean(), "only_valid": 3.}
+    trainer = make(Differs)
+    trainer.train_and_validate()
+    epochs = read_logs(trainer.experiment_folder)
+    assert epochs["valid_only_valid"] == [3., 3.] and len(epochs["norm"]) == 2 and not {"only_valid", "valid_norm"} & set(epochs)
+
+
+def test_hyrax_ragged_arrays_of_different_lengths_collate(make):
+    seen = []
+    @dwiml_model
+    class Collects(Bands):
+        @staticmethod
+        def to_tensor(data_dict):
+            seen.append([len(v) for v in data_dict["data"]["bundles"]])
+            return Bands.to_tensor(data_dict)
+    make(Collects, max_epochs=1).train_and_validate()
+    assert len(set(seen[-1])) > 1                                                        # as lists
+    seen.clear()
+    @dwiml_model
+    class Collects(Bands):
+        @staticmethod
+        def to_tensor(data_dict):
+            own = data_dict["data"]
+            seen.append((own["input"].shape[:2], own["input_lengths"]))
+            return own["input"].sum(1)/own["input_lengths"][:, None]
+    make(Collects, "padded", max_epochs=1, loader=dict(collate_fn="pad")).train_and_validate()
+    (n, longest), lengths = seen[-1]
+    assert len(lengths) == n and max(lengths) == longest > min(lengths)                  # padded
+
+
 def test_names_are_unique_or_warned_about():
     class Twin(Bands): pass
     Twin.__module__ = "somewhere.else"
@@ -332,6 +375,125 @@ def test_names_are_unique_or_warned_about():
     with pytest.warns(UserWarning, match="two registered models are called Twin"): dwiml_model(Twin)
     for path in [k for k in REGISTERED_MODELS.entries if k.endswith("Twin")]: del REGISTERED_MODELS.entries[path]
     assert copy.copy(Twin) is Twin
+
+
+# Data per streamline
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    "The toy study with two numbers for each line: its bundle, and its place in the file."
+    folder = tmp_path_factory.mktemp("labelled")
+    subjects = write_phantom(folder / "subjects")
+    for trk in subjects.glob("*/bundles/*.trk"):
+        tractogram = load_tractogram(trk)
+        tractogram.dps["bundle"] = np.c_[np.full(len(tractogram), float(trk.stem == "bent")), np.arange(len(tractogram))]
+        save_tractogram(tractogram, trk, overwrite=True)
+    config = json.loads((subjects / "config.json").read_text())
+    config["bundles"]["dps_keys"] = ["bundle"]
+    return MultiSubjectDataset(create_study(subjects, folder / "study.hdf5", config, *(subjects / f"{o}.txt" for o in ("training", "validation", "testing"))).path).load_data()
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_data_per_streamline_is_a_field(labelled, tmp_path, ragged):
+    seen = []
+    @dwiml_model
+    class Labels(torch.nn.Module):
+        accepts_ragged = ragged
+        def __init__(self, config, data_sample):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 2)
+        def forward(self, batch): return self.layer(self.of(batch)[0])
+        def of(self, batch):
+            if not ragged: return batch
+            table = batch["data"]["bundle"]
+            seen.append((batch["object_id"], table.numpy()))
+            return table, table[:, 0].long()
+        def train_step(self, batch):
+            self.optimizer.zero_grad()
+            loss = self.criterion(self(batch), self.of(batch)[1])
+            loss.backward()
+            self.optimizer.step()
+            return {"loss": loss}
+        def validate_step(self, batch): return {"loss": self.criterion(self(batch), self.of(batch)[1])}
+        @staticmethod
+        def to_tensor(data_dict):
+            table = np.stack(data_dict["data"]["bundle"]).astype(np.float32)
+            seen.append((data_dict["object_id"], table))
+            return table, table[:, 0].astype(int)
+    groups = dict(streamline_group_name="bundles", input_group_name=None)
+    model = registered_model(Labels, {}, labelled, **groups)
+    sampler = DWIMLBatchIDSampler(labelled, "bundles", batch_size_training=50, batch_size_validation=50)
+    loader = RegisteredBatchLoader(labelled, model, split_ratio=.5, reverse_ratio=.5, **groups)
+    trainer = RegisteredTrainer(model, tmp_path, "labels", sampler, loader, max_epochs=1)
+    seen.clear()
+    trainer.train_and_validate()
+    kept = {s: subset.streamlines_of(i, "bundles").get_dps()["bundle"] for subset in (labelled.training, labelled.validation) for i, s in enumerate(subset.subjects)}
+    rows = [(o, row) for ids, table in seen for o, row in zip(ids, table, strict=True)]
+    assert {o.partition("/")[0] for o, _ in rows} == set(kept)
+    for o, row in rows: assert np.array_equal(row, kept[o.partition("/")[0]][int(o.partition("/")[2])]), o
+    assert {row[0] for _, row in rows} == {0., 1.}
+    again = trainer_from_folder(tmp_path, "labels", new_max_epochs=2)
+    again.train_and_validate()
+    assert len(read_logs(again.experiment_folder)["valid_loss"]) == 2
+
+
+# The loop's options
+
+def test_a_killed_run_goes_on_to_the_same_bits(make, tmp_path):
+    def killed():
+        trainer = make(name="killed", max_epochs=3, optimizer="Adam")
+        trainer.control.on_batch_end.append(lambda row: (row["epoch"], row["batch"]) == (1, 2) and os.kill(os.getpid(), signal.SIGKILL))
+        trainer.train_and_validate()
+    child = multiprocessing.get_context("fork").Process(target=killed)
+    child.start(); child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    whole, again = make(name="whole", max_epochs=3, optimizer="Adam"), trainer_from_folder(tmp_path, "killed")
+    for trainer in (whole, again): trainer.train_and_validate()
+    assert same(weights(whole), weights(again))
+    for which in ("epochs", "batches"):
+        a, b = ({k: v for k, v in read_logs(o.experiment_folder, which).items() if "second" not in k} for o in (whole, again))
+        assert a == b, which
+
+
+OPTIONS = {"bf16": dict(autocast="bf16"), "ema": dict(ema_decay=.5), "frozen": dict(frozen=["*bias"]), "cosine": dict(lr_schedule="cosine"),
+           "torch": dict(lr_schedule=dict(key="torch.optim.lr_scheduler.StepLR", step_size=1, gamma=.1)), "groups": dict(param_groups={"*bias": {"lr": .5}})}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_of_the_loop_count_and_resume(make, tmp_path, option):
+    plain, whole, part = make(name="plain"), make(name="whole", **OPTIONS[option]), make(name="part", **OPTIONS[option])
+    before = weights(whole)
+    part.control.on_batch_end.append(lambda row: (row["epoch"], row["batch"]) == (1, 0) and part.control.request_stop())
+    for trainer in (plain, whole, part): trainer.train_and_validate()
+    assert part.epoch == 1
+    again = trainer_from_folder(tmp_path, "part")
+    again.train_and_validate()
+    assert same(weights(whole), weights(again)) and read_logs(whole.experiment_folder)["train_loss"] == read_logs(again.experiment_folder)["train_loss"]
+    best = [list(load_model(o.experiment_folder / "best_model").parameters()) for o in (whole, plain)]
+    assert not same(*best)
+    if option == "frozen": assert torch.equal(before[1], weights(whole)[1]) and not torch.equal(before[0], weights(whole)[0])
+
+
+def test_init_weights_are_what_it_begins_with(make):
+    first = make()
+    first.train_and_validate()
+    second = make(name="second", init_weights=first.experiment_folder)
+    start = weights(second)
+    assert same(start, list(load_model(first.experiment_folder / "best_model").parameters()))
+    second.train_and_validate()
+    assert not same(start, weights(second))
+
+
+@pytest.mark.parametrize("option", [dict(accumulate=2), dict(clip_value=.1), dict(on_nan="skip")])
+def test_what_is_the_steps_own_is_refused_by_name(make, tmp_path, option):
+    with pytest.raises(ValueError, match=f"^{next(iter(option))} cannot be had"): make(**option)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_models_of_the_page_are_short():
+    page = json.loads((Path(__file__).parent.parent / "nbs/tutorials/02_three_models.ipynb").read_text())
+    found = [node for cell in page["cells"] if cell["cell_type"] == "code" for node in ast.parse("".join(cell["source"])).body if isinstance(node, ast.ClassDef)]
+    assert [o.name for o in found] == ["Around", "Names", "Squeezes"] and all(o.end_lineno - o.lineno + 2 < 40 for o in found)
 
 
 PACKAGE = '''

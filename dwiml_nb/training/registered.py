@@ -24,7 +24,7 @@ from ..models.registered import RegisteredModel, chance_kept, load_own
 from .means import Logged, Row
 from .optimizers import optimizer_class
 from .step import NotFinite, checked_values, refuse
-from .trainer import DWIMLTrainer
+from .trainer import DWIMLTrainer, check_step
 
 # %% ../../nbs/07_training/11_registered.ipynb #83110f5c
 @dataclass
@@ -104,6 +104,7 @@ class RegisteredTrainer(DWIMLTrainer):
                 raise TypeError(f"RegisteredTrainer: {what} is a {cls.__name__}, "
                                 f"found a {type(part).__name__}.")
         super().check_arguments()
+        check_step(RegisteredStep(None), self.loop)
 
     def make_phases(self):
         training,validation = super().make_phases()

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from dwiml_nb.core import registry
+from dwiml_nb.core.config import Config
+from dwiml_nb.core.errors import DataProblem
 from dwiml_nb.batch.sampler import DWIMLBatchIDSampler
 from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.models.base import load_model
 from dwiml_nb.models.items import ITEM_DATASETS, RegisteredBatchLoader
-from dwiml_nb.models.registered import REGISTERED_MODELS, dwiml_model, hyrax_model, registered_model
+from dwiml_nb.models.registered import REGISTERED_MODELS, build, dwiml_model, hyrax_model, registered_model
 from dwiml_nb.runs.resume import trainer_from_folder
 from dwiml_nb.runs.run_files import run_config, train, write_run_file
 from dwiml_nb.core.phantom import write_phantom
@@ -537,3 +539,13 @@ def test_from_a_package_with_its_defaults_in_one_file(dataset, tmp_path, monkeyp
     write_run_file(trainer, tmp_path / "again.toml")
     with pytest.warns(UserWarning): again = train(tmp_path / "again.toml", "training.experiment_name=b")
     assert same(weights(trainer), weights(again))
+
+
+@pytest.mark.parametrize("size, says", [(10**11, "no memory"), (10**18, "cannot have such a size"), (-1, "cannot have such a size")])
+def test_a_size_that_no_memory_holds_is_refused_before(size, says):
+    class Wide(torch.nn.Module):
+        def __init__(self, config, data_sample):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, config["model"]["Wide"]["classes"])
+    with pytest.raises(DataProblem, match=says): build(Wide, Config({"model": {"Wide": {"classes": size}}}), None)
+    assert build(Wide, Config({"model": {"Wide": {"classes": 4}}}), None).layer.weight.shape == (4, 3)

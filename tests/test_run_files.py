@@ -1,5 +1,6 @@
 """One run, begun in every way: the same weights, logs and record. And what a run file of a stranger cannot do."""
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -301,7 +302,9 @@ def test_a_file_does_not_say_where_rows_are_sent(here, monkeypatch):
     (["criterion.name=torch.nn.MSELoss"], "criterion"), (["training.experiment_name=../out"], "experiment"), (["logging.sinks=['nobody']"], "nobody"),
     (["optimizer.name=os.system"], "optimizer"), (["scheduler.name=os.system"], "os.system"), (["training.nb_cpu_processes=100000"], "1024"), (["seed=-1"], "seed"),
     (["optimizer.lr=0.1"], "both given"), (["model.dg_args.add_eso=true"], "add_eos"), (["data.input_group_name=inptu"], "input"), (["loader.beyond_mm=5"], "beyond_mm"),
-    (["training.checkpoint=x"], "unknown key"), (["trust.a=1"], "--trust")])
+    (["model=Learn2TrackModel"], "model is a table"), (["data.hdf5_file=5"], "data.hdf5_file"), (['data.hdf5_file="a\\u0000"'], "zero byte"),
+    (["data.input_group_name=5"], "a name, or names"), (["optimizer.betas=[0.9]"], "optimizer_args"), (['training.experiments_path="a\\u0000"'], "zero byte"),
+    (["training.checkpoint=x"], "unknown key"), (["training.max_epochs=0x" + "f"*4500], "below 2**64"), (["trust.a=1"], "--trust")])
 def test_a_value_that_makes_no_run_is_one_sentence(here, values, says, capsys):
     with pytest.raises(SystemExit) as e: run_command(dwiml_train, [str(here / "run.toml"), "training.experiment_name=bad", *values])
     assert isinstance(e.value.code, str) and says in e.value.code and "fault of dwiml_nb" not in e.value.code, e.value.code
@@ -313,3 +316,15 @@ def test_a_damaged_file_is_one_sentence(here, tmp_path):
         (tmp_path / "run.toml").write_text(text)
         with pytest.raises(DataProblem, match="run.toml"): run_config(tmp_path / "run.toml")
     with pytest.raises(DataProblem): run_config(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("row", [dict(best_loss="<b>"), dict(best_loss=[1]), dict(best_epoch=None), dict(seconds=float("inf")), dict(epoch="x")])
+def test_a_row_of_a_stranger_does_not_keep_the_table_from_being_shown(here, tmp_path, row):
+    "It is said to be unreadable, or shown without what it lacks; the others are there, in every order."
+    for name in ("good", "odd"): shutil.copytree(here / "experiments" / "file", tmp_path / name)
+    log = tmp_path / "odd" / "logs" / "epochs.jsonl"
+    log.write_text(json.dumps({**read_rows(log)[-1], **row}) + "\n")
+    for by in ("name", "best", "seconds", "epochs"):
+        table = runs_table(tmp_path, by=by)
+        assert {r["name"]: r["state"] for r in table} == {"good": "ended", "odd": "ended" if row == dict(best_epoch=None) else "unreadable"}
+        assert "<b>" not in table._repr_html_() and "good" in repr(table)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ALIASES', 'REGISTERED_MODELS', 'hyrax_model', 'CRITERIA', 'LOOKED_FOR', 'written_as', 'takes', 'problems_of',
            'dwiml_model', 'registered_class', 'package_config', 'torch_criteria', 'criterion_class', 'make_criterion',
-           'as_number', 'told_by_step', 'chance_kept', 'build', 'RegisteredModel', 'target_of', 'tried_validation',
-           'registered_model', 'text_of', 'hash_of', 'load_own', 'last_points']
+           'as_number', 'told_by_step', 'chance_kept', 'Weighed', 'build', 'RegisteredModel', 'target_of',
+           'tried_validation', 'registered_model', 'text_of', 'hash_of', 'load_own', 'last_points']
 
 # %% ../../nbs/05_models/16_registered.ipynb #e6932719
 import copy
@@ -22,12 +22,14 @@ import numpy as np
 import random
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from fastcore.basics import patch
 from ..core.config import Config, read_toml
 from ..core.errors import DataProblem, did_you_mean, naming
 from ..core.files import read_json
 from ..core.options import with_parts
 from ..core.ragged import Ragged
+from ..core.sizes import need_memory
 from ..core.registry import Registry, class_named, class_path, same_definition
 from ..batch.spec import spec_of
 from .base import as_json, read_model_folder
@@ -201,13 +203,34 @@ def chance_kept():
 LOOKED_FOR = ('step_size', 'nb_points', 'compress_lines', 'streamline_space', 'neighborhood_type',
               'neighborhood_radius', 'neighborhood_resolution')      # a class may say how it wants its lines
 
+class Weighed(TorchFunctionMode):
+    "Within this, no tensor is made that the memory cannot hold."
+    made = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
+    def __init__(self,
+        name:str, # Of the class
+    ):
+        super().__init__()
+        self.name,self.nbytes = name,0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in self.made:
+            plain = {k: v for k,v in kwargs.items() if k not in ('generator', 'pin_memory', 'out')}
+            with naming(f"the weights of {self.name} cannot have such a size", do="choose smaller layers."):
+                try: self.nbytes += function(*args, **{**plain, 'device': 'meta'}).nbytes
+                except RuntimeError as e: raise ValueError(str(e).split('\n')[0]) from e
+            need_memory(4*self.nbytes, f"the weights of {self.name}, their gradients and an optimiser",
+                        f"choose smaller layers in [model.{self.name}].")
+        return function(*args, **kwargs)
+
 def build(
     cls:type, # A registered class
     config:Config,
     data_sample, # What `to_tensor` made of the sample
 ) -> nn.Module:
     "An object of the class."
-    try: net = cls(config, data_sample)
+    try:
+        with Weighed(cls.__name__): net = cls(config, data_sample)
     except KeyError as e:
         if 'is not in the configuration' not in str(e): raise
         raise DataProblem(f"{cls.__name__} asks for a value that nobody gave: {e.args[0]}",

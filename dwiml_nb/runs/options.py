@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['NEEDED', 'REGISTRIES', 'MOST_TEXT', 'MOST_ITEMS', 'MOST_NUMBER', 'KINDS', 'MODELS', 'TRAINERS', 'ABOUT', 'FREE',
            'NOT_IN_FILES', 'PATHS', 'of_run', 'GROUPS', 'OPTIMIZATION', 'Option', 'options_told', 'kinds_of', 'meant',
-           'is_a', 'is_huge', 'problem_with', 'unknown_key', 'Classes', 'classes_of', 'name_of_class', 'is_registered',
-           'left', 'name_option', 'data_options', 'optimizer_options', 'model_options', 'criterion_options',
-           'tables_of']
+           'is_a', 'is_huge', 'are_names', 'problem_with', 'unknown_key', 'Classes', 'name_in', 'classes_of',
+           'name_of_class', 'is_registered', 'left', 'name_option', 'data_options', 'optimizer_options',
+           'model_options', 'criterion_options', 'tables_of']
 
 # %% ../../nbs/08_runs/02_options.ipynb #35cc9bb5
 import inspect
 import re
+from collections.abc import Mapping
 import types
 from dataclasses import dataclass
 from functools import cache
@@ -130,6 +131,14 @@ def is_huge(
     if isinstance(value, str): return len(value) > MOST_TEXT
     return isinstance(value, (int, float)) and not abs(value) < MOST_NUMBER
 
+def are_names(
+    value, # None: not given
+) -> bool:
+    "Is it a name, a list of names, or a table of these?"
+    if isinstance(value, Mapping): return all(map(are_names, value.values()))
+    return value is None or isinstance(value, str) or \
+        isinstance(value, (list, tuple)) and all(isinstance(o, str) for o in value)
+
 def problem_with(
     path:str, # 'training.max_epochs'
     value, # As the class would get it
@@ -140,8 +149,12 @@ def problem_with(
     def wrong(expected, hint=''):
         return DataProblem(f"{path} cannot be {value!r:.60}.{hint}", expected=expected, file=file)
     if is_huge(value):
+        value = hex(value) if isinstance(value, int) else value        # thousands of digits are not printed
         return wrong(f"a finite number below 2**64, text of at most {MOST_TEXT} characters, lists of at most "
                      f"{MOST_ITEMS} values")
+    if isinstance(value, str) and '\0' in value: return wrong("text without a zero byte")
+    if path in PATHS and not isinstance(value, (str, type(None))): return wrong("a path, as text")
+    if path.removeprefix('data.') in GROUPS and not are_names(value): return wrong("a name, or names")
     if value is None and (option.default is None or str not in kinds_of(option)): return None
     if get_origin(option.kind) is Literal:
         if value in get_args(option.kind): return None
@@ -172,14 +185,22 @@ class Classes(NamedTuple):
     loader:type
     trainer:type
 
+def name_in(
+    tables, # What was given
+    table:str,
+): # None: it is not there, or it is no table
+    "The key `name` of a table."
+    found = tables.get(table)
+    return found.get('name') if isinstance(found, Mapping) else None
+
 def classes_of(
     tables, # What was given: the file and what was typed
 ) -> Classes:
     "The classes that a run's tables name, or the usual ones."
     def named(table, base, usual):
-        name = (tables.get(table) or {}).get('name')
+        name = name_in(tables, table)
         return usual if name is None else class_named(name, base)
-    own = (tables.get('model') or {}).get('name')
+    own = name_in(tables, 'model')
     if isinstance(own, str) and own in REGISTERED_MODELS:
         return Classes(REGISTERED_MODELS[own], named('sampler', DWIMLBatchIDSampler, DWIMLBatchIDSampler),
                        named('loader', RegisteredBatchLoader, RegisteredBatchLoader),
@@ -293,7 +314,7 @@ def tables_of(
     "Every key of a run file."
     given = dict(given)
     seed,models = {'seed': Option('seed', None, int, of_run)},', '.join(o.__name__ for o in MODELS)
-    named = lambda table: (given.get(table) or {}).get('name')
+    named = lambda table: name_in(given, table)
     training,sinks = left(classes.trainer, *OPTIMIZATION), options_told(classes.trainer)['sinks']
     training['experiments_path'] = Option('experiments_path', 'experiments', str, "Folder of all experiments")
     schedule = options_told(classes.trainer)['lr_schedule']

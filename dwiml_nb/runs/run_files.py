@@ -178,7 +178,8 @@ def of_table(
     "What a class says of its arguments, with the table they come from."
     try: yield
     except DataProblem: raise
-    except (ValueError, TypeError) as e: raise DataProblem(f"[{name}] cannot be used: {e}") from e
+    except (ValueError, TypeError, IndexError, OverflowError) as e:
+        raise DataProblem(f"[{name}] cannot be used: {e}") from e
 
 def check_size(
     cls:type, # Of a model

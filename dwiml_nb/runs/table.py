@@ -77,6 +77,11 @@ def run_row(
         done = (last.get('epoch', -1) + 1)
         running = sum(b.get('seconds', 0) for b in batches if b['epoch'] >= done)
         study = {'study': record.get('dataset', {}).get('hdf5_file')}
+        numbers = {k: last.get(k) for k in ('epoch', 'best_epoch', 'best_loss', 'best_value', 'seconds')}
+        for k,v in numbers.items():
+            endless = k in ('epoch', 'seconds') and v is not None and v == float('inf')
+            if isinstance(v, (int, float, type(None))) and not endless: continue
+            raise ValueError(f"{k} of the last epoch is {v!r:.60}, and no number")
         return {**row, 'state': state, 'when': when, 'why': why, 'epochs': done,
                 'options': {**parts, **study}, 'max_epochs': options.get('max_epochs'),
                 'best': last.get('best_loss', last.get('best_value')), 'best_epoch': last.get('best_epoch'),
@@ -110,7 +115,8 @@ class RunsTable:
         keys = list(self.differ)
         head = ('name', 'state', 'best', 'epochs', 'time', 'device', 'when', *keys, '')
         short = lambda v: '' if v is None else str(v)[:40]
-        best = lambda r: '' if r['best'] is None else f"{r['best']:.5g} (epoch {r['best_epoch'] + 1})"
+        best = lambda r: '' if r['best'] is None else \
+            f"{r['best']:.5g}" + (f" (epoch {r['best_epoch'] + 1})" if r['best_epoch'] is not None else '')
         return [head, *((r['name'], r['state'], best(r), f"{r['epochs']} of {r['max_epochs'] or '?'}",
                          duration(r['seconds']), r['device'], r['when'].replace('T', ' '),
                          *(short(self.differ[k].get(r['name'])) for k in keys), printable(r['why'], '', 200))

@@ -77,7 +77,7 @@ def make_optimizer(
     own = list(inspect.signature(cls.__init__).parameters)[2:]
     for group in groups: refuse_unknown([k for k in group if k != 'params'], own, f'a group of {optimizer}')
     try: made = cls(groups or parameters, lr=lr, **args)
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, IndexError) as e:
         raise ValueError(f"{optimizer} cannot be made with {args}: {e}. Correct its optimizer_args.") from e
     return with_shares(made, lr) if groups else made
 

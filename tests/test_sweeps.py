@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import signal
+import sqlite3
 from pathlib import Path
 
 import optuna
@@ -127,3 +128,27 @@ def test_said_before_anything_is_made(here):
                         ("sweep.value=3",): "sweep.value", ("sweep.sampler=grid",): "a grid needs a step", ("sweep.space.model.dropout={low=0, high=1, if=2}",): "cannot depend"}.items():
         with pytest.raises(ValueError, match=said): sweeps.sweep(here / "run.toml", "training.experiment_name=wrong", *words)
     assert not (here / "experiments" / "wrong").exists()
+
+
+def test_a_finished_run_is_not_taken_for_a_trial_with_other_values(here):
+    "The database is gone and the draw is another: the old value is not given to the new values."
+    words, folder = ["training.experiment_name=gone", "training.max_epochs=1"], here / "experiments" / "gone"
+    sweeps.sweep(here / "run.toml", *words, trials=1)
+    (folder / "sweep.db").unlink()
+    (here / "seed.toml").write_text(RUN.replace("trials = 5", "trials = 5\nseed = 8"))
+    sweeps.sweep(here / "seed.toml", *words, trials=1)
+    row, = sweeps.sweep_rows(sweeps.open_study(folder))
+    assert row["state"] == "fail" and "trained with another" in str(row)
+
+
+@pytest.mark.parametrize("damage", ["update trial_params set distribution_json='x'", "update trials set state='NOPE'", "garbage", "update study_user_attributes set value_json='\"x\"'"])
+def test_a_damaged_database_is_one_sentence(here, damage):
+    name = f"damaged{len(damage)}"
+    words, base = [f"training.experiment_name={name}", "training.max_epochs=1"], here / "experiments" / name / "sweep.db"
+    sweeps.sweep(here / "run.toml", *words, trials=1)
+    if damage == "garbage": base.write_bytes(b"garbage"*1000)
+    else:
+        with sqlite3.connect(base) as open_: open_.execute(damage)
+    before = base.read_bytes()
+    with pytest.raises(DataProblem, match="database"): sweeps.sweep(here / "run.toml", *words, trials=1)
+    assert base.read_bytes() == before

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RANGE', 'SAMPLERS', 'PRUNERS', 'TABLE', 'WORDS', 'check_range', 'checked_space', 'sweep_table', 'grid_points',
-           'label', 'draw_values', 'typed', 'PruneEpochs', 'value_of', 'result', 'is_done', 'train_trial', 'claim',
-           'alone', 'next_trial', 'make_sampler', 'quiet_optuna', 'open_study', 'kept', 'make_pruner',
-           'check_same_sweep', 'work', 'do_trial', 'sweep_folder', 'sweep', 'start_workers', 'sweep_rows',
-           'sweep_figures', 'write_sweep_page']
+           'label', 'draw_values', 'typed', 'PruneEpochs', 'value_of', 'result', 'is_done', 'check_same_trial',
+           'train_trial', 'claim', 'alone', 'next_trial', 'make_sampler', 'quiet_optuna', 'open_study', 'kept',
+           'make_pruner', 'check_same_sweep', 'work', 'do_trial', 'sweep_folder', 'sweep', 'start_workers',
+           'sweep_rows', 'sweep_figures', 'write_sweep_page']
 
 # %% ../../nbs/08_runs/04_sweeps.ipynb #cc53df92
 import itertools
@@ -202,6 +202,20 @@ def is_done(
     monitor.load_state(checkpoint.state['monitor'])
     return checkpoint.state['epoch'] >= kept['max_epochs'] or monitor.is_patience_reached
 
+def check_same_trial(
+    experiment:Path, # Folder of a trial's experiment; it may not be there yet
+    config, # Of the run that is asked for
+    space:dict, # As from `checked_space`
+):
+    "Refuse an experiment that was trained with other values than those that were drawn."
+    if not (experiment/'run.toml').is_file(): return
+    there = run_config(experiment, complete=False)
+    for path in space:
+        if there.get(path) == config.get(path): continue
+        raise DataProblem(f"the experiment that is here was trained with another {path}", file=experiment,
+                          expected=config.get(path), found=there.get(path),
+                          do="give the sweep another experiment_name.")
+
 def train_trial(
     trial, # `optuna.Trial`
     source, # Path of the run file
@@ -214,6 +228,7 @@ def train_trial(
     own = typed(draw_values(trial, table['space'])) + [f'training.experiment_name={name}']
     config = run_config(source, *overrides, *own, training={'experiments_path': str(folder)})
     log = folder/name/'logs'/'epochs.jsonl'
+    check_same_trial(folder/name, config, table['space'])
     if not (folder/name).exists(): trainer = run_parts(config).trainer
     elif is_done(folder/name): return 'COMPLETE', result(read_rows(log), table)
     else: trainer = trainer_from_folder(folder, name, device=config['training']['device'])
@@ -309,6 +324,7 @@ def open_study(
     patient = {'connect_args': {'timeout': 60}} if url.startswith('sqlite') else {}    # others write too
     with naming("the database of the sweep cannot be opened", file=storage or folder, do="check it."):
         rows = optuna.storages.RDBStorage(url, engine_kwargs=patient)
+        for one in rows.get_all_studies(): rows.get_all_trials(one._study_id, deepcopy=False)
     if table is None: return optuna.load_study(study_name=folder.name, storage=rows)
     with alone(folder):
         study = optuna.create_study(storage=rows, study_name=folder.name, direction=table['direction'],
@@ -334,6 +350,9 @@ def check_same_sweep(
     "Refuse to go on with a sweep of something else."
     now = {k: v for k,v in table.items() if k not in ('trials', 'pruner')}
     then = study.user_attrs.get('sweep')
+    if not isinstance(then, (dict, type(None))):
+        raise DataProblem("the database does not say what is swept", found=repr(then)[:80], file=folder,
+                          do="give this one another experiment_name.")
     if then is None: return study.set_user_attr('sweep', now)
     now = json.loads(json.dumps(now))
     if other := [k for k in now if then.get(k) != now[k]]:

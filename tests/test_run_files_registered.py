@@ -13,15 +13,15 @@ PACKAGE = '''import torch
 from dwiml_nb.models.registered import hyrax_model
 
 @hyrax_model
-class Bands(torch.nn.Module):
+class TheirBands(torch.nn.Module):
     def __init__(self, config, data_sample):
         super().__init__()
         self.config = config
-        self.layer = torch.nn.Linear(data_sample.shape[1], config["model"]["Bands"]["classes"])
+        self.layer = torch.nn.Linear(data_sample.shape[1], config["model"]["TheirBands"]["classes"])
     def forward(self, batch): return self.layer(batch)
     def train_step(self, batch):
         self.optimizer.zero_grad()
-        loss = self.criterion(self(batch), batch.argmax(1) % self.config["model"]["Bands"]["classes"])
+        loss = self.criterion(self(batch), batch.argmax(1) % self.config["model"]["TheirBands"]["classes"])
         loss.backward()
         self.optimizer.step()
         return {"loss": [loss.item()], "norm": batch.norm().item()}
@@ -36,7 +36,7 @@ hdf5_file = "study.hdf5"
 input_group_name = "input"
 streamline_group_name = "bundles"
 [model]
-name = "Bands"
+name = "TheirBands"
 [criterion]
 name = "CrossEntropyLoss"
 label_smoothing = 0.1
@@ -59,7 +59,7 @@ def here(tmp_path_factory):
     package = folder / "my_bands"
     package.mkdir()
     (package / "__init__.py").write_text(PACKAGE)
-    (package / "default_config.toml").write_text("[model.Bands]\nclasses = 4\n")
+    (package / "default_config.toml").write_text("[model.TheirBands]\nclasses = 4\n")
     return folder
 
 
@@ -69,15 +69,15 @@ def test_a_registered_model_of_a_package(here, monkeypatch):
     with pytest.raises(DataProblem): run_config(here / "run.toml")                                  # not trusted: not imported
     with trusting("my_bands"):
         config = run_config(here / "run.toml")
-        assert config["model"]["Bands"]["classes"] == 4 and config.origin("model.Bands.classes") == "package my_bands"
+        assert config["model"]["TheirBands"]["classes"] == 4 and config.origin("model.TheirBands.classes") == "package my_bands"
         assert config["optimizer"]["name"] == "SGD" and config.origin("criterion.label_smoothing") == "run.toml"
         for wrong, says in (("criterion.label_smothing=0", "label_smoothing"), ("criterion.name=CrosEntropyLoss", "CrossEntropyLoss"), ("optimizer.momentun=0", "momentum"), ("criterion.name=os.system", "not allowed")):
             with pytest.raises(DataProblem, match=says): run_config(here / "run.toml", wrong)
-        one = train(here / "run.toml", "model.Bands.classes=3")
+        one = train(here / "run.toml", "model.TheirBands.classes=3")
         assert one.model.net.layer.out_features == 3 and one.model.net.criterion.label_smoothing == .1
         again = train(one.experiment_folder, "training.experiment_name=again")
         made = train(write_run_file(one, here / "made.toml"), "training.experiment_name=made", "training.device=cpu")
-        stopped = run_parts(run_config(here / "run.toml", "model.Bands.classes=3", "training.experiment_name=stopped")).trainer
+        stopped = run_parts(run_config(here / "run.toml", "model.TheirBands.classes=3", "training.experiment_name=stopped")).trainer
         stopped.control.on_batch_end.append(lambda row: stopped.control.request_stop())
         stopped.train_and_validate()
         resumed = trainer_from_folder(here / "experiments", "stopped")
@@ -85,5 +85,5 @@ def test_a_registered_model_of_a_package(here, monkeypatch):
         for other in (again, made, resumed):
             a, b = one.model.state_dict(), other.model.state_dict()
             assert all(torch.equal(a[k], b[k]) for k in a)
-        assert read_toml(one.experiment_folder / "run.toml")["model"]["Bands"] == {"classes": 3}
-        with pytest.raises(TypeError, match="model.Bands.classes"): one.model.net.config["model"]["Bands"]["classes"] = 9
+        assert read_toml(one.experiment_folder / "run.toml")["model"]["TheirBands"] == {"classes": 3}
+        with pytest.raises(TypeError, match="model.TheirBands.classes"): one.model.net.config["model"]["TheirBands"]["classes"] = 9

@@ -21,6 +21,7 @@ from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.models.learn2track import Learn2TrackModel
 from dwiml_nb.study.bids import bids_phantom
 from dwiml_nb.study.toy import toy_study
+from dwiml_nb.training.loggers import kept_name
 from dwiml_nb.training.trainer import DWIMLTrainerOneInput
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +41,7 @@ class Reached(BaseException):
 
 # what takes long, in the module that calls it
 WORK = ["study.create.write_study", "study.grow.finished_parts", "study.grow.copy_object", "study.check_apart.subprocess.run", "core.sh.fit_attenuation", "viz.plots.draw_graph", "models.checks.run_checks",
-        "tracking.tracker.Tracker.track", "training.trainer.DWIMLTrainer.train_and_validate", "cli.fronts.run_parts", "demo.run.demo_study", "runs.export.write_onnx"]
+        "tracking.tracker.Tracker.track", "training.trainer.DWIMLTrainer.train_and_validate", "cli.fronts.run_parts", "demo.run.demo_study", "runs.export.write_onnx", "cli.logs.open_comet"]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,7 @@ def here(tmp_path_factory):
     model = Learn2TrackModel(nb_features=dataset.nb_features["input"], rnn_key="gru", rnn_layer_sizes=[4], step_size=2.0)
     DWIMLTrainerOneInput(model, folder / "experiments", "first", DWIMLBatchIDSampler(dataset, "bundles", batch_size_training=30), DWIMLBatchLoaderOneInput(dataset, model, "input", "bundles"),
                          max_epochs=1, max_batches_per_epoch_training=1, max_batches_per_epoch_validation=1, device="cpu").train_and_validate()
+    kept_name(folder / "experiments" / "first", "comet", "0" * 32)                                # as if it had a record there
     (folder / "run.toml").write_text("[data]\nhdf5_file = 'study.hdf5'\ninput_group_name = 'input'\nstreamline_group_name = 'bundles'\n[training]\nexperiment_name = 'run'\ndevice = 'cpu'\n[model]\nstep_size = 2.0\n")
     bids_phantom(folder / "bids", n_subjects=3)
     shutil.copytree(folder / "subjects" / "sub-01", folder / "subjects" / "sub-09")

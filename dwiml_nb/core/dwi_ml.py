@@ -427,8 +427,8 @@ COMMANDS = {              # command of dwi_ml -> what to use instead
     'scil_score_ismrm_Renauld2023.sh': '`dwiml_score`',
     'l2t_update_deprecated_exp': 'nothing in its place: `load_model` reads older folders as they are',
     'l2t_visualize_weights_evolution': 'nothing in its place: it no longer runs in dwi_ml',
-    'dwiml_send_value_to_comet_from_log': '`dwiml_send_value_to_comet_from_log`: an archive to upload',
-    'dwiml_send_value_to_comet_manually': '`dwiml_send_value_to_comet_manually`: an archive to upload',
+    'dwiml_send_value_to_comet_from_log': '`dwiml_send_value_to_comet_from_log`',
+    'dwiml_send_value_to_comet_manually': '`dwiml_send_value_to_comet_manually`',
     'tt_train_model': '`dwiml_train_transformer`',
     'tt_resume_training_from_checkpoint': '`dwiml_resume_training_from_checkpoint`',
     'tt_update_deprecated_exp': 'nothing in its place: `load_model` reads older folders as they are',
@@ -462,9 +462,8 @@ OPTIONS = {               # command of dwi_ml -> its option -> what to use inste
         **same('--rename_log1', '--rename_log2', '--ignore_first_epochs', '--show_individual_logs',
                '--show_first_order_fit', '--show_second_order_fit', '--xlim', '--ylim', '-f'),
         '-v': 'nothing in its place: correlations are always told'},
-    'dwiml_send_value_to_comet_from_log': {
-        **same('--logs', '--metric_names', '--use_best'),
-        '--use_suggested_name': '`--use_suggested_names`'},
+    'dwiml_send_value_to_comet_from_log': same('--logs', '--metric_names', '--use_suggested_names',
+                                               '--use_best'),
 }
 
 # %% ../../nbs/00_core/17_dwi_ml.ipynb #9f4ac9c9

@@ -36,7 +36,7 @@ from dwiml_nb.training.trainer import DWIMLTrainerOneInput
 try: from dwiml_nb.training.sinks import read_rows
 except ImportError: from dwiml_nb.training.loggers import read_rows  # where version 0.1.0 has it
 
-TIMES = ("seconds", "points_per_second")  # of a logged row: never twice the same
+TIMES = ("seconds", "points_per_second", "waiting_seconds")  # of a logged row: never twice the same
 
 # name -> study, lines of a training batch, after how many batches (training and validation) it was stopped, and the options of its parts
 EXPERIMENTS = {

@@ -341,7 +341,7 @@ def trainer_of(dataset, folder, name, kind="gru", cls=DWIMLTrainerOneInputWithGV
 
 def rows_of(trainer, which="epochs"):
     rows = [json.loads(line) for line in (trainer.experiment_folder / "logs" / f"{which}.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "points_per_second")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "points_per_second", "waiting_seconds")} for row in rows]
 
 
 def same_weights(a, b): return all(torch.equal(x, y) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True))

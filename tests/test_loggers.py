@@ -99,7 +99,7 @@ def in_comet(folder):
 
 
 READERS = dict(csv=in_csv, tensorboard=in_tensorboard, mlflow=in_mlflow, comet=in_comet)
-TIMES = ("seconds", "points_per_second")
+TIMES = ("seconds", "points_per_second", "waiting_seconds")
 
 
 def check_same_numbers(folder, key):

@@ -47,7 +47,7 @@ from dwiml_nb.training.trainer import DWIMLTrainer, DWIMLTrainerOneInput
 try: from dwiml_nb.training.sinks import read_rows
 except ImportError: from dwiml_nb.training.loggers import read_rows  # where version 0.1.0 has it
 
-TIMES = ("seconds", "points_per_second")  # of a logged row
+TIMES = ("seconds", "points_per_second", "waiting_seconds")  # of a logged row
 WHOLE = 2  # batches of each phase whose values are kept; of later ones a digest
 RECIPES = {}
 

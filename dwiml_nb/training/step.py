@@ -176,7 +176,7 @@ def refuse(
 
 # %% ../../nbs/07_training/08_step.ipynb #4be9c840
 TAKEN = ('phase', 'epoch', 'batch', 'loss', 'n', 'grad_norm', 'learning_rate', 'seconds', 'points_per_second',
-         'train_loss', 'valid_loss', 'nb_batches', 'is_best', 'best_epoch', 'best_loss',
+         'waiting_seconds', 'train_loss', 'valid_loss', 'nb_batches', 'is_best', 'best_epoch', 'best_loss',
          'skipped')                                                                        # in the logs
 
 def checked_values(

@@ -413,10 +413,12 @@ def batch_row(
     row:Row, # Of the step
     points:int, # Points of the batch's lines
     seconds:float, # Loading included
+    waited:float, # Seconds of it until the batch was there
 ) -> dict:
     "What the log keeps of a batch."
     return {'phase': phase, 'epoch': epoch, 'batch': batch, 'loss': row.loss, 'n': row.n, **row.numbers(),
-            'seconds': round(seconds, 6), 'points_per_second': round(points/max(seconds, 1e-9))}
+            'seconds': round(seconds, 6), 'points_per_second': round(points/max(seconds, 1e-9)),
+            'waiting_seconds': round(waited, 6)}
 
 def count_batch(
     trainer, # `DWIMLTrainer`
@@ -424,11 +426,12 @@ def count_batch(
     row:Row, # Of the batch that was just done
     points:int, # Points of its lines
     seconds:float, # Loading included
+    waited:float, # Seconds of it until the batch was there
 ):
     "Add a batch to the sums, send its row, step to the next batch."
     check_columns(phase, trainer.phases, row.values)
     trainer.sums.add(phase.name, row)
-    columns = batch_row(phase.name, trainer.epoch, trainer.batch, row, points, seconds)
+    columns = batch_row(phase.name, trainer.epoch, trainer.batch, row, points, seconds, waited)
     trainer.sinks.send('batch', columns)
     trainer.batch += 1
     trainer.spent['seconds'] += seconds
@@ -460,15 +463,16 @@ def go_through(self:DWIMLTrainer,
                    total=total - self.batch, unit='batch')
     began = time.perf_counter()
     for batch in bar:
-        waited = time.perf_counter()
+        there = time.perf_counter()
+        waited = there - began
         if not obey(self): break
-        began += time.perf_counter() - waited
+        began += time.perf_counter() - there
         self.gather.at(self.batch, total)
         seed_batch(self.seed, name, epoch, self.batch, self.device)
         with torch.set_grad_enabled(learn is not None), targets_kept(self.model, self.batch_loader):
             row = step(self.batch_loader.hand_out(batch))
         began,seconds = time.perf_counter(), time.perf_counter() - began
-        count_batch(self, phase, row, len(batch.lines.data), seconds)
+        count_batch(self, phase, row, len(batch.lines.data), seconds, waited)
         bar.set_postfix(loss=f"{self.sums[name, 'loss'].mean:.4g}", refresh=False)
 
 # %% ../../nbs/07_training/11_trainer.ipynb #ffcde9ac

@@ -58,6 +58,7 @@ def here(tmp_path_factory):
     bids_phantom(folder / "bids", n_subjects=3)
     shutil.copytree(folder / "subjects" / "sub-01", folder / "subjects" / "sub-09")
     (folder / "new.txt").write_text("sub-09")
+    np.save(folder / "matrix.npy", np.eye(4, dtype=int))
     nonsense = folder / "nonsense"
     (nonsense / "folder").mkdir(parents=True)
     for name, text in {"words.txt": "a b c", "list.json": "[1]", "deep.json": "[" * 100_000, "binary.trk": "\x00\x01" * 900}.items(): (nonsense / name).write_text(text)
@@ -71,6 +72,7 @@ def usual(here):
     study, subjects, experiment, out = here / "study.hdf5", here / "subjects", here / "experiments" / "first", here / "out"
     lists = [subjects / f"{s}.txt" for s in ("training", "validation", "testing")]
     dwi = [subjects / "sub-01" / "dwi" / f"dwi.{kind}" for kind in ("nii.gz", "bval", "bvec")]
+    brain, bundle = subjects / "sub-01" / "masks" / "brain.nii.gz", sorted((subjects / "sub-01" / "bundles").glob("*.trk"))[0]
     return {"dwiml_create_hdf5_dataset": [subjects, out / "new.hdf5", subjects / "config.json", *lists],
             "dwiml_hdf5_add_subjects": [study, subjects, "--training", here / "new.txt"],
             "dwiml_hdf5_repack": [study, "--out", out / "one.hdf5", "-f"],
@@ -93,6 +95,10 @@ def usual(here):
             "dwiml_track_from_model": [experiment, "sub-04", out / "a.trk", "seed_mask", "-f", "--device", "cpu"],
             "dwiml_score": [sorted((subjects / "sub-04" / "bundles").glob("*.trk"))[0], subjects / "sub-04"],
             "dwiml_check_model": ["dwiml_nb.models.learn2track:Learn2TrackModel", "--args", '{"nb_features": 5}'],
+            "dwiml_compute_connectivity_matrix_from_blocs": [brain, bundle, out / "blocs.npy", "4", "4", "1", "-f"],
+            "dwiml_compute_connectivity_matrix_from_labels": [brain, bundle, out / "labels.npy", "-f"],
+            "dwiml_compute_connectivity_score": [here / "matrix.npy", here / "matrix.npy"],
+            "dwiml_divide_volume_into_blocs": [brain, out / "where.nii.gz", "4", "-f"],
             "dwiml_sweep": [here / "run.toml", "training.experiment_name=swept", "sweep.space.model.dropout=[0.0, 0.1]"],
             "dwiml_export": [experiment, out / "a.onnx", "-f"],
             "dwiml_demo": ["--out", out / "demo", "--device", "cpu"]}

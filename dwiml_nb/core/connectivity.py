@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Regions', 'label_of_rows', 'regions_of_study', 'end_regions', 'connectivity_matrix', 'is_connection',
-           'connectivity_scores']
+           'connectivity_scores', 'runs_of_labels', 'longest_connections', 'lines_between', 'extreme_connection']
 
 # %% ../../nbs/00_core/19_connectivity.ipynb #a334886c
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import numpy as np
 from scipy import sparse
 from fastcore.basics import patch
 from .errors import DataProblem, naming
+from .lines import resample_step
 from .ragged import Ragged
 
 # %% ../../nbs/00_core/19_connectivity.ipynb #43a26bd5
@@ -151,7 +152,58 @@ def connectivity_scores(
     m,r = (np.abs(sparse.csr_matrix(o).astype(float)) for o in (matrix, reference))
     if m.shape != r.shape:
         raise DataProblem("the two connectivity matrices are about other regions", r.shape, m.shape)
+    if m.shape[0] != m.shape[1] or not np.isfinite(m.sum() + r.sum()):
+        raise DataProblem("this is no connectivity matrix", "as many rows as columns, of finite numbers",
+                          f"{m.shape[0]} x {m.shape[1]} numbers with the sums {m.sum():g} and {r.sum():g}")
     m,r = (sparse.triu(o + sparse.tril(o, -1).T).tocsr() for o in (m, r))
     right = m.multiply(r != 0)
     return {'false_connections': float(1 - right.sum()/m.sum()) if m.nnz else 0.,
             'found_connections': float(right.nnz/r.nnz) if r.nnz else 1.}
+
+# %% ../../nbs/00_core/19_connectivity.ipynb #57c8ef8d
+def runs_of_labels(
+    lines:Ragged, # (P, 3) vox
+    labels:np.ndarray, # (X, Y, Z) whole numbers, 0: background
+) -> tuple: # arrays, one value a run: line, label, length in voxels
+    "The stretches of lines in which the label stays the same, to a quarter of a voxel."
+    fine = resample_step(lines, .25)
+    line,index = fine.line_index.numpy(), np.floor(fine.data.numpy().astype(np.float64)).astype(np.int64)
+    inside = ((index >= 0) & (index < labels.shape)).all(1)
+    label = np.where(inside, labels[tuple(index.clip(0, np.array(labels.shape) - 1).T)], 0)
+    first = np.flatnonzero(np.r_[True, (label[1:] != label[:-1]) | (line[1:] != line[:-1])][:len(line)])
+    return line[first], label[first], np.diff(np.r_[first, len(line)])/4
+
+def longest_connections(
+    lines:Ragged, # (P, 3) vox
+    labels:np.ndarray, # (X, Y, Z) whole numbers, 0: background
+) -> np.ndarray: # (S, 2) labels; 0: the line connects nothing
+    "The labels at both ends of each line's longest piece between two regions."
+    line,label,length = runs_of_labels(lines, labels)
+    found,n = np.zeros((len(lines), 2), np.int64), np.arange(len(line))
+    before,after = n - 1, n + (label == 0)          # two regions that touch have nothing between them
+    there = (before >= 0) & (after < len(n))
+    a,b = before[there], after[there]
+    fine = (line[a] == line[b]) & (label[a] != 0) & (label[b] != 0)
+    a,b,between = a[fine], b[fine], np.where(label[there] == 0, length[there], 0)[fine]
+    order = np.argsort(between, kind='stable')                                  # the longest is written last
+    found[line[a[order]]] = np.stack([label[a], label[b]], 1)[order]
+    return found
+
+# %% ../../nbs/00_core/19_connectivity.ipynb #21d7d745
+def lines_between(
+    ends, # (S, 2) regions of the ends of lines
+    a:int, # A region
+    b:int, # Another one, or the same
+) -> np.ndarray: # (S,) bool
+    "The lines that connect two regions, in either direction."
+    return (np.sort(np.asarray(ends).reshape(-1, 2), 1) == (min(a, b), max(a, b))).all(1)
+
+def extreme_connection(
+    matrix, # (K, K) sparse, counts
+    smallest:bool=False, # Of those that have a line
+) -> tuple: # (row, column); None: there is no line
+    "The connection with most lines, or with fewest."
+    entries = sparse.coo_array(matrix)
+    if not entries.nnz: return None
+    i = (np.argmin if smallest else np.argmax)(entries.data)
+    return tuple(int(o[i]) for o in entries.coords)

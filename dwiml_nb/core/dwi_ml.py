@@ -435,10 +435,9 @@ COMMANDS = {              # command of dwi_ml -> what to use instead
     'tt_visualize_weights': f'{YET}: pictures of attention; `OriginalTransformerModel.forward` has weights',
     **for_each(f'{YET}: the loss along lines', 'l2t_visualize_loss', 'tt_visualize_loss'),
     'dwiml_visualize_logs_correlation': '`dwiml_visualize_logs_correlation`',
-    **for_each(f'{YET}: a command; `dwiml_nb.core.connectivity` has what it does',
-               'dwiml_compute_connectivity_matrix_from_blocs',
-               'dwiml_compute_connectivity_matrix_from_labels', 'dwiml_compute_connectivity_score',
-               'dwiml_divide_volume_into_blocs'),
+    **{name: f'`{name}`' for name in (
+        'dwiml_compute_connectivity_matrix_from_blocs', 'dwiml_compute_connectivity_matrix_from_labels',
+        'dwiml_compute_connectivity_score', 'dwiml_divide_volume_into_blocs')},
 }
 
 # %% ../../nbs/00_core/17_dwi_ml.ipynb #5d1582a9
@@ -462,9 +461,22 @@ OPTIONS = {               # command of dwi_ml -> its option -> what to use inste
         **same('--rename_log1', '--rename_log2', '--ignore_first_epochs', '--show_individual_logs',
                '--show_first_order_fit', '--show_second_order_fit', '--xlim', '--ylim', '-f'),
         '-v': 'nothing in its place: correlations are always told'},
+    'dwiml_divide_volume_into_blocs': same('--shuffle_colors', '-f'),
+    'dwiml_compute_connectivity_score': {
+        '--show_now': '`dwiml_nb.viz.plots.connectivity_picture` in a notebook',
+        '-f': 'nothing in its place: no file is written'},
     'dwiml_send_value_to_comet_from_log': same('--logs', '--metric_names', '--use_suggested_names',
                                                '--use_best'),
 }
+
+# %% ../../nbs/00_core/17_dwi_ml.ipynb #eba3d94d
+OPTIONS['dwiml_compute_connectivity_matrix_from_blocs'] = {
+    **same('--binary', '--save_biggest', '--save_smallest', '-f'),
+    '--show_now': 'nothing in its place: the picture lies beside the matrix',
+    '-v': 'nothing in its place: counts are always told'}
+OPTIONS['dwiml_compute_connectivity_matrix_from_labels'] = {
+    **OPTIONS['dwiml_compute_connectivity_matrix_from_blocs'],
+    **same('--hide_background', '--use_longest_segment')}
 
 # %% ../../nbs/00_core/17_dwi_ml.ipynb #9f4ac9c9
 NO_EFFECT = 'nothing in its place: it has no effect in dwi_ml'

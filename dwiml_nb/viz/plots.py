@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['figure_png', 'showing', 'log_values', 'has_log', 'default_graphs', 'split_outliers', 'draw_graph', 'plot_columns',
            'plot_logs', 'pearson', 'pairs_of', 'fit_line', 'correlation_picture', 'loss_figure', 'histogram',
-           'spread_of', 'histogram_figure', 'histogram_picture', 'widest_axes', 'latent_picture']
+           'spread_of', 'histogram_figure', 'histogram_picture', 'widest_axes', 'latent_picture', 'coarse',
+           'connectivity_picture']
 
 # %% ../../nbs/09_viz/05_plots.ipynb #c39a3f01
 import os
@@ -14,6 +15,7 @@ from functools import partial
 from itertools import cycle
 from pathlib import Path
 import numpy as np
+from scipy import sparse
 from ..core.errors import did_you_mean, html_text
 from ..training.sinks import read_logs
 from .painter import to_png
@@ -364,4 +366,35 @@ def latent_picture(
         ax.set(**{f'{k}label': f'axis {i + 1}: {share:.0%} of the variance'
                   for i,(k,share) in enumerate(zip('xy', shares))})
         if len(groups) > 1: ax.legend(fontsize='small', loc='upper left', bbox_to_anchor=(1, 1))
+    return showing(figure)
+
+# %% ../../nbs/09_viz/05_plots.ipynb #175cf317
+def coarse(
+    matrix, # (K, K) sparse or dense
+    most:int=120, # Rows and columns to show
+) -> np.ndarray: # (k, k), k <= most
+    "A matrix as it fits a screen: sums of squares of it."
+    entries = sparse.coo_array(matrix)
+    size = -(-max(entries.shape)//most)
+    places = tuple(o//size for o in entries.coords)
+    return sparse.coo_array((entries.data.astype(float), places), (-(-entries.shape[0]//size),)*2).toarray()
+
+def connectivity_picture(
+    matrix, # (K, K) counts
+    fig_size:tuple=(7, 6), # Inches
+): # -> a matplotlib `Figure`
+    "Which regions are connected: counts, their logarithm, their share of all, and where there is any."
+    import matplotlib
+    from matplotlib.figure import Figure
+    shown = coarse(matrix)
+    views = {'lines': shown, 'lines, logarithmic': np.where(shown > 0, shown, np.nan),
+             '% of all lines': 100*shown/max(shown.sum(), 1), 'at least one line': (shown > 0).astype(int)}
+    with matplotlib.rc_context(matplotlib_style()):
+        figure = Figure(figsize=fig_size, layout='constrained')
+        for ax,(title,values) in zip(figure.subplots(2, 2).flat, views.items()):
+            scale = 'log' if 'logarithmic' in title and shown.any() else None
+            image = ax.imshow(values, cmap='viridis', interpolation='nearest', norm=scale)
+            ax.set_title(title, fontsize='small')
+            ax.grid(False)
+            figure.colorbar(image, ax=ax, shrink=.8)
     return showing(figure)

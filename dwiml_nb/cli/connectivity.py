@@ -17,7 +17,6 @@ from ..core.connectivity import (Regions, connectivity_matrix, connectivity_scor
                                         extreme_connection, label_of_rows, lines_between, longest_connections)
 from ..core.errors import DataProblem, naming
 from ..core.files import atomic_file, check_outputs
-from ..core.ragged import Ragged
 from ..core.sizes import need_memory, read_array
 from ..core.space import convert, grid_of, save_volume
 from ..core.tractograms import load_tractogram, save_tractogram

@@ -11,7 +11,9 @@ import numpy as np
 from fastcore.basics import patch
 from ..core.dwi_ml import NamesOfDwiml
 from ..core.errors import DataProblem, did_you_mean
+from ..core.files import progress
 from ..core.options import check_number, check_numbers, check_seed
+from ..data.line_filter import LineFilter, check_filter
 from .layouts import (ChunkLayout, HandLayout, Hands, Pass, chunks_by_size, hands_by_size,
                                     subjects_that_fit)
 from .order import keyed_permutation, keyed_rng, mixed
@@ -74,6 +76,7 @@ class DWIMLBatchIDSampler(NamesOfDwiml):
         step_size:float=None, # mm, the model's; with 'nb_points': count resampled points; None: stored ones
         seed:int=1234,
         line_weights=None, # How often lines come: a key of data per streamline, of `LINE_WEIGHTS`, a function
+        line_filter:list|str=None, # Only these lines: 'length_mm >= 20', 'KEY > 0.5'; several: all must hold
     ):
         check_word('batch_size_units', batch_size_units, UNITS)
         check_word('budget_per_subject', budget_per_subject, BUDGETS)
@@ -103,7 +106,11 @@ class DWIMLBatchIDSampler(NamesOfDwiml):
         self.cycles,self.nb_passes = None if cycles is None else int(cycles), int(nb_passes)
         given = line_weights is not None
         self.line_weights = weight_function(line_weights, dataset, streamline_group_name) if given else None
-        self.context,self.made,self.shares = 'training',{},{}
+        self.line_filter = None if not line_filter else LineFilter(line_filter)
+        if self.line_filter:
+            for name in ('training', 'validation'):
+                check_filter(self.line_filter, dataset.subset(name), streamline_group_name)
+        self.context,self.made,self.shares,self.kept = 'training',{},{},{}
     def __repr__(self):
         said = ', '.join(f'{k}={v!r}' for k,v in self.params.items())
         return f"DWIMLBatchIDSampler({said}){' where lines may repeat within an epoch'*self.repeats}"
@@ -120,7 +127,8 @@ def params(self:DWIMLBatchIDSampler) -> dict:
     names = ('streamline_group_name', 'batch_size_training', 'batch_size_validation', 'batch_size_units',
              'nb_subjects_per_batch', 'cycles', 'nb_passes', 'budget_per_subject', 'step_size', 'seed')
     weights = {'line_weights': weight_name(self.line_weights)} if self.repeats else {}  # only where set
-    return {name: getattr(self, name) for name in names} | weights
+    chosen = {'line_filter': self.line_filter.texts} if self.line_filter else {}
+    return {name: getattr(self, name) for name in names} | weights | chosen
 
 # %% ../../nbs/03_batch/05_sampler.ipynb #ec07780b
 @patch
@@ -160,11 +168,22 @@ def ids_at(self:DWIMLBatchIDSampler,
 ) -> np.ndarray: # (m,) int64
     "The ids at these ranks."
     ids = keyed_permutation(ranks, counts, keys)
-    if context != 'training' or not self.repeats: return ids
-    if np.ndim(who) == 0: return self.shares_of(int(who)).lines(ids, keys)
+    if not self.line_filter and (context != 'training' or not self.repeats): return ids
+    if np.ndim(who) == 0: return self.chosen_lines(context, int(who), ids, keys)
     cuts = cuts_between(who)
-    some = lambda a,b: self.shares_of(int(who[a])).lines(ids[a:b], keys[a])
+    some = lambda a,b: self.chosen_lines(context, int(who[a]), ids[a:b], keys[a])
     return np.concatenate([some(a, b) for a,b in zip(cuts, cuts[1:])])
+
+@patch
+def chosen_lines(self:DWIMLBatchIDSampler,
+    context:str, # 'training' or 'validation'
+    subject:int, # Index in the subset
+    places, # (m,) from 0 to the number of its lines that take part
+    key, # uint64 of its shuffling
+) -> np.ndarray: # (m,) int64
+    "The lines of a subject at some places, by weight and of those that the filter keeps."
+    if context == 'training' and self.repeats: places = self.shares_of(subject).lines(places, key)
+    return self.kept_lines(context)[subject][places].astype(np.int64) if self.line_filter else places
 
 @patch
 def shares_of(self:DWIMLBatchIDSampler,
@@ -173,8 +192,31 @@ def shares_of(self:DWIMLBatchIDSampler,
     "The shares of a subject's lines; 8 bytes per line are kept."
     if subject not in self.shares:
         subset,group = self.dataset.subset('training'), self.streamline_group_name
-        self.shares[subject] = Shares(weights_of(self.line_weights, subset, subject, group))
+        kept = self.kept_lines('training')[subject] if self.line_filter else None
+        self.shares[subject] = Shares(weights_of(self.line_weights, subset, subject, group, kept))
     return self.shares[subject]
+
+# %% ../../nbs/03_batch/05_sampler.ipynb #f0d25618
+@patch
+def kept_lines(self:DWIMLBatchIDSampler,
+    context:str, # 'training' or 'validation'
+) -> list: # one (n,) uint32 array per subject: ids, ascending
+    "The lines of each subject that the filter keeps."
+    subset,group = self.dataset.subset(context), self.streamline_group_name
+    of,kept = self.kept.get(context, (None, None))
+    if of is subset: return kept
+    every = progress(range(len(subset.subjects)), f'choosing {context} lines', unit='subject')
+    kept = [self.line_filter(subset.streamlines_of(i, group)).astype(np.uint32) for i in every]
+    self.kept[context] = subset,kept
+    return kept
+
+@patch
+def nb_lines(self:DWIMLBatchIDSampler,
+    context:str, # 'training' or 'validation'
+) -> np.ndarray: # (S,) int64
+    "How many lines of each subject take part."
+    if self.line_filter: return np.array([len(ids) for ids in self.kept_lines(context)], np.int64)
+    return np.array(self.dataset.subset(context).nb_streamlines(self.streamline_group_name), dtype=np.int64)
 
 # %% ../../nbs/03_batch/05_sampler.ipynb #11894654
 @patch
@@ -218,7 +260,7 @@ def epoch_passes(self:DWIMLBatchIDSampler,
     epoch:int,
 ) -> list: # of `Pass`
     "The passes of an epoch, kept until another epoch is needed."
-    counts = np.array(self.dataset.subset(context).nb_streamlines(self.streamline_group_name), dtype=np.int64)
+    counts = self.nb_lines(context)
     kept = self.made.get(context)
     if kept is not None and kept[0] == epoch and np.array_equal(kept[1], counts): return kept[2]
     some,made = np.flatnonzero(counts), []

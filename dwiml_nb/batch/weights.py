@@ -73,7 +73,8 @@ def weights_of(
     subset, # A subset of the dataset
     subject:int, # Index in it
     group:str, # Streamlines group
-) -> np.ndarray: # (n,) float64
+    kept=None, # (m,) numbers of the lines that take part; None: all
+) -> np.ndarray: # (n,) float64, or (m,)
     "The weights of a subject's lines; an error where they cannot be used."
     n = int(subset.nb_streamlines(group)[subject])
     values = np.asarray(weights(subset, subject, group), np.float64)
@@ -88,8 +89,9 @@ def weights_of(
     if len(bad):
         first = f"{values[bad[0]]} for line {bad[0]}"
         raise wrong("finite numbers of at least 0", f"{first}; {len(bad)} such lines")
+    if kept is not None: values = values[kept]
     if values.sum() == 0:
-        raise wrong("at least one weight above 0", f"0 for all {n} lines",
+        raise wrong("at least one weight above 0", f"0 for all {len(values)} lines",
                     "give some of its lines a weight, or take the subject out of the training list.")
     if not values.sum() < np.inf: raise wrong("a finite sum", values.sum(), "divide the weights by a number.")
     return values

@@ -103,6 +103,21 @@ def check_told(
     for group in (g for s in subjects for g in s.groups.values() if g.told): group.open_group()
 
 # %% ../../nbs/02_data/04_dataset.ipynb #304dcde8
+def without(
+    subjects:dict, # subset -> ids
+    leave_out:list, # Ids
+    path, # Of the study, for the message
+) -> dict: # subset -> ids
+    "The lists of a study without some subjects."
+    if not leave_out: return subjects
+    everybody = {s for ids in subjects.values() for s in ids}
+    raise_problems((DataProblem(f"no subject '{s}' in the study to leave out.{did_you_mean(s, everybody)}",
+                                expected=', '.join(sorted(everybody)[:20]), found=s, file=path)
+                    for s in leave_out if s not in everybody), f"the subjects to leave out of {path}")
+    gone = set(leave_out)
+    return {name: [s for s in ids if s not in gone] for name,ids in subjects.items()}
+
+# %% ../../nbs/02_data/04_dataset.ipynb #9a3917b8
 class MultiSubjectDataset(NamesOfDwiml):
     "A study opened for learning: `training`, `validation` and `testing` subsets."
     def __init__(self,
@@ -112,9 +127,11 @@ class MultiSubjectDataset(NamesOfDwiml):
         # 'map': through memory; 'pread': by system calls, for files that others may cut short during a read
         read_mode:str='map',
         allow_links:bool=False, # Also follow links that lead out of the study's folder
+        leave_out:list|str=None, # Subjects to do without, as if the study did not list them
     ):
         self.cache,self.lazy,self.subsets = VolumeCache(cache_size), lazy, None
         self.file = StudyFile(hdf5_file, read_mode, allow_links)
+        self.leave_out = [leave_out] if isinstance(leave_out, str) else sorted(set(leave_out or ()))
         told = dict(do="see what dwiml_hdf5_check says of the file.", file=self.file.path)
         with allowing_links(allow_links), naming("the study is damaged", **told):
             self.read_root(self.file.handle)
@@ -148,13 +165,13 @@ class MultiSubjectDataset(NamesOfDwiml):
         "Close this process's handle of the file. It opens again when needed."
         self.file.close()
 
-# %% ../../nbs/02_data/04_dataset.ipynb #9a3917b8
+# %% ../../nbs/02_data/04_dataset.ipynb #127c5065
 @patch
 def read_root(self:MultiSubjectDataset,
     root, # HDF5 file, open
 ):
     "Read the root and the groups of the first subject."
-    self.subjects = self.file.subjects
+    self.subjects = without(self.file.subjects, self.leave_out, self.file.path)
     said = [quick_attr(root, k) for k in ('step_size', 'nb_points', 'compress')]
     self.step_size,self.nb_points,self.compress = (None if v == NOT_DEFINED else v for v in said)
     # all other subjects must have the groups of the first
@@ -294,7 +311,8 @@ def headline(self:MultiSubjectDataset) -> str:
     way = 'lazy' if self.lazy else 'in memory'
     said = dict(step_size=self.step_size, nb_points=self.nb_points, compress=self.compress)
     points = ', '.join(f"{k} {v}" for k,v in said.items() if v is not None) or 'points as in the files'
-    return f"{self.path.name}: {way if self.subsets else 'not loaded yet'}, {points}"
+    out = f", without {len(self.leave_out)} of its subjects" if self.leave_out else ''
+    return f"{self.path.name}: {way if self.subsets else 'not loaded yet'}, {points}{out}"
 
 # %% ../../nbs/02_data/04_dataset.ipynb #5b7f24bd
 @patch

@@ -59,8 +59,9 @@ def trainer_from_folder(
         for part in ('trainer', 'sampler', 'loader'):
             check_known(part, classes[part], kept[part]['params'], checkpoint)
         links = {'allow_links': True} if allow_links else {}
+        less = {k: kept['dataset'][k] for k in ('leave_out',) if k in kept['dataset']}
         dataset = classes['dataset'](hdf5_file or kept['dataset']['hdf5_file'], lazy=kept['dataset']['lazy'],
-                                     **links)
+                                     **links, **less)
         dataset.load_data(load_testing=False)
         model = classes['model'].load_model_from_params_and_state(checkpoint.folder/'model')
         sampler = classes['sampler'](dataset, **kept['sampler']['params'])

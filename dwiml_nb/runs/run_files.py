@@ -416,7 +416,7 @@ def tables_of_run(
     schedule,named = kept.pop('lr_schedule', None),lambda obj, base: {'name': name_of_class(type(obj), base)}
     schedule = {'name': schedule['key'], **schedule} if isinstance(schedule, dict) else {'name': schedule}
     schedule.pop('key', None)
-    data = {'hdf5_file': record['dataset']['hdf5_file'], 'lazy': record['dataset']['lazy'], **groups}
+    data = {k: v for k,v in record['dataset'].items() if k != 'class'} | groups
     optimizer = {'name': kept.pop('optimizer'), 'weight_decay': kept.pop('weight_decay'),
                  **(kept.pop('optimizer_args', None) or {})}
     where = {'experiments_path': str(Path(trainer.experiments_path).absolute()),

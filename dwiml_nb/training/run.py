@@ -270,7 +270,8 @@ def check_not_empty(
     if nb_batches: return
     raise DataProblem("there is nothing to train on", expected="training subjects with streamlines",
                       found=lines_per_subject(sampler)['training'], group=sampler.streamline_group_name,
-                      do="check the subject lists of the study.")
+                      do="check the subject lists of the study"
+                         f"{f', and {sampler.line_filter}' if sampler.line_filter else ''}.")
 
 def run_params(
     trainer:dict, # Class and arguments of the trainer
@@ -285,6 +286,7 @@ def run_params(
     def part(obj, params): return {'class': class_path(obj), 'params': params}
     file = str(Path(dataset.path).absolute())
     where = {'class': class_path(dataset), 'hdf5_file': file, 'lazy': bool(dataset.lazy)}
+    if dataset.leave_out: where['leave_out'] = dataset.leave_out
     return {'trainer': trainer, 'model': part(model, model.params_for_checkpoint),
             'sampler': part(sampler, sampler.params), 'loader': part(loader, loader.params), 'dataset': where,
             'study': lines_per_subject(sampler), **({} if data is None else {'fingerprint': data}),
@@ -298,7 +300,8 @@ def data_of(
     inputs = loader.params.get('input_group_name') or ()
     named = inputs.values() if isinstance(inputs, dict) else [inputs]
     volumes = [g for names in named for g in ([names] if isinstance(names, str) else names)]
-    keys = [sampler.line_weights.key] if isinstance(sampler.line_weights, WeightsOfKey) else ()
+    keys = [sampler.line_weights.key] if isinstance(sampler.line_weights, WeightsOfKey) else []
+    if sampler.line_filter: keys += [k for k in sampler.line_filter.keys if k not in keys]
     return fingerprint(sampler.dataset, dict.fromkeys(volumes), [sampler.streamline_group_name], PHASES, keys)
 
 # %% ../../nbs/07_training/10_run.ipynb #00b04714

@@ -11,17 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bands import Bands
 
-from dwiml_nb.core import registry
 from dwiml_nb.core.config import Config
 from dwiml_nb.core.errors import DataProblem
 from dwiml_nb.batch.sampler import DWIMLBatchIDSampler
 from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.models.base import load_model
 from dwiml_nb.models.items import ITEM_DATASETS, RegisteredBatchLoader
-from dwiml_nb.models.registered import REGISTERED_MODELS, build, dwiml_model, hyrax_model, registered_model
+from dwiml_nb.models.registered import REGISTERED_MODELS, build, dwiml_model, registered_model
 from dwiml_nb.runs.resume import trainer_from_folder
-from dwiml_nb.runs.run_files import run_config, train, write_run_file
 from dwiml_nb.core.phantom import write_phantom
 from dwiml_nb.core.tractograms import load_tractogram, save_tractogram
 from dwiml_nb.study.create import create_study
@@ -32,25 +31,6 @@ from dwiml_nb.training.sinks import read_logs
 
 GROUPS = dict(streamline_group_name="bundles", input_group_name="input")
 CONFIG = {"model": {"Bands": {"classes": 3}}}
-
-
-@hyrax_model
-class Bands(torch.nn.Module):
-    def __init__(self, config, data_sample):
-        super().__init__()
-        self.config = config
-        self.layer = torch.nn.Linear(data_sample.shape[1], config["model"]["Bands"]["classes"])
-    def forward(self, batch): return self.layer(batch)
-    def train_step(self, batch):
-        self.optimizer.zero_grad()
-        loss = self.criterion(self(batch), batch.argmax(1) % self.config["model"]["Bands"]["classes"])
-        loss.backward()
-        self.optimizer.step()
-        return {"loss": [loss.item()], "norm": batch.norm().item()}
-    @staticmethod
-    def to_tensor(data_dict):
-        import numpy as np
-        return np.stack([np.asarray(v).mean(0) for v in data_dict["data"]["input"]])
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +187,117 @@ def test_the_preflight_changes_nothing_and_names_the_stage(make):
     class Fewer(Bands):
         def forward(self, batch): return self.layer(batch)[:1]
     with pytest.raises(ValueError, match="forward gives another number of rows"): make(Fewer, "fewer")
+
+
+# What a folder keeps
+
+def test_no_line_and_no_image_lies_in_a_folder(make, dataset):
+    trainer = make()
+    items = trainer.batch_loader.sample(32)
+    trainer.train_and_validate()
+    files = [f for f in trainer.experiments_path.rglob("*") if f.is_file()]
+    names = {f.name for f in files}
+    assert "sample.json" in names and "items.pt" not in names
+    points = [p.numpy().tobytes()[:12] for line in items["data"]["bundles"] for p in line[1:]] + [v.numpy().tobytes()[:60] for v in items["data"]["input"]]
+    held = [(f.name, o) for f in files for o in points if o in f.read_bytes()]
+    assert len(points) > 100 and not held
+    subject = items["object_id"][0].partition("/")[0]
+    assert subject not in (trainer.experiment_folder / "best_model/sample.json").read_text()
+
+
+def test_folders_that_hold_two_items_still_load_and_resume(make, tmp_path):
+    trainer = make(max_epochs=1)
+    items = trainer.batch_loader.sample()
+    trainer.train_and_validate()
+    for folder in (trainer.experiment_folder / "best_model", trainer.experiment_folder / "checkpoint/model"):
+        (folder / "sample.json").unlink()
+        torch.save(items, folder / "items.pt")
+    assert same(weights(trainer), list(load_model(trainer.experiment_folder / "best_model").parameters()))
+    again = trainer_from_folder(tmp_path, "run", new_max_epochs=2)
+    again.train_and_validate()
+    assert again.epoch == 2 and not (again.experiment_folder / "checkpoint/model/items.pt").exists()
+
+
+@pytest.mark.parametrize("text, says", [("{}", "cannot be read"), ('{"sample": {"shape": [100000000000000], "dtype": "float32"}, "points": 3, "why_no_validation": null}', "no memory"),
+                                        ('{"sample": {"shape": [2], "dtype": "load"}, "points": 3, "why_no_validation": null}', "cannot be read")])
+def test_a_damaged_shape_of_a_sample_is_one_sentence(make, text, says):
+    trainer = make(max_epochs=1)
+    trainer.model.save_params_and_state(trainer.experiments_path / "model")
+    (trainer.experiments_path / "model/sample.json").write_text(text)
+    with pytest.raises(DataProblem, match=says): load_model(trainer.experiments_path / "model")
+
+
+def test_values_of_a_sample_are_refused_before_the_first_epoch(make, tmp_path):
+    @dwiml_model
+    class Sized(Bands):
+        def __init__(self, config, data_sample):
+            super().__init__(config, data_sample)
+            self.more = torch.nn.Linear(3, int(1000*data_sample.abs().max()))
+    with pytest.raises(DataProblem, match="the size of more.weight comes from the values"): make(Sized)
+    @dwiml_model
+    class Looks(Bands):
+        def __init__(self, config, data_sample):
+            super().__init__(config, data_sample)
+            self.known = {"a": [1, data_sample.mean().item()]}
+    with pytest.raises(DataProblem, match="self.known comes from the values"): make(Looks)
+    assert not (tmp_path / "run").exists()
+    @dwiml_model
+    class Keeps(Bands):
+        def __init__(self, config, data_sample):
+            super().__init__(config, data_sample)
+            self.register_buffer("middle", data_sample.mean(0))
+            self.example, self.drawn, self.n = data_sample, np.random.rand(), len(data_sample)
+    trainer = make(Keeps, max_epochs=1)
+    trainer.train_and_validate()
+    assert torch.equal(load_model(trainer.experiment_folder / "best_model").net.middle, trainer.model.net.middle)
+
+
+# Its scheduler
+
+SCHEDULERS = {"epoch": {"name": "torch.optim.lr_scheduler.StepLR", "step_size": 1, "gamma": .5}, "step": {"name": "torch.optim.lr_scheduler.StepLR", "step_size": 1, "gamma": .5, "per": "step"},
+              "model": {"name": "torch.optim.lr_scheduler.StepLR", "step_size": 2, "gamma": .5, "per": "model"}, "plateau": {"name": "plateau", "patience": 0, "threshold": 1e9, "factor": .5},
+              "its plateau": {"name": "plateau", "patience": 0, "threshold": 1e9, "factor": .5, "per": "model"}, "cosine": {"name": "cosine"}}
+RATES = {"epoch": [1, 1, 1, .5, .5, .5], "step": [1, .5, .25, .125, .0625, .03125], "model": [1, 1, .5, .5, .25, .25], "plateau": [1, 1, 1, .5, .5, .5], "its plateau": [1, .5, .25, .125, .0625, .03125],
+         "cosine": [.5*(1 + np.cos(np.pi*i/6)) for i in range(6)]}
+
+
+@pytest.mark.parametrize("which", SCHEDULERS)
+def test_a_class_finds_its_scheduler(make, which):
+    @dwiml_model
+    class Paces(Bands):
+        def train_step(self, batch):
+            told = super().train_step(batch)
+            if SCHEDULERS[which].get("per") == "model": self.scheduler.step(told["loss"][0])
+            return {**told, "rate": self.scheduler.get_last_lr()}
+    config = {**CONFIG, "optimizer": {"name": "Adam", "lr": 1.}, "scheduler": SCHEDULERS[which]}
+    options = dict(config=config, max_batches_per_epoch_training=3)
+    whole, part = make(Paces, "whole", **options), make(Paces, "part", **options)
+    part.control.on_batch_end.append(lambda row: (row["epoch"], row["batch"]) == (1, 0) and part.control.request_stop())
+    for trainer in (whole, part): trainer.train_and_validate()
+    assert isinstance(whole.optimizer, torch.optim.Adam) and which.split()[-1] in repr(whole.model.net.scheduler) + "epochstepmodel"
+    again = trainer_from_folder(whole.experiments_path, "part")
+    again.train_and_validate()
+    rows = read_logs(whole.experiment_folder, "batches")
+    assert rows["learning_rate"] == rows["rate"] == pytest.approx(RATES[which])
+    assert same(weights(whole), weights(again)) and read_logs(again.experiment_folder, "batches")["learning_rate"] == rows["learning_rate"]
+
+
+def test_what_a_scheduler_cannot_be_is_said_before_the_first_epoch(make, tmp_path):
+    assert make(name="none").model.net.scheduler is None
+    @dwiml_model
+    class Twice(Bands):
+        def train_step(self, batch):
+            self.scheduler.step()
+            return super().train_step(batch)
+    tried = lambda cls, **table: make(cls, "tried", config={**CONFIG, "scheduler": table})
+    with pytest.raises(DataProblem, match="per epoch: leave the call out, or say per = 'model'"): tried(Twice, **SCHEDULERS["epoch"])
+    with pytest.raises(DataProblem, match="a plateau is seen by a value"): tried(Twice, **SCHEDULERS["its plateau"])
+    with pytest.raises(ValueError, match="gama.*Did you mean 'gamma'"): tried(Bands, name="torch.optim.lr_scheduler.StepLR", step_size=1, gama=.1)
+    with pytest.raises(ValueError, match="Did you mean 'cosine'"): tried(Bands, name="cosin")
+    with pytest.raises(DataProblem, match="arguments and no name"): tried(Bands, gamma=.1)
+    with pytest.raises(DataProblem, match=r"\[optimizer\] of the configuration is a table"): make(config={**CONFIG, "optimizer": "Adam"})
+    assert not (tmp_path / "tried").exists()
+    assert make(name="said", config={**CONFIG, "optimizer": {"name": "Adam", "betas": [.5, .9]}}, optimizer="SGD", learning_rates=[3.]).learning_rates == [3.]
 
 
 # Where Hyrax's own code falls short
@@ -496,49 +587,6 @@ def test_the_models_of_the_page_are_short():
     page = json.loads((Path(__file__).parent.parent / "nbs/tutorials/02_three_models.ipynb").read_text())
     found = [node for cell in page["cells"] if cell["cell_type"] == "code" for node in ast.parse("".join(cell["source"])).body if isinstance(node, ast.ClassDef)]
     assert [o.name for o in found] == ["Around", "Names", "Squeezes"] and all(o.end_lineno - o.lineno + 2 < 40 for o in found)
-
-
-PACKAGE = '''
-import numpy as np
-import torch
-from dwiml_nb.models.registered import dwiml_model
-
-@dwiml_model
-class Packed(torch.nn.Module):
-    def __init__(self, config, data_sample):
-        super().__init__()
-        self.layer = torch.nn.Linear(data_sample.shape[1], config["model"]["Packed"]["width"])
-    def forward(self, batch): return self.layer(batch)
-    def train_step(self, batch):
-        self.optimizer.zero_grad()
-        loss = self.criterion(self(batch), torch.zeros(len(batch), self.layer.out_features))
-        loss.backward()
-        self.optimizer.step()
-        return {"loss": loss}
-    @staticmethod
-    def to_tensor(data_dict): return np.stack([v.mean(0) for v in data_dict["data"]["input"]])
-'''
-
-
-def test_from_a_package_with_its_defaults_in_one_file(dataset, tmp_path, monkeypatch):
-    package = tmp_path / "site/packed_models"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text(PACKAGE)
-    (package / "default_config.toml").write_text('[model.Packed]\nwidth = 6\n[criterion]\nname = "L1Loss"\n[optimizer]\nname = "Adam"\n')
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.setattr(registry, "brought_in", dict(registry.brought_in))      # other tests' workers do not find this package
-    (tmp_path / "run.toml").write_text(f'[data]\nhdf5_file = "{dataset.path}"\ninput_group_name = "input"\nstreamline_group_name = "bundles"\n'
-                                       '[model]\nname = "packed_models.Packed"\n[training]\nexperiment_name = "a"\nmax_epochs = 1\n')
-    with pytest.raises(ValueError, match="not allowed"): run_config(tmp_path / "run.toml")
-    config = run_config(tmp_path / "run.toml", trust="packed_models")
-    assert config.origin("model.Packed.width") == "package packed_models" and config["criterion"]["name"] == "L1Loss"
-    with pytest.raises(ValueError, match="model.Packed.widht.*Did you mean 'width'"): run_config(tmp_path / "run.toml", "model.Packed.widht=3", trust="packed_models")
-    with pytest.warns(UserWarning, match="no validate_step"): trainer = train(tmp_path / "run.toml", "model.Packed.width=4", trust="packed_models")
-    assert trainer.model.net.layer.out_features == 4 and isinstance(trainer.optimizer, torch.optim.Adam)
-    assert trainer.model.config.origin("model.Packed.width") == "command line"
-    write_run_file(trainer, tmp_path / "again.toml")
-    with pytest.warns(UserWarning): again = train(tmp_path / "again.toml", "training.experiment_name=b")
-    assert same(weights(trainer), weights(again))
 
 
 @pytest.mark.parametrize("size, says", [(10**11, "no memory"), (10**18, "cannot have such a size"), (-1, "cannot have such a size")])

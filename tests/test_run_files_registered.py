@@ -1,4 +1,6 @@
 """A registered model in a run file: its table, criterion and package layer; the same weights from file and by hand."""
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,27 +12,7 @@ from dwiml_nb.runs.resume import trainer_from_folder
 from dwiml_nb.runs.run_files import run_config, run_parts, train, write_run_file
 from dwiml_nb.study.toy import toy_study
 
-PACKAGE = '''import torch
-from dwiml_nb.models.registered import hyrax_model
-
-@hyrax_model
-class TheirBands(torch.nn.Module):
-    def __init__(self, config, data_sample):
-        super().__init__()
-        self.config = config
-        self.layer = torch.nn.Linear(data_sample.shape[1], config["model"]["TheirBands"]["classes"])
-    def forward(self, batch): return self.layer(batch)
-    def train_step(self, batch):
-        self.optimizer.zero_grad()
-        loss = self.criterion(self(batch), batch.argmax(1) % self.config["model"]["TheirBands"]["classes"])
-        loss.backward()
-        self.optimizer.step()
-        return {"loss": [loss.item()], "norm": batch.norm().item()}
-    @staticmethod
-    def to_tensor(data_dict):
-        import numpy as np
-        return np.stack([np.asarray(v).mean(0) for v in data_dict["data"]["input"]])
-'''
+PACKAGE = (Path(__file__).parent / "bands.py").read_text().replace("Bands", "TheirBands")
 RUN = """seed = 5
 [data]
 hdf5_file = "study.hdf5"
@@ -73,9 +55,10 @@ def test_a_registered_model_of_a_package(here, monkeypatch):
         config = run_config(here / "run.toml")
         assert config["model"]["TheirBands"]["classes"] == 4 and config.origin("model.TheirBands.classes") == "package my_bands"
         assert config["optimizer"]["name"] == "SGD" and config.origin("criterion.label_smoothing") == "run.toml"
-        for wrong, says in (("criterion.label_smothing=0", "label_smoothing"), ("criterion.name=CrosEntropyLoss", "CrossEntropyLoss"), ("optimizer.momentun=0", "momentum"), ("criterion.name=os.system", "not allowed")):
+        for wrong, says in (("criterion.label_smothing=0", "label_smoothing"), ("model.TheirBands.clases=3", "model.TheirBands.clases.*Did you mean 'classes'"), ("criterion.name=CrosEntropyLoss", "CrossEntropyLoss"), ("optimizer.momentun=0", "momentum"), ("criterion.name=os.system", "not allowed")):
             with pytest.raises(DataProblem, match=says): run_config(here / "run.toml", wrong)
         one = train(here / "run.toml", "model.TheirBands.classes=3")
+        assert one.model.config.origin("model.TheirBands.classes") == "command line"
         assert one.model.net.layer.out_features == 3 and one.model.net.criterion.label_smoothing == .1
         again = train(one.experiment_folder, "training.experiment_name=again")
         made = train(write_run_file(one, here / "made.toml"), "training.experiment_name=made", "training.device=cpu")

@@ -5,9 +5,12 @@
 # %% auto #0
 __all__ = ['COLLATE_FUNCTIONS', 'ITEM_DATASETS', 'Fields', 'each_tensor', 'as_tensors', 'named_tensors', 'pad', 'collate_of',
            'collated', 'further_datasets', 'fields_of', 'ItemBatch', 'RegisteredBatchLoader', 'object_ids',
-           'parts_of_lines', 'lines_table', 'keys_of_lines', 'apart', 'groups_read', 'ragged_fields', 'plain_items']
+           'parts_of_lines', 'lines_table', 'keys_of_lines', 'apart', 'groups_read', 'ragged_fields', 'plain_items',
+           'shape_of', 'made_up']
 
 # %% ../../nbs/05_models/15_items.ipynb #6ab060cc
+import math
+from collections import namedtuple
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 import numpy as np
@@ -18,6 +21,7 @@ from ..core.errors import DataProblem, did_you_mean
 from ..core.options import key_and_options
 from ..core.ragged import Ragged, as_ragged
 from ..core.registry import Registry, class_path
+from ..core.sizes import need_memory
 from ..batch.augment import Draws
 from ..batch.loader import Batch, DWIMLBatchLoader, DWIMLBatchLoaderOneInput
 from ..batch.sampler import BatchIds
@@ -313,3 +317,38 @@ def sample(self:RegisteredBatchLoader,
     raise DataProblem("a model learns its sizes from data", found="none", group=self.streamline_group_name,
                       expected=f"a training subject with {max(2, n)} lines",
                       do="check the subject lists of the study.")
+
+# %% ../../nbs/05_models/15_items.ipynb #b8bd2f22
+def shape_of(
+    tree, # Tensors in tuples, lists, dicts, named tuples, as a class gets them
+): # -> nested lists and dicts, as JSON can hold them
+    "The shape of a sample, without its numbers and words."
+    if isinstance(tree, np.ndarray): tree = torch.from_numpy(tree)
+    if isinstance(tree, np.generic): tree = tree.item()
+    if isinstance(tree, Ragged):
+        return {'lengths': tree.lengths.tolist(), 'of': shape_of(tree.data)}
+    if isinstance(tree, Tensor): return {'shape': list(tree.shape), 'dtype': str(tree.dtype)[6:]}
+    if isinstance(tree, Mapping): return {'dict': [[k, shape_of(v)] for k,v in tree.items()]}
+    if isinstance(tree, tuple) and type(tree) is not tuple:
+        fields = [[k, shape_of(v)] for k,v in zip(tree._fields, tree)]
+        return {'named': type(tree).__name__, 'fields': fields}
+    if isinstance(tree, (list, tuple)): return {type(tree).__name__: [shape_of(o) for o in tree]}
+    return {'word': type(tree).__name__}
+
+def made_up(
+    shape, # As `shape_of` gave it
+): # -> a sample of that shape
+    "Numbers between 0 and 1 of a shape; whole numbers are 1."
+    if 'lengths' in shape: return Ragged.from_lengths(made_up(shape['of']), shape['lengths'])
+    if 'shape' in shape:
+        dtype,n = getattr(torch, shape['dtype']),math.prod(shape['shape'])
+        need_memory(8*n, "a sample of that shape", "copy the whole folder again.")
+        row = (1 + torch.arange(n) % 7)/8 if dtype.is_floating_point else torch.ones(n)
+        return row.to(dtype).reshape(shape['shape'])
+    if 'dict' in shape: return {k: made_up(v) for k,v in shape['dict']}
+    if 'named' in shape:
+        names,values = zip(*shape['fields'])
+        return namedtuple(shape['named'], names)(*map(made_up, values))
+    if 'list' in shape: return [made_up(o) for o in shape['list']]
+    if 'tuple' in shape: return tuple(made_up(o) for o in shape['tuple'])
+    return {'str': 'made up', 'int': 1, 'float': .5, 'bool': True}.get(shape['word'])

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['ALIASES', 'REGISTERED_MODELS', 'hyrax_model', 'CRITERIA', 'LOOKED_FOR', 'written_as', 'takes', 'problems_of',
            'dwiml_model', 'registered_class', 'package_config', 'torch_criteria', 'criterion_class', 'make_criterion',
-           'as_number', 'told_by_step', 'chance_kept', 'Weighed', 'build', 'RegisteredModel', 'target_of',
-           'tried_validation', 'registered_model', 'text_of', 'hash_of', 'load_own', 'last_points']
+           'as_number', 'told_by_step', 'chance_kept', 'Weighed', 'build', 'RegisteredModel', 'target_of', 'longest_of',
+           'tried_validation', 'registered_model', 'text_of', 'hash_of', 'read_sample', 'load_own', 'plain_values',
+           'made_from', 'check_sample', 'last_points']
 
 # %% ../../nbs/05_models/17_registered.ipynb #e6932719
 import copy
@@ -26,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from fastcore.basics import patch
 from ..core.config import Config, read_toml
 from ..core.errors import DataProblem, did_you_mean, naming
-from ..core.files import read_json
+from ..core.files import read_json, write_json
 from ..core.options import with_parts
 from ..core.ragged import Ragged
 from ..core.sizes import need_memory
@@ -34,7 +35,7 @@ from ..core.registry import Registry, class_named, class_path, same_definition
 from ..batch.spec import spec_of
 from .base import as_json, read_model_folder
 from .items import (Fields, RegisteredBatchLoader, apart, as_tensors, collate_of, collated,
-                                   each_tensor, groups_read)
+                                   each_tensor, groups_read, made_up, named_tensors, shape_of)
 from .parts import LooksAround
 
 # %% ../../nbs/05_models/17_registered.ipynb #43e258fd
@@ -248,7 +249,7 @@ class RegisteredModel(LooksAround):
     def __init__(self,
         model_class, # The class, its name, or its dotted path
         config=None, # Of the run: nested; its table model.NAME is that of the class
-        items:dict=None, # Two items, as from `RegisteredBatchLoader.sample`
+        items:dict=None, # Two items, as from `RegisteredBatchLoader.sample`; or the shape of a sample
         reads:dict=None, # dict(inputs={group: F}, lines=group, collate_fn=name), as from the loader
         **parts, # How lines are prepared, and where around a point the model looks
     ):
@@ -257,19 +258,26 @@ class RegisteredModel(LooksAround):
         if items is None:
             raise ValueError("a registered model needs items: registered_model makes it from data.")
         self.config = config if isinstance(config, Config) else Config(config or {})
-        self.model_class,self.items,self.reads = cls,items,dict(reads or {})
+        self.model_class,self.reads = cls,dict(reads or {})
         self.collate = collate_of(self.reads.get('collate_fn'))
         self.accepts_ragged = bool(getattr(cls, 'accepts_ragged', False))
         self.nb_previous_dirs = int(getattr(cls, 'nb_previous_dirs', 0))
         self.uses_last_point = bool(getattr(cls, 'uses_last_point', True))
-        self.net = build(cls, self.config, self.prepared(items))
+        self.constructor_arguments.pop('items')                            # no line is kept
+        known = 'sample' in items
+        sample = made_up(items['sample']) if known else self.prepared(items)
+        self.net = build(cls, self.config, sample)
         own = 'criterion' in vars(self.net) or 'criterion' in self.net._modules
         self.made_criterion = None
         if not own:
             criterion = make_criterion(self.config.get('criterion'))
             object.__setattr__(self, 'made_criterion', criterion)      # no part of the weights
             object.__setattr__(self.net, 'criterion', criterion)
-        self.why_no_validation = tried_validation(self)
+        self.told = items if known else {'sample': shape_of(sample), 'points': longest_of(items),
+                                         'why_no_validation': tried_validation(self, sample)}
+
+    @property
+    def why_no_validation(self) -> str: return self.told['why_no_validation']
 
     def _apply(self, fn, *args, **kwargs):
         if self.made_criterion is not None: self.made_criterion._apply(fn)
@@ -307,6 +315,7 @@ def prepared(self:RegisteredModel,
     data = collated(lists, data_dict['object_id'], self.collate)
     return each_tensor(lambda t: t.to(device), as_tensors(self.to_tensor({**data_dict, 'data': data})))
 
+# %% ../../nbs/05_models/17_registered.ipynb #ff60c136
 @patch
 def train_step(self:RegisteredModel, batch) -> tuple: # (loss, {name: number})
     "The class's own step: loss, backward, optimizer step."
@@ -320,6 +329,13 @@ def validate_step(self:RegisteredModel, batch) -> tuple: # (loss, {name: number}
         return told_by_step(step(batch), f'{self.model_class.__name__}.{step.__name__}')
     return as_number('loss', self.net.criterion(self.net(batch), target_of(batch))), {}
 
+@patch
+@torch.no_grad()
+def infer(self:RegisteredModel, batch): # -> what the class gives; no gradient is built
+    "The class's own `infer_step`, or `forward`."
+    return (self.step('infer_step') or self.net)(batch)
+
+# %% ../../nbs/05_models/17_registered.ipynb #99885e0c
 def target_of(
     batch, # What `to_tensor` made
 ): # -> what a criterion compares with
@@ -329,19 +345,21 @@ def target_of(
         return next((batch[k] for k in ('target', 'targets', 'label', 'labels') if k in batch), batch)
     return batch
 
-@patch
-@torch.no_grad()
-def infer(self:RegisteredModel, batch): # -> what the class gives; no gradient is built
-    "The class's own `infer_step`, or `forward`."
-    return (self.step('infer_step') or self.net)(batch)
+def longest_of(
+    items:dict, # As from `RegisteredBatchLoader.sample`
+) -> int: # None: no field has points
+    "Points of the longest line."
+    fields = [v for v in items['data'].values() if len(v) and np.ndim(v[0]) > 1]
+    return max((len(o) for v in fields for o in v), default=None)
 
 @torch.no_grad()
 def tried_validation(
     own:RegisteredModel,
+    sample, # What `to_tensor` made of two items
 ) -> str: # None: validation is possible
     "Why a class cannot be validated."
     if own.step('validate_step'): return None
-    net,batch = copy.deepcopy(own.net).eval(),own.prepared(own.items)
+    net,batch = copy.deepcopy(own.net).eval(),copy.deepcopy(sample)
     with chance_kept():
         try:
             if isinstance(batch, Mapping) and target_of(batch) is batch:
@@ -398,13 +416,26 @@ def class_for_checkpoint(self:RegisteredModel) -> dict:
 
 @patch
 def what_is_saved(self:RegisteredModel) -> tuple: # arguments as JSON values, weights by name, further files
-    "Also the two items, the text of `to_tensor`, and what the class saves itself."
+    "Also the shape of the sample, the text of `to_tensor`, and what the class saves itself."
     params,weights = super(RegisteredModel, self).what_is_saved()
     own = {'own': self.step('save')} if self.step('save') else {}
-    return params, weights, {'items.pt': lambda path: torch.save(self.items, path),
+    return params, weights, {'sample.json': lambda path: write_json(self.told, path),
             'to_tensor.txt': lambda path: path.write_text(text_of(self.to_tensor)), **own}
 
 # %% ../../nbs/05_models/17_registered.ipynb #a8e88253
+def read_sample(
+    folder:Path, # Of a model
+) -> dict: # As `RegisteredModel` takes it
+    "The shape of the sample; older folders hold two items."
+    old,file = folder/'items.pt',folder/'sample.json'
+    if old.is_file() and not file.is_file(): file = old
+    with naming("the shape of the sample cannot be read", file=file, do="copy the whole folder again."):
+        if file is old: return torch.load(old, weights_only=True, map_location='cpu')
+        told = read_json(file, dict)
+        if set(told) == {'sample', 'points', 'why_no_validation'} and made_up(told['sample']) is not None:
+            return told
+        raise ValueError(f"it holds {', '.join(told)}")
+
 def load_own(
     own:RegisteredModel,
     folder, # A model folder
@@ -423,10 +454,7 @@ def load_model_from_params_and_state(cls:RegisteredModel,
         raise DataProblem("the model cannot be built from its folder", file=place,
                           expected="what JSON can hold", found=", ".join(found['not_kept']),
                           do="register the collate function, and give its name.")
-    try: items = torch.load(place/'items.pt', weights_only=True, map_location='cpu')
-    except Exception as e:
-        raise DataProblem("the items of the model cannot be read", found=type(e).__name__,
-                          file=place/'items.pt', do="copy the whole folder again.") from e
+    items = read_sample(place)
     with naming("no model can be built with these arguments", file=place/'parameters.json',
                 do="correct parameters.json, or use the version that wrote it."):
         own = cls(params.pop('model_class'), params.pop('config'), items, **params)
@@ -437,6 +465,45 @@ def load_model_from_params_and_state(cls:RegisteredModel,
     own.load_state(folder).eval()
     load_own(own, place)
     return own
+
+# %% ../../nbs/05_models/17_registered.ipynb #549bf1e8
+def plain_values(
+    value, # Of an attribute
+): # -> the same, comparable; None: it is not compared
+    "Numbers, words and arrays of a value."
+    if isinstance(value, Tensor): value = value.detach().cpu().numpy()
+    if isinstance(value, np.ndarray): return value.shape, str(value.dtype), value.tobytes()
+    if isinstance(value, (str, int, float, np.generic)): return repr(value)
+    if isinstance(value, Mapping): return [(k, plain_values(v)) for k,v in value.items()]
+    if isinstance(value, (list, tuple)): return [plain_values(o) for o in value]
+
+def made_from(
+    own:RegisteredModel,
+    sample, # As `to_tensor` makes it
+) -> tuple: # (name of a weight -> its shape, name of an attribute -> its values)
+    "What an object of the class has when it is built from a sample."
+    given = {id(sample), *(id(v) for _,v in named_tensors(sample))}
+    with chance_kept(): net = build(own.model_class, own.config, sample)
+    shapes = {k: tuple(v.shape) for k,v in net.state_dict().items() if isinstance(v, Tensor)}
+    return shapes, {f'{where}.{k}'.lstrip('.'): plain_values(v) for where,part in net.named_modules()
+                    for k,v in vars(part).items() if k[0] != '_' and id(v) not in given}
+
+def check_sample(
+    own:RegisteredModel,
+    items:dict, # As from `RegisteredBatchLoader.sample`
+):
+    "Refuse a class that keeps values of its sample, for which a folder has no place."
+    name = own.model_class.__name__
+    with chance_kept(): first,second = (made_from(own, own.prepared(items)) for _ in range(2))
+    with naming(f"{name}.__init__ fails on a sample with other values", "sizes from its shapes alone",
+                f"a folder keeps the sample's shape alone: give the number in [model.{name}]."):
+        other = made_from(own, made_up(own.told['sample']))
+    for before,again,now,whose in zip(first, second, other, ("the size of ", "self.")):
+        off = [k for k in {**before, **now} if before.get(k) == again.get(k) != now.get(k)]
+        if not off or whose == "self." and own.step('load'): continue
+        raise DataProblem(f"{whose}{off[0]} comes from the values of data_sample", found=f"{name}.__init__",
+                          expected="sizes from its shapes: a folder keeps no more of it",
+                          do=f"give the number in [model.{name}], or use register_buffer for values.")
 
 # %% ../../nbs/05_models/17_registered.ipynb #b4d9ac79
 def last_points(

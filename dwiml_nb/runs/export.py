@@ -22,6 +22,7 @@ from ..core.options import need_extra
 from ..core.registry import class_path, trusting
 from ..data.dataset import MultiSubjectDataset
 from ..models.base import load_model
+from ..models.items import made_up
 from ..models.padded import PaddedForm, padded_form
 from ..models.registered import RegisteredModel
 from .track import experiment_model, read_experiment
@@ -99,14 +100,12 @@ class RegisteredForm(nn.Module):
         own:RegisteredModel, # Whose `to_tensor` gives one tensor
     ):
         super().__init__()
-        self.net,self.outputs,self.batch = own.net, ['outputs'], own.prepared(own.items)
+        self.net,self.outputs,self.batch = own.net, ['outputs'], made_up(own.told['sample'])
         self.name,self.space = class_path(own.model_class), own.streamline_space
         if not isinstance(self.batch, torch.Tensor) or not self.batch.is_floating_point():
             raise DataProblem(f"{self.name}.to_tensor gives no tensor of numbers, so it cannot be exported",
                               expected="one floating-point tensor", found=self.batch.__class__.__name__)
-        fields = [v for v in own.items['data'].values() if len(v) and np.ndim(v[0]) > 1]
-        longest = max((len(o) for v in fields for o in v), default=None)
-        self.free = self.batch.ndim > 2 and self.batch.shape[1] == longest
+        self.free = self.batch.ndim > 2 and self.batch.shape[1] == own.told['points']
         self.axes = {'batch': {0: 'items', 1: 'points'} if self.free else {0: 'items'}}
 
     def forward(self, batch): return self.net(batch)

@@ -273,7 +273,7 @@ def optimizer_options(
 ) -> dict: # name -> `Option`
     "The keys of `[optimizer]`: those of the trainer, then those of the optimiser's class."
     told = options_told(trainer)
-    name = told['optimizer'].default if name is None else name
+    if name is None: name = told['optimizer'].default or 'SGD'                 # of a registered model
     own = {k: Option(k, p.default, p.annotation if p.annotation in KINDS else NEEDED)
            for k,p in inspect.signature(optimizer_class(name).__init__).parameters.items()
            if k not in ('self', 'params', 'lr', 'weight_decay') and p.kind is not p.VAR_KEYWORD}

@@ -29,6 +29,7 @@ from ..batch.loader import DWIMLBatchLoader
 from ..models.base import MainModelAbstract
 from ..models.registered import RegisteredModel, package_config, registered_model
 from ..training.run import is_name
+from ..training.schedules import schedule_said
 from ..training.sinks import SINKS, list_of_sinks
 from ..training.trainer import DWIMLTrainer
 from .track import track_from_model
@@ -221,10 +222,7 @@ def trainer_arguments(
             raise DataProblem("optimizer.lr and training.learning_rates are both given",
                               found=f"{rate} and {kept['learning_rates']}", do="give one of them.")
         kept['learning_rates'] = [rate]
-    schedule = {k: v for k,v in thawed(config['scheduler']).items() if v is not None}
-    name = schedule.pop('name', None)
-    if name: kept['lr_schedule'] = {'key': name, **schedule} if schedule else name
-    elif schedule: raise DataProblem("the scheduler has arguments and no name", found=', '.join(schedule))
+    if schedule := schedule_said(thawed(config['scheduler'])): kept['lr_schedule'] = schedule
     return {'experiments_path': config['training']['experiments_path'], **kept}
 
 # %% ../../nbs/08_runs/03_run_files.ipynb #5d3a9c74

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'OF_TORCH', 'parse_learning_rates', 'cosine', 'warmup', 'cosine_warmup', 'schedule_of',
-           'check_options_of', 'torch_schedulers', 'rate_of_step', 'TorchSchedule', 'made_scheduler', 'Rates']
+           'check_options_of', 'torch_schedulers', 'schedule_said', 'rate_of_step', 'TorchSchedule', 'made_scheduler',
+           'Rates']
 
 # %% ../../nbs/07_training/04_schedules.ipynb #71641fff
+import copy
 import inspect
 import math
 import numpy as np
 import torch
 from fastcore.basics import patch
-from ..core.errors import did_you_mean
+from ..core.errors import DataProblem, did_you_mean
 from ..core.options import check_number, key_and_options, refuse_unknown
 from ..core.registry import Registry
 from ..batch.sampler import batch_words
@@ -106,6 +108,16 @@ def torch_schedulers() -> dict: # name with its path -> class
              if isinstance(o, type) and not k.startswith('_')}
     return {name: o for name,o in found.items() if issubclass(o, base) and o is not base}
 
+# %% ../../nbs/07_training/04_schedules.ipynb #f7928c14
+def schedule_said(
+    table, # `[scheduler]`: a name, and its arguments; None: nothing
+): # -> as `lr_schedule` has it
+    "The schedule that a table names."
+    table = {k: v for k,v in dict(table or {}).items() if v is not None}
+    name = table.pop('name', None)
+    if name: return {'key': name, **table} if table else name
+    if table: raise DataProblem("the scheduler has arguments and no name", found=', '.join(table))
+
 # %% ../../nbs/07_training/04_schedules.ipynb #4052a98e
 def rate_of_step(
     rates:list, # One per epoch, the last one kept
@@ -127,17 +139,25 @@ class TorchSchedule:
     def __init__(self,
         name:str, # One of `torch_schedulers`
         rate:float, # The rate that it begins with
-        per:str=None, # 'epoch' or 'step'; None: as the scheduler is meant
+        per:str=None, # 'epoch', 'step', or 'model': the model's own step; None: as the scheduler is meant
         **options, # Its arguments
     ):
         short = name.removeprefix(OF_TORCH)
         usual = 'step' if short in ('OneCycleLR', 'CyclicLR') else 'epoch'
         self.name,self.by_value,self.per = name,short == 'ReduceLROnPlateau',per or usual
-        if self.per not in ('epoch', 'step') or self.by_value and self.per == 'step':
-            choice = "'epoch'" if self.by_value else "'epoch' or 'step'"
-            raise ValueError(f"{short} goes on per {choice}, found per={per!r:.80}")
+        choice = ('epoch', 'model') if self.by_value else ('epoch', 'step', 'model')
+        if self.per not in choice:
+            words = ' or '.join(map(repr, choice))
+            raise ValueError(f"{short} goes on per {words}, found per={per!r:.80}")
         self.stand_in = torch.optim.SGD([torch.zeros(1)], lr=rate)
         self.scheduler = made_scheduler(name, self.stand_in, options)
+        self.arguments = name, rate, per, options
+
+    def __deepcopy__(self, memo):                   # torch hangs a function on the optimiser that has no copy
+        name,rate,per,options = self.arguments
+        made = TorchSchedule(name, rate, per, **options)
+        made.load_state(copy.deepcopy(self.state()))
+        return made
 
     @property
     def rate(self) -> float:

@@ -165,6 +165,7 @@ def make_parts(
 class DWIMLTrainer(LoopOptions):
     "Trains a model on streamlines alone: `model(streamlines)`."
     always_inputs = False               # False: a model that takes streamlines alone gets them alone
+    model_steps = False                 # True: the model has a training step of its own
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         for name,within in WHEN.items():
@@ -268,6 +269,9 @@ def check_arguments(self:DWIMLTrainer):
         raise ValueError("clip_grad shortens the gradient and clip_value cuts its numbers: give one of them.")
     check_number('nb_cpu_processes', self.nb_cpu_processes, least=0, most=1024, whole=True)
     check_together(self.batch_sampler, self.batch_loader)
+    if self.rates.of_torch and self.rates.of_torch.per == 'model' and not self.model_steps:
+        raise ValueError("lr_schedule goes on per 'epoch' or 'step' here: per='model' is for a registered "
+                         "model, whose own step says when.")
     if not self.spec.has_loss:
         raise TypeError(f"{self.spec.name} has no compute_loss. Expected a method "
                         "compute_loss(outputs, target_streamlines) that returns (loss, n) or a loss; "

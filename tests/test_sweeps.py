@@ -1,6 +1,7 @@
 """Sweeps: workers that are killed at every stage of a trial lose none and double none."""
 import json
 import multiprocessing
+import shutil
 import signal
 import sqlite3
 from pathlib import Path
@@ -92,7 +93,7 @@ space = {optimizer = {lr = [0.1, 0.01]}, model = {dropout = [0.0, 0.2]}}
     points = [(t.params["optimizer.lr"], t.params["model.dropout"]) for t in study.trials]
     assert sorted(points) == [(.01, 0.), (.01, .2), (.1, 0.), (.1, .2)]
     assert all(t.state.name == "COMPLETE" for t in study.trials)
-    with pytest.raises(DataProblem, match="has another sampler"): sweeps.sweep(here / "run.toml", *own)
+    with pytest.raises(DataProblem, match="has another sweep.sampler"): sweeps.sweep(here / "run.toml", *own)
 
 
 def test_pruned_and_failed(here, monkeypatch):
@@ -122,12 +123,64 @@ pruner = "median"
     assert sweeps.sweep_rows(study)[0]["trial"] == "trial_0000"
 
 
-def test_said_before_anything_is_made(here):
+WRONG = {("sweep.space.model.dropot=[0.1, 0.2]",): "unknown key model.dropot", ("sweep.pruner=medan",): "mean 'median'", ("sweep.trials=0",): "sweep.trials",
+         ("sweep.value=3",): "sweep.value", ("sweep.sampler=grid",): "a grid needs a step", ("sweep.space.model.dropout={low=0, high=1, if=2}",): "cannot depend",
+         ("sweep.trials=1e9",): "without a point", ("sweep.trials=1000000",): "100000", ("sweep.sampler=[1]",): "sweep.sampler cannot", ("sweep=3",): "sweep is a table",
+         ("sweep.space.training.experiment_name=['a', 'b']",): "a name of its own", ("sweep.space.training.experiments_path=['a', 'b']",): "in the folder of the sweep",
+         ("sweep.space.logging.sinks=[['csv'], []]",): "no trial's value depends", ("sweep.space.trust.x=['a', 'b']",): "--trust",
+         ("sweep.space.model.nb_previous_dirs={low=0, high=2.5}",): "draws fractions", ("sweep.space.model.nb_previous_dirs=[1, 1.5]",): "a whole number",
+         ("sweep.space.model.dropout=[0.1, 'some']",): "cannot be 'some'", ("sweep.space.model.rnn_layer_sizes=[[4], 'x']",): "a list", ("sweep.space.model.dropout=[0.1, nan]",): "finite",
+         ("sweep.space.model.dropout={low=0, high=1e300}",): "below 2", ("sweep.space.model.dropout={low=0.0, high=1.0, step=1e-15}", "sweep.sampler=grid", "sweep.space.optimizer.lr=[1, 2]"): "too large"}
+
+
+@pytest.mark.parametrize("words", WRONG, ids=range(len(WRONG)))
+def test_said_before_anything_is_made(here, words):
     "What is wrong with the table is one sentence, and no folder is there."
-    for words, said in {("sweep.space.model.dropot=[0.1, 0.2]",): "unknown key model.dropot", ("sweep.pruner=medan",): "mean 'median'", ("sweep.trials=0",): "sweep.trials",
-                        ("sweep.value=3",): "sweep.value", ("sweep.sampler=grid",): "a grid needs a step", ("sweep.space.model.dropout={low=0, high=1, if=2}",): "cannot depend"}.items():
-        with pytest.raises(ValueError, match=said): sweeps.sweep(here / "run.toml", "training.experiment_name=wrong", *words)
+    text = RUN.split("[sweep.space]")[0] + "[sweep.space]\noptimizer.lr = {low = 1e-4, high = 0.1, log = true}\n"
+    (here / "wrong.toml").write_text(text)
+    with pytest.raises(ValueError, match=WRONG[words]): sweeps.sweep(here / "wrong.toml", "training.experiment_name=wrong", *words)
     assert not (here / "experiments" / "wrong").exists()
+
+
+def test_another_run_is_not_gone_on_with(here):
+    "What changed outside of [sweep] is named; what no value depends on may change."
+    words, folder = ["training.experiment_name=same", "training.max_epochs=1"], here / "experiments" / "same"
+    sweeps.sweep(here / "run.toml", *words, trials=1)
+    for word, said in {"training.max_epochs=2": "training.max_epochs. Expected: 1. Found: 2", "seed=4": "another seed", "model.dg_key=sphere-classification": "model.dg_key",
+                       "loader.split_ratio=0.5": "loader.split_ratio", "data.streamline_group_name=other": "streamline_group_name"}.items():
+        with pytest.raises(DataProblem, match=said): sweeps.sweep(here / "run.toml", *words, word, trials=2)
+    study = sweeps.sweep(here / "run.toml", *words, "training.max_hours=1.0", "logging.sinks=['model_card']", "data.lazy=true", trials=2)
+    assert len(study.trials) == 2 and [(folder / f"trial_000{i}" / "best_model" / "README.md").exists() for i in (0, 1)] == [False, True]
+
+
+def test_a_run_file_that_is_edited_meanwhile(here, monkeypatch):
+    "All trials are those of the file as it was."
+    file, right = here / "edited.toml", sweeps.train_trial
+    file.write_text(RUN)
+    def edit(*args):
+        file.write_text("this is no TOML")
+        return right(*args)
+    monkeypatch.setattr(sweeps, "train_trial", edit)
+    study = sweeps.sweep(file, "training.experiment_name=edited", "training.max_epochs=1", trials=2)
+    assert [t.state.name for t in study.trials] == ["COMPLETE"] * 2
+
+
+def test_choices_of_all_kinds(here, tmp_path, monkeypatch):
+    "Tables, words and classes are chosen from; paths of the file are beside it, wherever one is."
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(here / "study.hdf5", here / "again.hdf5")
+    text = RUN.split("[sweep]")[0].replace("hdf5_file", "lazy = true, hdf5_file") + """
+[sweep]
+sampler = "grid"
+[sweep.space]
+data.hdf5_file = ["study.hdf5", "again.hdf5"]
+model.dg_args = [{add_eos = true}, {add_eos = false}]
+optimizer.name = ["Adam", "SGD"]
+"""
+    (here / "kinds.toml").write_text(text)
+    study = sweeps.sweep(here / "kinds.toml", "training.experiment_name=kinds", "training.max_epochs=1")
+    assert [t.state.name for t in study.trials] == ["COMPLETE"] * 8, study.trials
+    assert {t.params["data.hdf5_file"] for t in study.trials} == {str(here / "study.hdf5"), str(here / "again.hdf5")}
 
 
 def test_a_finished_run_is_not_taken_for_a_trial_with_other_values(here):

@@ -19,7 +19,7 @@ from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.models.base import MainModelAbstract
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.training.trainer import DWIMLTrainerOneInput
-from dwiml_nb.viz import painter, plots, theme, viewers
+from dwiml_nb.viz import painter, panel, plots, theme, viewers
 from dwiml_nb.viz.scene import Scene
 from dwiml_nb.widgets import study_browser as study_browser_page
 from dwiml_nb.widgets.batch_preview import BatchPreview
@@ -91,10 +91,10 @@ def page(monkeypatch):
 
     monkeypatch.setattr(files, "in_notebook", lambda: True)
     monkeypatch.setattr("IPython.display.display", display)
-    monkeypatch.setattr(viewers, "in_notebook", lambda: True)
+    monkeypatch.setattr(panel, "in_notebook", lambda: True)
     monkeypatch.setattr(viewers, "best_rung", lambda: ("painter", ""))
-    monkeypatch.setattr(viewers, "display", display)
-    monkeypatch.setattr(viewers, "update_display", lambda data, raw, display_id: ids[display_id].update(data))
+    monkeypatch.setattr(panel, "display", display)
+    monkeypatch.setattr(panel, "update_display", lambda data, raw, display_id: ids[display_id].update(data))
     return outputs
 
 
@@ -189,14 +189,14 @@ def test_a_cut_outside_of_the_next_volume_goes_to_its_middle():
         affine = np.eye(4)
         affine[:3, 3] = shift
         return Scene("a cube").add_slices(np.random.default_rng(0).random((9, 9, 9)), affine, planes="z")
-    viewer = viewers.PictureViewer(scene(0), (80, 60))
+    viewer = viewers.Viewer(scene(0), (80, 60))
     viewer.replace(scene(100))
-    assert viewer.cut_mm == (104, 104, 104) and [(s.min, s.max, s.value) for s in viewer.cut_sliders.values()] == [(99.5, 108.5, 104)] * 3
+    assert viewer.cut_mm == (104, 104, 104) and [(s.min, s.max, s.value) for s in viewer.controls.cut_sliders.values()] == [(99.5, 108.5, 104)] * 3
 
 
 def test_a_picture_that_draws_fewer_lines_says_so(monkeypatch):
     said, scene = [], Scene("a scene").add_lines([np.array([[0, i, 0], [9, i, 9]], dtype="f4") for i in range(50)])
-    monkeypatch.setattr(painter, "label", lambda pixels, frame, title: said.append(title) or pixels)
+    monkeypatch.setattr(painter, "label", lambda pixels, frame, title, look: said.append(title) or pixels)
     for options in ({}, {"max_lines": 20}, {"max_lines": 20, "title": ""}): painter.paint(scene, size=(40, 30), **options)
     assert said == ["a scene", "a scene, 20 of 50 lines drawn", "20 of 50 lines drawn"]
 
@@ -353,9 +353,9 @@ def test_a_figure_shows_itself_where_nobody_imported_pyplot():
 
 def test_save_picture_saves_files_and_replaces_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    viewer = viewers.PictureViewer(Scene("5 of 9 lines of a/b, over x").add_lines([np.eye(3, dtype="f4") * 30]), (120, 90))
-    viewer.saver.click()
-    viewer.saver.click()
+    viewer = viewers.Viewer(Scene("5 of 9 lines of a/b, over x").add_lines([np.eye(3, dtype="f4") * 30]), (120, 90))
+    viewer.controls.saver.click()
+    viewer.controls.saver.click()
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["5_of_9_lines_of_a_b_over.png", "5_of_9_lines_of_a_b_over_2.png"] and str(tmp_path / names[1]) in viewer.message.value
     before = (tmp_path / names[0]).read_bytes()

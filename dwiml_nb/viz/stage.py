@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import cache
 import numpy as np
 from fastcore.basics import patch
-from .painter import VIEWS, view_from
+from .painter import VIEWS, Frame, frame_of, view_from
 from .scene import LineSet, PointSet, Scene, Slices
 from .theme import INK, PAPER, rgba
 
@@ -91,11 +91,12 @@ class LineBuffer:
 
     def fill(self, line_set:LineSet):
         "Show other lines."
-        order = np.random.default_rng(0).permutation(len(line_set))
+        order = np.random.default_rng(0).permutation(np.flatnonzero(line_set.shown))
         starts,counts = line_set.offsets[:-1][order], np.diff(line_set.offsets)[order]
         self.ends = np.cumsum(counts)
-        self.order = np.repeat(starts - (self.ends - counts), counts) + np.arange(len(line_set.positions))
-        before,self.nb_rows = self.nb_rows, len(line_set.positions)
+        self.order = np.repeat(starts - (self.ends - counts), counts) + np.arange(counts.sum())
+        self.mask = line_set.shown.copy()
+        before,self.nb_rows = self.nb_rows, len(self.order)
         data = self.geometry.positions.data
         data[:self.nb_rows] = line_set.positions[self.order]
         data[self.nb_rows:max(before, self.nb_rows)] = np.nan
@@ -104,7 +105,8 @@ class LineBuffer:
         self.show_lines(None)
 
     def recolour(self, line_set:LineSet):
-        "Rewrite the colours alone."
+        "Rewrite the colours alone, unless other lines are to be shown."
+        if not np.array_equal(self.mask, line_set.shown): return self.fill(line_set)
         self.geometry.colors.data[:self.nb_rows] = line_set.colours[self.order]
         self.geometry.colors.update_range(0, max(self.nb_rows, 1))
 
@@ -129,12 +131,15 @@ def slices_actor(
 def place_slices(
     group, # Of `slices_actor`
     slices:Slices,
+    opacity:float=1., # 0 to 1
 ):
     "Show the planes the scene asks for, where it asks for them."
     import_fury()
     from fury import actor
     actor.show_slices(group, tuple(float(p) for p in slices.position_mm))
-    for plane,name in zip(group.children, 'xyz'): plane.visible = name in slices.planes
+    for plane,name in zip(group.children, 'xyz'):
+        plane.visible,plane.material.opacity = name in slices.planes,opacity
+        plane.material.clim = slices.low,slices.high
 
 # %% ../../nbs/09_viz/03_stage.ipynb #a159beb0
 def points_actor(
@@ -190,7 +195,7 @@ class Stage:
         self.manager.screens[0].controller.register_events(self.manager.screens[0].viewport)
         self.lines,self.slices,self.points,self.letters = [],[],[],[]
         self.set_scene(scene)
-        self.look()
+        self.stand(frame_of(scene, view_from(30, 30), size))
         self.manager.render()
 
     @property
@@ -236,25 +241,35 @@ def set_scene(self:Stage,
 @patch
 def refresh(self:Stage):
     "Show the scene's changed colours and slice positions."
-    for b,s in zip(self.lines, self.scene.lines): b.recolour(s)
-    for s,a in self.slices: place_slices(a, s)
+    for b,s in zip(self.lines, self.scene.lines):
+        b.recolour(s)
+        b.actor.material.opacity = self.scene.look.opacity
+    for s,a in self.slices: place_slices(a, s, self.scene.look.slice_opacity)
+    self.fury_scene.background = tuple(rgba(self.scene.look.paper).tolist())
     self.redraw()
 
 # %% ../../nbs/09_viz/03_stage.ipynb #7430107a
 @patch
+def stand(self:Stage,
+    frame:Frame, # Where to look from: what the painter would show, at this canvas' size
+):
+    "Look as the painter would."
+    (w,h),towards = frame.size, np.asarray(frame.view.towards, dtype=np.float64)
+    self.camera.width,self.camera.height,self.camera.zoom = w/frame.scale, h/frame.scale, 1.
+    distance = (self.camera.width + self.camera.height)/2          # the controller turns around what is there
+    self.camera.world.reference_up = tuple(float(v) for v in frame.view.up)
+    self.camera.world.position = tuple((frame.centre + towards*distance).tolist())
+    self.camera.look_at(tuple(float(v) for v in frame.centre))
+    if abs(frame.view.up[2]) > .01: self.camera.world.reference_up = 0, 0, 1
+    self.redraw()
+
+@patch
 def look(self:Stage,
     view=None, # A `View`, or the name of one; None: obliquely, from behind, right and above
-    zoom:float=1.,
 ):
     "Point the camera at the whole scene."
     view = VIEWS[view] if isinstance(view, str) else view or view_from(30, 30)
-    bounds = self.scene.bounds
-    radius = float(np.linalg.norm(bounds[1] - bounds[0]))/2
-    towards = np.asarray(view.towards, dtype=np.float64)
-    up = (0, 1, 0) if abs(towards[2]) > .99 else (0, 0, 1)
-    self.camera.show_object((*bounds.mean(0).tolist(), radius), view_dir=tuple((-towards).tolist()), up=up)
-    self.camera.zoom = 1.3*zoom
-    self.redraw()
+    self.stand(frame_of(self.scene, view, [max(n, 1) for n in self.manager.renderer.logical_size]))
 
 # %% ../../nbs/09_viz/03_stage.ipynb #24fc0017
 @patch

@@ -113,7 +113,7 @@ def test_study_browser(notebook, lab):
 @pytest.mark.fury
 def test_batch_preview_turns_with_the_mouse(notebook):
     page = notebook("preview.ipynb", SETUP, "preview = BatchPreview(loader, sampler); preview", "preview.viewer.rung",
-                    "print('at', __import__('time').time(), 'frames', preview.viewer.stage.window.get_stats()['sent_frames'])")
+                    "print('at', __import__('time').time(), 'frames', preview.viewer.face.stage.window.get_stats()['sent_frames'])")
     assert "live" in output(page, 2).inner_text()
     widget, canvas = output(page, 1), output(page, 1).locator(".renderview-wrapper img").first
     canvas.wait_for(timeout=60_000)

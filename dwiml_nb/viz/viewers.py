@@ -20,7 +20,7 @@ from ..core.files import atomic_file, in_notebook
 from .painter import VIEWS, Frame, frame_of, titled, to_png, view_from
 from .scene import Scene, pick
 from .stage import gpu_adapter
-from .panel import Panel, Settled, picture_html
+from .panel import Panel, picture_html
 from .faces import LiveFace, OffscreenFace, PainterFace
 
 # %% ../../nbs/09_viz/07_viewers.ipynb #5916dd14

@@ -12,7 +12,8 @@ import traitlets as T
 from fastcore.basics import patch
 from ..batch.augment import Draws
 from ..viz.scene import Scene, scene_of_batch
-from ..viz.viewers import Panel, Settled, show
+from ..viz.panel import Panel, Settled
+from ..viz.viewers import show
 from .state import Choice, chooser, offer
 
 # %% ../../nbs/11_widgets/02_batch_preview.ipynb #918d2381

@@ -11,7 +11,7 @@ import ipywidgets as W
 from fastcore.basics import patch
 from ..core.registry import trusting
 from ..runs.run_files import run_config, run_parts, write_run_file
-from ..viz.viewers import Panel
+from ..viz.panel import Panel
 from .batch_preview import BatchPreview
 from .study_browser import StudyBrowser
 from .training_dashboard import TrainingDashboard

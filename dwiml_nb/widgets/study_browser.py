@@ -16,7 +16,8 @@ from ..study.describe import html_table
 from ..study.lists import SUBSETS
 from ..viz.plots import figure_png, histogram_picture
 from ..viz.scene import scene_of_subject
-from ..viz.viewers import Panel, Settled, picture_html, show
+from ..viz.panel import Panel, Settled, picture_html
+from ..viz.viewers import show
 from .state import Choice, chooser, offer
 
 # %% ../../nbs/11_widgets/01_study_browser.ipynb #a7e39478

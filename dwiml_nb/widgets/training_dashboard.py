@@ -15,7 +15,7 @@ from ..core.registry import class_path
 from ..training.sinks import read_logs
 from ..viz.plots import figure_png, loss_figure
 from ..viz.theme import PALETTE
-from ..viz.viewers import Panel, picture_html
+from ..viz.panel import Panel, picture_html
 from .state import Throttle, error_html, nice_seconds
 
 # %% ../../nbs/11_widgets/03_training_dashboard.ipynb #246c758a

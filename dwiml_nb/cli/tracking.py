@@ -6,6 +6,7 @@
 __all__ = ['read_seeds', 'eos_word', 'dwiml_track_from_model', 'dwiml_score']
 
 # %% ../../nbs/12_cli/05_tracking.ipynb #f3050286
+import argparse
 import numpy as np
 from .arguments import Number, angle, count, device, not_negative, positive, processes, whole
 from .common import Param, call_parse
@@ -14,7 +15,7 @@ from ..core.files import check_outputs, write_json
 from ..core.sizes import read_array
 from ..core.tractograms import load_tractogram
 from ..evaluation.bundles import files_of_reference, score_tractogram
-from ..runs.track import track_from_model
+from ..runs.run_files import track_run
 from .common import plain_problems, switch
 
 # %% ../../nbs/12_cli/05_tracking.ipynb #bb2638ba
@@ -34,54 +35,61 @@ def eos_word(typed:str): # 'max', or a number from 0 to 1
     return typed if typed == 'max' else Number("'max' or a probability, 0 to 1", least=0, most=1)(typed)
 
 # %% ../../nbs/12_cli/05_tracking.ipynb #42ae3474
+on_off = argparse.BooleanOptionalAction
+OURS = {'input_group': 'input_group_name', 'step_size': 'step_mm', 'theta': 'theta_deg', 'rng_seed': 'seed',
+        'min_length': 'min_length_mm', 'max_length': 'max_length_mm', 'eos_stop': 'eos_threshold',
+        'track_forward_only': 'forward_only'}         # option -> argument
+
+def typed_options(
+    given:dict, # option -> value; None: not typed
+) -> dict: # Arguments of `track_run`
+    "What was typed, in our names."
+    return {OURS.get(name, name): value for name,value in given.items() if value is not None}
+
+# %% ../../nbs/12_cli/05_tracking.ipynb #e1af694d
 @call_parse
 def dwiml_track_from_model(
     experiment_path:str, # Folder of an experiment
     subj_id:str, # Subject of the study
     out_tractogram:str, # .trx, .trk or .tck
-    seeding_mask_group:str, # Volume group; voxels above 0 are seeded
+    seeding_mask_group:Param("Volume group; voxels above 0 are seeded", nargs='?'),
     input_group:str=None, # The group the model was trained on when not given
     hdf5_file:str=None, # The study the model was trained on when not given
+    run_file:str=None, # Its [tracking] says what is not typed; the experiment's own file when not given
     tracking_mask_group:str=None, # Lines end where this volume is below 1/2
-    mask_interp:Param("The mask's value: of the voxel, or between centres of voxels",
-                      choices=['nearest', 'trilinear'])='nearest',
+    mask_interp:Param("The mask's value: of the voxel (the default), or between centres of voxels",
+                      choices=['nearest', 'trilinear'])=None,
     npv:count=None, # Seeds per voxel; 1 if neither this nor nt is given
     nt:count=None, # Seeds in total
     in_custom_seeds:str=None, # .npy or text file with (n, 3) points in RAS mm, instead
-    skip:whole=0, # Leave out the first seeds: another run has them
-    save_seeds:bool=False, # Keep each line's seed as data per streamline
-    algo:Param("Best direction, or drawn ones", choices=['det', 'prob'])='det',
-    temperature:positive=1., # For prob: below 1, draws keep nearer to the best direction
+    skip:whole=None, # Leave out the first seeds: another run has them
+    save_seeds:Param("Keep each line's seed as data per streamline", action=on_off)=None,
+    algo:Param("Best direction (the default), or drawn ones", choices=['det', 'prob'])=None,
+    temperature:positive=None, # For prob: below 1, draws keep nearer to the best direction
     step_size:not_negative=None, # mm; the model's when not given; 0: as long as the model's directions
-    theta:angle=90., # Largest turn between two steps, degrees
-    min_length:not_negative=10., # mm
-    max_length:positive=300., # mm
-    track_forward_only:bool=False, # Lines begin at their seeds
+    theta:angle=None, # Largest turn between two steps, degrees; 90 when not given
+    min_length:not_negative=None, # mm; 10 when not given
+    max_length:positive=None, # mm; 300 when not given
+    track_forward_only:Param("Lines begin at their seeds", action=on_off)=None,
     compress:Param("Leave out points within this tolerance in mm of the line without them; 0.1 when no "
                    "number follows", positive, nargs='?', const=.1)=None,
     eos_stop:Param("Probability that ends a line, or 'max'", eos_word)=None,
-    first_direction:str='model', # Or peaks:GROUP
+    first_direction:str=None, # Of the model, or peaks:GROUP
     stop_rules:Param("Further reasons to stop, by name", nargs='+', metavar='RULE')=None,
-    keep_last_point:bool=False, # Keep the point that left the mask
-    use_latest_epoch:bool=False, # The checkpoint's model instead of the best one
+    keep_last_point:Param("Keep the point that left the mask", action=on_off)=None,
+    use_latest_epoch:Param("The checkpoint's model instead of the best one", action=on_off)=None,
     batch_size:count=None, # Lines walking together
-    processes:processes=1, # On the CPU: that track at the same time
+    processes:processes=None, # On the CPU: that track at the same time
     device:device=None, # cpu, cuda; the first GPU if there is one
-    rng_seed:whole=1234, # Of seeds and draws
+    rng_seed:whole=None, # Of seeds and draws; 1234 when not given
     overwrite:Param("Replace an existing file", action=switch('-f'))=False,
     allow_links:Param("Also follow links that lead out of the study's folder", action='store_true')=False,
 ):
-    "Track a subject with a trained experiment."
+    "Track a subject with a trained experiment, as its run file says and as is typed here."
+    typed = {k: v for k,v in locals().items() if k not in ('experiment_path', 'subj_id', 'in_custom_seeds')}
     with plain_problems():
-        seeds = None if in_custom_seeds is None else read_seeds(in_custom_seeds)
-        lines = track_from_model(
-            experiment_path, subj_id, out_tractogram, seeding_mask_group, input_group, hdf5_file, npv, nt,
-            seeds, save_seeds, use_latest_epoch, device, overwrite, rng_seed, allow_links=allow_links,
-            tracking_mask_group=tracking_mask_group, algo=algo, step_mm=step_size, theta_deg=theta,
-            min_length_mm=min_length, max_length_mm=max_length, eos_threshold=eos_stop,
-            first_direction=first_direction, keep_last_point=keep_last_point, batch_size=batch_size,
-            stop_rules=stop_rules, skip=skip, mask_interp=mask_interp, forward_only=track_forward_only,
-            compress=compress, temperature=temperature, processes=processes)
+        if in_custom_seeds is not None: typed['seeds'] = read_seeds(in_custom_seeds)
+        lines = track_run(experiment_path, subj_id, **typed_options(typed))
         print(f"{len(lines)} streamlines in {out_tractogram}; dropped: {lines.info['dropped'] or 'none'}; "
               f"stopped by {lines.info['reasons']}")
 

@@ -8,8 +8,9 @@ __all__ = ['inches', 'dwiml_resume_training_from_checkpoint', 'parse_graph', 'dw
 # %% ../../nbs/12_cli/04_training.ipynb #2ec0fd8a
 import logging
 import math
-from .arguments import Number, count, device, finite, workers
+from .arguments import Number, count, device, finite, positive, workers
 from .common import Param, call_parse, plain_problems, switch
+from ..core.config import typed_value
 from ..core.errors import DataProblem
 from ..core.files import atomic_file, check_outputs
 from ..training.sinks import export_csv
@@ -26,7 +27,8 @@ def train_and_tell(
         raise KeyboardInterrupt(f"stopped at epoch {trainer.epoch + 1}, {trainer.phase} batch "
                                 f"{trainer.batch}; the checkpoint is written") from None
     best = trainer.monitor.best_epoch
-    judged = '' if best is None else f"; best epoch {best + 1} with loss {trainer.monitor.best_value:.6g}"
+    value = f"{trainer.loop.monitor} {trainer.monitor.best_value:.6g}"
+    judged = '' if best is None else f"; best epoch {best + 1} with {value}"
     print(f"{trainer.control.state}{judged}; {trainer.experiment_folder}")
 
 # %% ../../nbs/12_cli/04_training.ipynb #c7fe7052
@@ -38,6 +40,10 @@ def dwiml_resume_training_from_checkpoint(
     new_patience:count=None, # Instead of the run's
     new_max_epochs:count=None, # Instead of the run's
     nb_cpu_processes:workers=None, # Instead of the run's
+    max_hours:positive=None, # Instead of the run's: stop with a checkpoint before they are over
+    keep_last:count=None, # Instead of the run's: checkpoints to keep, of the last epochs
+    sinks:Param("Loggers instead of the run's: names, or {key = 'mlflow', uri = '…'}; none when none "
+                "follows", typed_value, nargs='*')=None,
     device:device=None, # cpu, cuda; the first GPU if there is one
     allow_links:Param("Also follow links that lead out of the study's folder", action='store_true')=False,
     other_data:bool=False, # Go on even if the study holds other data than the run was trained on
@@ -48,6 +54,7 @@ def dwiml_resume_training_from_checkpoint(
         trainer = trainer_from_folder(experiments_path, experiment_name, hdf5_file,
                                       new_patience=new_patience, new_max_epochs=new_max_epochs,
                                       nb_cpu_processes=nb_cpu_processes, device=device,
+                                      max_hours=max_hours, keep_last=keep_last, sinks=sinks,
                                       allow_links=allow_links, other_data=other_data)
         print(f"resuming at epoch {trainer.epoch + 1} of {trainer.max_epochs}, "
               f"{trainer.phase} batch {trainer.batch + 1}")

@@ -7,7 +7,7 @@ __all__ = ['NEEDED', 'REGISTRIES', 'MOST_TEXT', 'MOST_ITEMS', 'MOST_NUMBER', 'KI
            'NOT_IN_FILES', 'PATHS', 'of_run', 'GROUPS', 'OPTIMIZATION', 'Option', 'options_told', 'kinds_of', 'meant',
            'is_a', 'is_huge', 'are_names', 'problem_with', 'unknown_key', 'Classes', 'name_in', 'classes_of',
            'name_of_class', 'is_registered', 'left', 'name_option', 'data_options', 'optimizer_options',
-           'model_options', 'criterion_options', 'tables_of']
+           'model_options', 'criterion_options', 'tracking_options', 'tables_of']
 
 # %% ../../nbs/08_runs/02_options.ipynb #35cc9bb5
 import inspect
@@ -307,6 +307,12 @@ def criterion_options(
     return {'name': Option('name', 'CrossEntropyLoss', str, "A loss of torch.nn"), **own}
 
 # %% ../../nbs/08_runs/02_options.ipynb #60482607
+def tracking_options() -> dict: # name -> `Option`
+    "The keys of `[tracking]`: nothing of it must be given."
+    track = {**left(Tracker, *GROUPS), **left(track_from_model, 'experiment_path', 'trust', 'hdf5_file',
+             'overwrite', 'out_tractogram', 'subj_id', 'seeds')}
+    return {k: o if o.default is not NEEDED else Option(k, None, o.kind, o.about) for k,o in track.items()}
+
 def tables_of(
     classes:Classes,
     given=(), # The tables as far as they are known: the optimiser's name
@@ -318,9 +324,6 @@ def tables_of(
     training,sinks = left(classes.trainer, *OPTIMIZATION), options_told(classes.trainer)['sinks']
     training['experiments_path'] = Option('experiments_path', 'experiments', str, "Folder of all experiments")
     schedule = options_told(classes.trainer)['lr_schedule']
-    track = {**left(Tracker, *GROUPS), **left(track_from_model, 'experiment_path', 'trust', 'hdf5_file',
-             'overwrite', 'out_tractogram', 'subj_id', 'seeds')}
-    track = {k: o if o.default is not NEEDED else Option(k, None, o.kind, o.about) for k,o in track.items()}
     return {'': {'seed': Option('seed', 1234, int, "Of all that is drawn: weights, order, noise, dropout")},
             'data': data_options(classes),
             'sampler': {**name_option(classes.sampler, DWIMLBatchIDSampler, "The sampler's class"),
@@ -334,4 +337,4 @@ def tables_of(
             'scheduler': {'name': Option('name', None, str, schedule.about)},
             'training': {**name_option(classes.trainer, DWIMLTrainer, "The trainer's class"), **training},
             'logging': {'sinks': Option('sinks', [], list, sinks.about)},
-            'tracking': track}
+            'tracking': tracking_options()}

@@ -6,8 +6,8 @@
 __all__ = ['checked_layer', 'checked_table', 'sinks_refused', 'beside', 'paths_beside', 'layers_given', 'given_only',
            'check_own_keys', 'missing', 'run_config', 'RunParts', 'of_table', 'check_size', 'changed',
            'trainer_arguments', 'own_model', 'nb_features', 'run_parts', 'commit_of', 'made_with', 'comments_of',
-           'as_written', 'write_resolved', 'train', 'track_run', 'model_tables', 'tables_of_run', 'run_text',
-           'write_run_file', 'without_defaults', 'flat', 'differing']
+           'as_written', 'write_resolved', 'train', 'tracking_said', 'track_run', 'model_tables', 'tables_of_run',
+           'run_text', 'write_run_file', 'without_defaults', 'flat', 'differing']
 
 # %% ../../nbs/08_runs/03_run_files.ipynb #fc4909a2
 import os
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 import torch
 from ..core.config import Config, layered, read_toml, thawed, toml_text, typed_values, write_toml
-from ..core.errors import DataProblem
+from ..core.errors import DataProblem, need_file
 from ..core.files import atomic_file
 from ..core.options import key_and_options, seed_all
 from ..core.registry import class_named, trusting
@@ -33,9 +33,10 @@ from ..training.run import is_name
 from ..training.schedules import schedule_said
 from ..training.sinks import SINKS, list_of_sinks
 from ..training.trainer import DWIMLTrainer
-from .track import track_from_model
+from .track import read_experiment, track_from_model
 from .options import (ABOUT, FREE, GROUPS, NEEDED, PATHS, classes_of, is_registered, meant,
-                                   name_of_class, options_told, problem_with, tables_of, unknown_key)
+                                   name_of_class, options_told, problem_with, tables_of, tracking_options,
+                                   unknown_key)
 
 # %% ../../nbs/08_runs/03_run_files.ipynb #50f8f60d
 def checked_layer(
@@ -398,22 +399,44 @@ def train(
     return trainer
 
 # %% ../../nbs/08_runs/03_run_files.ipynb #3a0abd1b
+def tracking_said(
+    run_file, # A run file; an experiment that objects made has none, and says nothing
+    changes:dict, # Said in the call
+) -> dict: # Arguments of `track_from_model`
+    "What `[tracking]` and a call say together."
+    table = read_toml(run_file).get('tracking', {}) if Path(run_file).is_file() else {}
+    bad,options = [],tracking_options()
+    if not isinstance(table, dict):
+        bad.append(DataProblem("tracking is a table", expected="[tracking] and its keys",
+                               found=repr(table)[:80]))
+        table = {}
+    said = checked_table('tracking', table, options, run_file, bad)
+    now = checked_table('tracking', changes, options, None, bad)
+    raise_problems(bad, f"[tracking] of {run_file}")
+    for one,other in (('npv', 'nt'), ('nt', 'npv')):                    # one replaces the other
+        if now.get(one) is not None: said.pop(other, None)
+    return {**said, **now}
+
 def track_run(
-    experiment, # Folder of an experiment that a run file began
+    experiment, # Folder of an experiment
     subj_id:str, # Subject of the study
     out_tractogram, # The file to write
     trust=(), # Packages and .py files whose classes may be named
     overwrite:bool=False, # Replace a file of that name
-    **changes, # Instead of what [tracking] says: seeding_mask_group='wm', theta_deg=30, …
+    run_file=None, # Whose [tracking] counts; None: the file of the experiment
+    **changes, # Instead of what [tracking] says, or beside it: theta_deg=30, seeds=…, hdf5_file=…
 ): # -> `Tractogram`
     "Track a subject with a trained run, as its file says."
-    with trusting(trust): config = run_config(experiment, complete=False, tracking=changes)
-    options = tables_of(classes_of(config), config)['tracking']
-    said = changed(config, 'tracking', options)
-    if 'seeding_mask_group' not in said:
+    beside = ('hdf5_file', 'input_group_name', 'seeds', 'allow_links')            # a file cannot say these
+    more = {k: changes.pop(k) for k in beside if k in changes}
+    if run_file is not None: need_file(run_file, "there is no such run file", "check the path.")
+    said = tracking_said(run_file or Path(experiment)/'run.toml', changes)
+    if said.get('seeding_mask_group') is None and more.get('seeds') is None:
+        read_experiment(experiment)
         raise DataProblem("tracking.seeding_mask_group is missing", expected="a volume group to begin in",
-                          do="give it under [tracking] in the file, or in the call.", file=experiment)
-    return track_from_model(experiment, subj_id, out_tractogram, trust=trust, overwrite=overwrite, **said)
+                          do="give it under [tracking] in the file, or in the call.", file=run_file or experiment)
+    said.setdefault('seeding_mask_group', None)
+    return track_from_model(experiment, subj_id, out_tractogram, trust=trust, overwrite=overwrite, **said, **more)
 
 # %% ../../nbs/08_runs/03_run_files.ipynb #3b448116
 def model_tables(

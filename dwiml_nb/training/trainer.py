@@ -723,6 +723,7 @@ def init_from_checkpoint(cls:DWIMLTrainer,
     sinks=None, # Instead of the run's
     other_data:bool=False, # Go on even if the study holds other data than the run was trained on
     max_hours:float=None, # Instead of the run's
+    keep_last:int=None, # Instead of the run's
     **kwargs, # Further arguments of a child class
 ) -> DWIMLTrainer:
     "A trainer that goes on where the checkpoint of an experiment was written."
@@ -732,7 +733,7 @@ def init_from_checkpoint(cls:DWIMLTrainer,
     name = kept['class'].rpartition('.')[2]
     check_same('trainer', {'class': name}, {'class': cls.__name__}, checkpoint.folder)
     new = dict(patience=new_patience, max_epochs=new_max_epochs, nb_cpu_processes=nb_cpu_processes,
-               max_hours=max_hours)
+               max_hours=max_hours, keep_last=keep_last)
     params = arguments_again(kept['params'], experiments_path, **new, lr_schedule=lr_schedule,
                              optimizer=optimizer, sinks=sinks)
     for name in kwargs:

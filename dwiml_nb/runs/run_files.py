@@ -434,9 +434,11 @@ def track_run(
     if said.get('seeding_mask_group') is None and more.get('seeds') is None:
         read_experiment(experiment)
         raise DataProblem("tracking.seeding_mask_group is missing", expected="a volume group to begin in",
-                          do="give it under [tracking] in the file, or in the call.", file=run_file or experiment)
+                          do="give it under [tracking] in the file, or in the call.",
+                          file=run_file or experiment)
     said.setdefault('seeding_mask_group', None)
-    return track_from_model(experiment, subj_id, out_tractogram, trust=trust, overwrite=overwrite, **said, **more)
+    return track_from_model(experiment, subj_id, out_tractogram, trust=trust, overwrite=overwrite, **said,
+                            **more)
 
 # %% ../../nbs/08_runs/03_run_files.ipynb #3b448116
 def model_tables(

@@ -1,5 +1,4 @@
 """Fronts of a run: tracking as its file says, what may change on resume, values by name, Comet's options, a run file as widgets."""
-import numpy as np
 import pytest
 import torch
 
@@ -9,9 +8,8 @@ from dwiml_nb.cli.runs import dwiml_train
 from dwiml_nb.cli.tracking import dwiml_track_from_model
 from dwiml_nb.cli.training import dwiml_resume_training_from_checkpoint
 from dwiml_nb.core.config import read_toml
-from dwiml_nb.core.errors import DataProblem
 from dwiml_nb.core.tractograms import load_tractogram
-from dwiml_nb.runs.run_files import run_config, track_run, train, write_run_file
+from dwiml_nb.runs.run_files import track_run, train
 from dwiml_nb.runs.track import track_from_model
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.training.checkpoints import read_checkpoint

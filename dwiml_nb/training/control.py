@@ -231,7 +231,8 @@ def changes_again(
             if row.get('do') != 'set_learning_rate': continue
             at = row_position(row, phases)
             rate = check_number('the learning rate', row['rate'], least=0)
-            found = [o for o in found if o[0] <= at] + [(at, float(rate))]
+            while found and found[-1][0] > at: found.pop()          # they are in order of their places
+            found.append((at, float(rate)))
     return [o for o in found if o[0] >= place]
 
 # %% ../../nbs/07_training/06_control.ipynb #139e2c94

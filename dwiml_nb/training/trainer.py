@@ -403,11 +403,14 @@ def obey(
     batch = trainer.batch if trainer.phase == 'training' else per_epoch
     def again(rate): trainer.rates.change(rate, trainer.epoch, batch, per_epoch)
     def change(rate): again(rate); control.changes.clear()              # what was asked for later, is not now
+    log = JSONLLog(trainer.experiment_folder/'logs'/'control.jsonl')
     def keep(order):
-        log = JSONLLog(trainer.experiment_folder/'logs'/'control.jsonl')
-        log.write(order); log.flush(); log.close()
+        log.write(order)
+        if not control.asked: log.flush()                               # once for all that came together
     while control.changes and control.changes[0][0] <= here: again(control.changes.pop(0)[1])
-    return control.obey(place, {'checkpoint_now': trainer.save_checkpoint, 'set_learning_rate': change}, keep)
+    do = {'checkpoint_now': trainer.save_checkpoint, 'set_learning_rate': change}
+    try: return control.obey(place, do, keep)
+    finally: log.close()
 
 # %% ../../nbs/07_training/11_trainer.ipynb #ec8c0aa9
 def batch_row(

@@ -414,6 +414,14 @@ class MLflowBook(Book):
 
     def close(self): self.client.set_terminated(self.run)
 
+def check_text(
+    name:str, # Of an option of a logger
+    value, # What was given
+) -> str:
+    "The text that was given, if it is one."
+    if isinstance(value, str) and value.strip(): return value
+    raise ValueError(f"{name} of a logger is text, found {value!r:.80}")
+
 # %% ../../nbs/07_training/14_loggers.ipynb #f72f9b6b
 @patch
 def parameters(self:MLflowBook, params, epoch):
@@ -449,7 +457,8 @@ class MLflowLogger(Logger):
         **options, # As for `Logger`
     ):
         super().__init__(**options)
-        self.uri,self.experiment = uri,experiment
+        self.uri,self.experiment = uri,check_text('experiment', experiment)
+        if uri is not None: check_text('uri', uri)
 
     def open(self, record):
         uri = self.uri or os.environ.get('MLFLOW_TRACKING_URI')
@@ -565,6 +574,9 @@ class CometLogger(Logger):
     ):
         super().__init__(**options)
         self.project,self.workspace = project,workspace
+        for name,value in (('project', project), ('workspace', workspace)):
+            if value is not None: check_text(name, value)
+
     def open(self, record): return CometBook(record['experiment_folder'], self.project, self.workspace)
 
 # %% ../../nbs/07_training/14_loggers.ipynb #1659fbd2

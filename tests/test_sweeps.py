@@ -194,7 +194,8 @@ def test_a_finished_run_is_not_taken_for_a_trial_with_other_values(here):
     assert row["state"] == "fail" and "trained with another" in str(row)
 
 
-@pytest.mark.parametrize("damage", ["update trial_params set distribution_json='x'", "update trials set state='NOPE'", "garbage", "update study_user_attributes set value_json='\"x\"'"])
+@pytest.mark.parametrize("damage", ["update trial_params set distribution_json='x'", "update trials set state='NOPE'", "garbage", "update study_user_attributes set value_json='\"x\"'",
+                                    "update trial_values set value='text'", "update trial_intermediate_values set intermediate_value='some text'", "update trial_params set param_value='three'"])
 def test_a_damaged_database_is_one_sentence(here, damage):
     name = f"damaged{len(damage)}"
     words, base = [f"training.experiment_name={name}", "training.max_epochs=1"], here / "experiments" / name / "sweep.db"
@@ -205,3 +206,7 @@ def test_a_damaged_database_is_one_sentence(here, damage):
     before = base.read_bytes()
     with pytest.raises(DataProblem, match="database"): sweeps.sweep(here / "run.toml", *words, trials=1)
     assert base.read_bytes() == before
+    for look in (lambda: sweeps.sweep_rows(sweeps.open_study(base.parent)), lambda: sweeps.sweep_figures(base.parent), lambda: sweeps.write_sweep_page(base.parent, here / "page.html")):
+        if "user_attr" not in damage:
+            with pytest.raises(DataProblem, match="database"): look()
+        else: look()

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import warnings
 from pathlib import Path
 
@@ -12,22 +13,26 @@ import numpy as np
 import pytest
 import torch
 from bands import Bands
+from test_loggers import KEYS, OWN, READERS, check_same_numbers
 
 from dwiml_nb.core.config import Config
 from dwiml_nb.core.errors import DataProblem
+from dwiml_nb.core.options import seed_all
 from dwiml_nb.batch.sampler import DWIMLBatchIDSampler
 from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.models.base import load_model
-from dwiml_nb.models.items import ITEM_DATASETS, RegisteredBatchLoader
+from dwiml_nb.models.items import COLLATE_FUNCTIONS, ITEM_DATASETS, RegisteredBatchLoader
 from dwiml_nb.models.registered import REGISTERED_MODELS, build, dwiml_model, registered_model
 from dwiml_nb.runs.resume import trainer_from_folder
+from dwiml_nb.runs.run_files import train, write_run_file
 from dwiml_nb.core.phantom import write_phantom
 from dwiml_nb.core.tractograms import load_tractogram, save_tractogram
 from dwiml_nb.study.create import create_study
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.tracking.tracker import Tracker
 from dwiml_nb.training.registered import RegisteredTrainer, trace_model
-from dwiml_nb.training.sinks import read_logs
+from dwiml_nb.training.sinks import Sink, read_logs, read_rows
+from dwiml_nb.widgets.training_dashboard import TrainingDashboard
 
 GROUPS = dict(streamline_group_name="bundles", input_group_name="input")
 CONFIG = {"model": {"Bands": {"classes": 3}}}
@@ -49,7 +54,7 @@ def make(dataset, tmp_path):
         model = registered_model(cls, config, dataset, **groups, **loader)
         sampler = DWIMLBatchIDSampler(dataset, "bundles", batch_size_training=batch_size, batch_size_validation=batch_size)
         parts = model, tmp_path, name, sampler, RegisteredBatchLoader(dataset, model, **groups, **loader)
-        if resume: return RegisteredTrainer.init_from_checkpoint(*parts)
+        if resume: return RegisteredTrainer.init_from_checkpoint(*parts, **options)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*no validate_step.*")
             return RegisteredTrainer(*parts, **{"max_epochs": 2, **options})
@@ -134,8 +139,8 @@ def test_several_datasets_and_collate_functions(make, dataset):
         @staticmethod
         def to_tensor(data_dict):
             seen.append(data_dict)
-            lengths = data_dict["data"]["input_lengths"]
-            return data_dict["data"]["input"].sum(1)/lengths[:, None]
+            lengths, of = data_dict["data"]["input_lengths"], data_dict["people"]["together"]
+            return data_dict["data"]["input"].sum(1)/lengths[:, None] + of.sum(1, keepdims=True)
     trainer = make(Both, loader=dict(collate_fn="pad", datasets={"people": "ages"}))
     trainer.train_and_validate()
     last = seen[-1]
@@ -143,6 +148,66 @@ def test_several_datasets_and_collate_functions(make, dataset):
     assert set(last) == {"data", "people", "object_id"} and list(last["people"]) == ["together"] and last["people"]["together"].shape == (n, 3)
     assert last["data"]["input"].ndim == 3 and last["object_id"][0].partition("/")[0] in dataset.training.subjects
     assert trainer_from_folder(trainer.experiments_path, "run", new_max_epochs=3).batch_loader.params == trainer.batch_loader.params
+
+
+class Padding(MultiSubjectDataset):
+    @staticmethod
+    def collate_fn(items): return COLLATE_FUNCTIONS["pad"](items)
+
+
+@pytest.mark.parametrize("whose", ["dataset", "class", "function"])
+def test_a_collate_function_on_the_dataset_is_kept_or_refused(dataset, tmp_path, whose):
+    @dwiml_model
+    class Padded(Bands):
+        @staticmethod
+        def to_tensor(data_dict): return data_dict["data"]["input"].sum(1)/data_dict["data"]["input_lengths"][:, None]
+    study = (Padding if whose == "class" else MultiSubjectDataset)(dataset.path).load_data()
+    pad = COLLATE_FUNCTIONS["pad"]
+    if whose != "class": study.collate_fn = pad if whose == "dataset" else lambda items: pad(items)
+    def trainer(name):
+        seed_all(1234)
+        model = registered_model(Padded, CONFIG, study, **GROUPS)
+        sampler, loader = DWIMLBatchIDSampler(study, "bundles", batch_size_training=40, batch_size_validation=40), RegisteredBatchLoader(study, model, **GROUPS)
+        return RegisteredTrainer(model, tmp_path, name, sampler, loader, max_epochs=2, max_batches_per_epoch_training=3)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        whole, part = trainer("whole"), trainer("part")
+    assert any("the collate function has no name" in str(o.message) for o in said) == (whose == "function")
+    part.control.on_batch_end.append(lambda row: row["epoch"] == 1 and part.control.request_stop())
+    for one in (whole, part): one.train_and_validate()
+    if whose == "function":
+        for work in (lambda: trainer_from_folder(tmp_path, "part"), lambda: load_model(part.experiment_folder / "best_model"), lambda: write_run_file(part, tmp_path / "run.toml")):
+            with pytest.raises(DataProblem, match="register"): work()
+        return
+    again = trainer_from_folder(tmp_path, "part")
+    again.train_and_validate()
+    made = train(write_run_file(whole, tmp_path / "run.toml"), "training.experiment_name=made")
+    assert same(weights(whole), weights(again)) and same(weights(whole), weights(made))
+
+
+def test_a_child_has_its_table_and_those_of_its_parents(make, dataset, tmp_path):
+    @dwiml_model
+    class Grown(Bands):
+        def __init__(self, config, data_sample):
+            super().__init__(config, data_sample)
+            self.more = torch.nn.Linear(data_sample.shape[1], config["model"]["Grown"]["width"])
+    trainer = make(Grown, config={"model": {"Bands": {"classes": 3}, "Grown": {"width": 4}}}, max_epochs=1)
+    text = write_run_file(trainer, tmp_path / "run.toml").read_text()
+    assert "[model.Bands]" in text and "[model.Grown]" in text
+    again = train(tmp_path / "run.toml", "training.experiment_name=again", "model.Bands.classes=5")
+    assert again.model.net.layer.out_features == 5 and again.model.net.more.out_features == 4
+    with pytest.raises(DataProblem, match="unknown key model.Band"): train(tmp_path / "run.toml", "model.Band.classes=5")
+
+
+def test_an_object_among_the_datasets_is_refused_by_files_and_folders(make, tmp_path):
+    class Ages:
+        def __getitem__(self, object_id): return {"age": np.array(30.)}
+    trainer = make(loader=dict(datasets={"people": Ages()}), max_epochs=1)
+    trainer.train_and_validate()
+    with pytest.raises(DataProblem, match="the dataset 'people' of this run was an object"): trainer_from_folder(tmp_path, "run", new_max_epochs=2)
+    with pytest.raises(DataProblem, match="loader.people"): write_run_file(trainer, tmp_path / "run.toml")
+    torch.manual_seed(1)
+    make(loader=dict(datasets={"people": Ages()}), resume=True, new_max_epochs=2).train_and_validate()
 
 
 def test_ragged_on_the_device(make):
@@ -250,6 +315,69 @@ def test_values_of_a_sample_are_refused_before_the_first_epoch(make, tmp_path):
     trainer = make(Keeps, max_epochs=1)
     trainer.train_and_validate()
     assert torch.equal(load_model(trainer.experiment_folder / "best_model").net.middle, trainer.model.net.middle)
+
+
+# In the loop
+
+def test_workers_load_the_same_batches(make):
+    @dwiml_model
+    class Padded(Bands):
+        @staticmethod
+        def to_tensor(data_dict): return data_dict["data"]["input"].sum(1)/data_dict["data"]["input_lengths"][:, None] + data_dict["ages"]["age"][0]
+    class Ages:
+        def __getitem__(self, object_id): return {"age": np.array(1.)}
+    loader = dict(collate_fn="pad", datasets={"ages": Ages()})
+    runs = [make(Padded, f"workers{n}", nb_cpu_processes=n, loader=loader, max_epochs=1) for n in (0, 2)]
+    for run in runs: run.train_and_validate()
+    assert same(*map(weights, runs)) and len({tuple(read_logs(run.experiment_folder, "batches")["loss"]) for run in runs}) == 1
+
+
+def test_the_control_and_a_sink_of_its_own(make, tmp_path):
+    seen = []
+    class Hears(Sink):
+        def batch(self, row): seen.append(row)
+    trainer = make(sinks=[Hears()], optimizer="Adam", learning_rates=[.01])
+    control, states = trainer.control, []
+    control.on_state.append(states.append)
+    def orders(row):
+        place = row["epoch"], row["batch"]
+        if place == (0, 0): control.set_learning_rate(.5)
+        if place == (0, 1): control.checkpoint_now()
+        if place == (1, 0): control.pause(); threading.Timer(.2, control.resume).start()
+        if place == (1, 1): control.stop()
+    control.on_batch_end.append(orders)
+    trainer.train_and_validate()
+    assert "paused" in states and states[-1] == "stopped" and (trainer.epoch, trainer.batch) == (1, 2)
+    assert [o["learning_rate"] for o in seen[:3]] == [.01, .5, .5] and {"loss", "norm", "grad_norm"} <= set(seen[0])
+    assert [o["do"] for o in read_rows(trainer.experiment_folder / "logs/control.jsonl")] == ["set_learning_rate", "checkpoint_now", "pause", "resume", "stop"]
+    again = trainer_from_folder(tmp_path, "run", sinks=[])
+    again.train_and_validate()
+    assert again.epoch == 2 and set(read_logs(again.experiment_folder, "batches")["learning_rate"][1:]) == {.5}
+
+
+def test_the_dashboard_trains_it(make):
+    board = TrainingDashboard(make(max_epochs=2))
+    try:
+        board.start()
+        board.wait(60)
+        assert board.state == "ended" and len(read_logs(board.trainer.experiment_folder)["train_loss"]) == 2
+        assert [len(trace.x) for trace in board.figure.data if trace.name == "training"] == [2]
+        assert "trainer_from_folder(" in board.advice()
+        board.trainer.model.model_class = type("Mine", (Bands,), {"__module__": "__main__"})
+        assert "run its cells again" in board.advice()
+    finally: board.close()
+
+
+def test_all_loggers_have_its_values(make):
+    @dwiml_model
+    class Tells(Bands):
+        def train_step(self, batch): return {**super().train_step(batch), "mean <mm>": batch.mean()}
+        def validate_step(self, batch): return {"loss": self(batch).square().mean(), "spread": batch.std()}
+    trainer = make(Tells, sinks=OWN, max_batches_per_epoch_training=3, max_batches_per_epoch_validation=1)
+    trainer.train_and_validate()
+    for key in KEYS: check_same_numbers(trainer.experiment_folder, key)
+    names = {o[:2] for o in READERS["csv"](trainer.experiment_folder)}
+    assert {("training", "norm"), ("validation", "spread"), ("epoch", "valid_spread")} <= names
 
 
 # Its scheduler

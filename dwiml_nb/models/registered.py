@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ALIASES', 'REGISTERED_MODELS', 'hyrax_model', 'CRITERIA', 'LOOKED_FOR', 'written_as', 'takes', 'problems_of',
-           'dwiml_model', 'registered_class', 'package_config', 'torch_criteria', 'criterion_class', 'make_criterion',
-           'as_number', 'told_by_step', 'chance_kept', 'Weighed', 'build', 'RegisteredModel', 'target_of', 'longest_of',
-           'tried_validation', 'registered_model', 'text_of', 'hash_of', 'read_sample', 'load_own', 'plain_values',
-           'made_from', 'check_sample', 'last_points']
+           'dwiml_model', 'registered_class', 'registered_parents', 'package_config', 'torch_criteria',
+           'criterion_class', 'make_criterion', 'as_number', 'told_by_step', 'chance_kept', 'Weighed', 'build',
+           'RegisteredModel', 'target_of', 'longest_of', 'tried_validation', 'registered_model', 'text_of', 'hash_of',
+           'read_sample', 'load_own', 'plain_values', 'made_from', 'check_sample', 'last_points']
 
 # %% ../../nbs/05_models/17_registered.ipynb #e6932719
 import copy
@@ -34,8 +34,9 @@ from ..core.sizes import need_memory
 from ..core.registry import Registry, class_named, class_path, same_definition
 from ..batch.spec import spec_of
 from .base import as_json, read_model_folder
-from .items import (Fields, RegisteredBatchLoader, apart, as_tensors, collate_of, collated,
-                                   each_tensor, groups_read, made_up, named_tensors, shape_of)
+from .items import (Fields, RegisteredBatchLoader, apart, as_tensors, collate_named,
+                                   collate_of, collated, each_tensor, groups_read, made_up, named_tensors,
+                                   shape_of)
 from .parts import LooksAround
 
 # %% ../../nbs/05_models/17_registered.ipynb #43e258fd
@@ -120,14 +121,24 @@ def registered_class(
                       expected=', '.join(REGISTERED_MODELS.entries) or "a class under @dwiml_model",
                       found="a class without the decorator", do="write @dwiml_model above it.")
 
+def registered_parents(
+    cls:type, # A registered class
+) -> list: # of classes, itself first
+    "The class, and the registered classes that it is made from; each may have a table of its own."
+    return [o for o in cls.__mro__ if class_path(o) in REGISTERED_MODELS.entries]
+
 def package_config(
     cls:type, # A registered class
-) -> tuple: # (name of its package, its values); None: it has no such file
-    "The `default_config.toml` of the package that a class belongs to."
-    parts = cls.__module__.split('.')
-    for module in ('.'.join(parts[:n]) for n in range(len(parts), 0, -1)):
-        for folder in getattr(sys.modules.get(module), '__path__', ()):
-            if (file := Path(folder)/'default_config.toml').is_file(): return module, read_toml(file)
+) -> dict: # name of a package -> its values, that of the class last
+    "The `default_config.toml` of the package that a class belongs to, and of those of its parents."
+    found = {}
+    for parts in (o.__module__.split('.') for o in reversed(registered_parents(cls))):
+        modules = ['.'.join(parts[:n]) for n in range(len(parts), 0, -1)]
+        files = [(module, file) for module in modules for folder in
+                 getattr(sys.modules.get(module), '__path__', ())
+                 if (file := Path(folder)/'default_config.toml').is_file()]
+        for module,file in files[:1]: found[module] = read_toml(file)
+    return found
 
 # %% ../../nbs/05_models/17_registered.ipynb #2a51dc2f
 CRITERIA = Registry('criterion', nn.Module)
@@ -313,7 +324,9 @@ def prepared(self:RegisteredModel,
         return each_tensor(rows, as_tensors(made))
     lists = {k: [np.asarray(o) for o in own[k]] for k in own} if not isinstance(own, Fields) else own
     data = collated(lists, data_dict['object_id'], self.collate)
-    return each_tensor(lambda t: t.to(device), as_tensors(self.to_tensor({**data_dict, 'data': data})))
+    array = lambda o: o.numpy() if isinstance(o, Tensor) else o
+    more = {name: each_tensor(array, o) for name,o in data_dict.items() if name != 'data'}
+    return each_tensor(lambda t: t.to(device), as_tensors(self.to_tensor({'data': data, **more})))
 
 # %% ../../nbs/05_models/17_registered.ipynb #ff60c136
 @patch
@@ -386,8 +399,12 @@ def registered_model(
     spec = replace(spec_of(looks), uses_last_point=bool(getattr(cls, 'uses_last_point', True)))
     loader = RegisteredBatchLoader(dataset, spec, streamline_group_name, input_group_name,
                                    collate_fn, datasets)
+    collate_fn = collate_named(collate_fn, dataset)
+    if callable(collate_fn):
+        warnings.warn("the collate function has no name, so the model cannot be loaded from its folder: "
+                      "register it with COLLATE_FUNCTIONS.register, and give its name.", stacklevel=2)
     reads = {'inputs': groups_read(loader), 'lines': streamline_group_name,
-             'collate_fn': collate_fn or getattr(dataset, 'collate_fn', None)}
+             'collate_fn': collate_fn}
     return RegisteredModel(class_path(cls), config, loader.sample(), reads, **options)
 
 # %% ../../nbs/05_models/17_registered.ipynb #436c01cd
@@ -452,8 +469,10 @@ def load_model_from_params_and_state(cls:RegisteredModel,
     place,params = found['folder'],dict(found['params'])
     if found['not_kept']:
         raise DataProblem("the model cannot be built from its folder", file=place,
-                          expected="what JSON can hold", found=", ".join(found['not_kept']),
-                          do="register the collate function, and give its name.")
+                          expected="a collate function that is registered, or a static method of a dataset",
+                          found=", ".join(found['not_kept'].values()),
+                          do="build it again and call load_state(folder); or register the function with "
+                             "COLLATE_FUNCTIONS.register, and give its name.")
     items = read_sample(place)
     with naming("no model can be built with these arguments", file=place/'parameters.json',
                 do="correct parameters.json, or use the version that wrote it."):

@@ -38,7 +38,7 @@ from ..models.transformers import (OriginalTransformerModel, TransformerSrcAndTg
 from ..models.autoencoder import ModelAE
 from ..models.parts import LooksAround
 from ..models.items import RegisteredBatchLoader
-from ..models.registered import REGISTERED_MODELS, criterion_class
+from ..models.registered import REGISTERED_MODELS, criterion_class, registered_parents
 from ..tracking.stops import STOP_RULES
 from ..tracking.tracker import Tracker
 from ..training.optimizers import OPTIMIZERS, optimizer_class
@@ -288,8 +288,9 @@ def model_options(
 ) -> dict: # name -> `Option`
     "The keys of `[model]`, without its name."
     if is_registered(cls):
-        own = Option(cls.__name__, None, dict, "What its __init__ reads of config")
-        return {**left(LooksAround, 'experiment_name'), cls.__name__: own}
+        own = {o.__name__: Option(o.__name__, None, dict, "What its __init__ reads of config")
+               for o in reversed(registered_parents(cls))}
+        return {**left(LooksAround, 'experiment_name'), **own}
     told = left(cls)
     if 'nb_features' in told:
         told['nb_features'] = Option('nb_features', None, int, "F of the input; the data's if not given")

@@ -28,7 +28,8 @@ from ..data.dataset import MultiSubjectDataset
 from ..batch.sampler import DWIMLBatchIDSampler
 from ..batch.loader import DWIMLBatchLoader
 from ..models.base import MainModelAbstract
-from ..models.registered import RegisteredModel, package_config, registered_model
+from ..models.registered import (RegisteredModel, package_config, registered_model,
+                                         registered_parents)
 from ..training.run import is_name
 from ..training.schedules import schedule_said
 from ..training.sinks import SINKS, list_of_sinks
@@ -155,13 +156,16 @@ def given_only(
 # %% ../../nbs/08_runs/03_run_files.ipynb #5676382f
 def check_own_keys(
     cls:type, # A registered model
-    package:dict, # Its package's `default_config.toml`
+    packages:dict, # Name -> what its `default_config.toml` says
     given:Config, # What was given
 ):
     "Refuse keys of a class's table that its package does not know."
-    known,path = list((package.get('model') or {}).get(cls.__name__) or ()),f'model.{cls.__name__}'
-    bad = [unknown_key(f'{path}.{k}', known) for k in given.get(path) or () if known and k not in known]
-    raise_problems(bad, "the run")
+    for name in (o.__name__ for o in registered_parents(cls)):
+        tables = [(values.get('model') or {}).get(name) or {} for values in packages.values()]
+        known = list(dict.fromkeys(k for table in tables if isinstance(table, dict) for k in table))
+        there = given.get(f'model.{name}')
+        if not known or not isinstance(there, Config): continue
+        raise_problems([unknown_key(f'model.{name}.{k}', known) for k in there if k not in known], "the run")
 
 def missing(
     config:Config,
@@ -188,8 +192,8 @@ def run_config(
     with trusting(trust):
         classes = classes_of(given)
         if is_registered(classes.model) and (found := package_config(classes.model)):
-            check_own_keys(classes.model, found[1], given)
-            layers.insert(0, (f'package {found[0]}', found[1], None))
+            check_own_keys(classes.model, found, given)
+            layers[:0] = [(f'package {name}', values, None) for name,values in found.items()]
             given = layered(*((name, values) for name,values,_ in layers))
         known = tables_of(classes, given)
         checked = [checked_layer(values, known, file) for _,values,file in layers]
@@ -278,7 +282,8 @@ def own_model(
 ) -> RegisteredModel:
     "A registered model, which gets the whole configuration."
     loader = {k: v for k in ('collate_fn', 'datasets') if (v := thawed(config['loader'].get(k)))}
-    options = {k: v for k,v in arguments.items() if k != cls.__name__}
+    tables = [o.__name__ for o in registered_parents(cls)]
+    options = {k: v for k,v in arguments.items() if k not in tables}
     seed_all(config['seed'])
     return registered_model(cls, config, dataset, **groups, **loader, **options)
 
@@ -455,7 +460,8 @@ def model_tables(
         own = class_named(params['model_class'], torch.nn.Module)
         config,name = params.get('config') or {},name_of_class(own, MainModelAbstract)
         table.pop('experiment_name', None)
-        table |= {k: v for k,v in config.get('model', {}).items() if k == own.__name__}
+        tables = [o.__name__ for o in registered_parents(own)]
+        table |= {k: v for k,v in config.get('model', {}).items() if k in tables}
         more = {k: config[k] for k in ('criterion', 'extra') if k in config}
     return {'name': name, **table}, more
 
@@ -470,6 +476,8 @@ def tables_of_run(
     unsaid = [f'model.{key}' for key in trainer.model.class_for_checkpoint()['not_kept']]
     for key in ('optimizer', 'lr_schedule'):
         if isinstance(kept.get(key), str) and not is_name(kept[key]): unsaid.append(key)
+    objects = {'collate_fn': loader.get('collate_fn'), **(loader.get('datasets') or {})}
+    unsaid += [f'loader.{k}' for k,o in objects.items() if isinstance(o, str) and not is_name(o)]
     unsaid += [f'sink {o}' for o in kept.get('sinks', ()) if isinstance(o, str) and not is_name(o)]
     if unsaid:
         raise DataProblem("a file cannot say all of this run", expected="numbers, words and registered names",

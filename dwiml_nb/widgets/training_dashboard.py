@@ -151,7 +151,8 @@ def advice(self:TrainingDashboard) -> str: # HTML
     where = f"{str(trainer.experiments_path.absolute())!r}, {trainer.experiment_name!r}"
     own = f"run its cells again, then <code>trainer = {trainer.resume_call}(…)</code>"
     from_folder = f"<code>trainer = trainer_from_folder({escape(where)})</code>"
-    how = own if class_path(trainer.model).startswith('__main__.') else from_folder
+    written_by = trainer.model.params_for_checkpoint.get('model_class', class_path(trainer.model))
+    how = own if str(written_by).startswith('__main__.') else from_folder
     return ("What was trained is kept up to the last checkpoint. "
             f"To go on: {how} and <code>TrainingDashboard(trainer)</code>.")
 

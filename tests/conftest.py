@@ -63,12 +63,16 @@ def pytest_runtest_makereport(item, call):
         report.outcome, report.longrepr = "failed", f"skipped in CI, where it must run: {report.longrepr[-1]}"
 
 
+CHROMIUM = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run",
+            "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"]  # WebGL 2, drawn by the processor
+
+
 @pytest.fixture(scope="session")
 def browser():
     "Windows of a headless Chromium (playwright); what one of them loaded, the next need not."
     from playwright.sync_api import sync_playwright
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=chromium_path(), args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"])
+        chromium = playwright.chromium.launch(executable_path=chromium_path(), args=CHROMIUM)
         yield chromium.new_context()
         chromium.close()
 

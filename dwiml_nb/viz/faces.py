@@ -18,6 +18,7 @@ class Face:
     "Draws the scene of a viewer: a rung of the ladder."
     rung = '' # Its name: live, browser, offscreen or painter
     limits = '' # One line: what it is and what it cannot do
+    moves_itself = False # Has its own controls for views and cuts
     def __init__(self,
         viewer, # A `Viewer`: `scene`, `size` and traits
     ):

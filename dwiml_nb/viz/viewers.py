@@ -22,9 +22,10 @@ from .scene import Scene, pick
 from .stage import gpu_adapter
 from .panel import Panel, picture_html
 from .faces import LiveFace, OffscreenFace, PainterFace
+from .browser import BrowserFace
 
 # %% ../../nbs/09_viz/07_viewers.ipynb #5916dd14
-RUNGS = {face.rung: face for face in (LiveFace, OffscreenFace, PainterFace)}
+RUNGS = {face.rung: face for face in (LiveFace, BrowserFace, OffscreenFace, PainterFace)}
 ADVICE = {'no canvas': "jupyter_rfb is missing: <code>pip install 'jupyter_rfb&gt;=1.0,&lt;2'</code>, "
                        "then restart the kernel and reload this page.",
           'no adapter': "This machine has no graphics adapter that FURY can use; a software one will do: "
@@ -34,14 +35,15 @@ ADVICE = {'no canvas': "jupyter_rfb is missing: <code>pip install 'jupyter_rfb&g
 def rungs_here() -> list: # of names, the best one first
     "The faces that can draw here."
     if not in_notebook(): return ['painter', *(['offscreen'] if gpu_adapter() else [])]
-    live = ['live'] if find_spec('jupyter_rfb') else []
-    return [*live, 'offscreen', 'painter'] if gpu_adapter() else ['painter']
+    adapter,live = gpu_adapter(), ['live'] if find_spec('jupyter_rfb') else []
+    if adapter is None: return ['browser', 'painter']
+    if adapter['software']: return ['browser', *live, 'offscreen', 'painter']
+    return [*live, 'browser', 'offscreen', 'painter']
 
 def best_rung() -> tuple: # name of a rung; what would change that, HTML
     "The highest rung this machine and this notebook can stand on."
-    rung = rungs_here()[0]
-    lacks = {'offscreen': 'no canvas', 'painter': 'no adapter'}.get(rung if in_notebook() else '')
-    return rung,ADVICE.get(lacks, '')
+    lacks = 'no adapter' if gpu_adapter() is None else '' if find_spec('jupyter_rfb') else 'no canvas'
+    return rungs_here()[0],ADVICE.get(lacks, '') if in_notebook() else ''
 
 # %% ../../nbs/09_viz/07_viewers.ipynb #4d1e77dc
 class Viewer(Panel):
@@ -168,7 +170,7 @@ def put_on(self:Viewer,
 ):
     "Let another face draw; it looks from where the present one does."
     old,self.face = self.face,RUNGS[rung](self)
-    self.limits = ' '.join([self.face.limits, best_rung()[1] if best_rung()[0] == rung else ''])
+    self.limits = ' '.join([self.face.limits, best_rung()[1] if rung in ('offscreen', 'painter') else ''])
     if old is None: self.look()
     else:
         self.face.stand(old.frame())
@@ -178,6 +180,7 @@ def put_on(self:Viewer,
 @patch
 def lay_out(self:Viewer):
     "Put the parts on the page."
+    for box in self.controls.moves: box.layout.display = 'none' if self.face.moves_itself else None
     self.children = [self.caption, self.face.widget, self.controls.widget,
                      W.HTML(f'<div class="dwiml-quiet">{self.limits}</div>'), self.message]
 
@@ -227,6 +230,7 @@ class Controls:
     def __init__(self, viewer:Viewer):
         self.viewer,self.cut_sliders = viewer,{}
         views = W.HBox([self.view_button(name) for name in ('oblique', *VIEWS)])
+        self.moves = [views]                                # what a face may have on the page itself
         self.colours = W.Dropdown(options=viewer.scene.colourings, description='colour by',
                                   layout=W.Layout(width='14em'), style={'description_width': '5em'})
         W.link((viewer, 'colour'), (self.colours, 'value'))
@@ -240,7 +244,9 @@ class Controls:
         wrap = W.Layout(flex_flow='row wrap')
         rows = [W.HBox([views, self.colours, self.rungs, self.saver], layout=wrap)]
         if viewer.scene.slices:
-            rows.append(W.HBox([self.cut_control(axis, name) for axis,name in enumerate('xyz')], layout=wrap))
+            cuts = [self.cut_control(axis, name) for axis,name in enumerate('xyz')]
+            rows.append(W.HBox(cuts, layout=W.Layout(flex_flow='row wrap')))
+            self.moves += [rows[-1]]
             self.fit_cuts()
             viewer.observe(lambda _: self.fit_cuts(), 'cut_mm')
         self.widget = W.VBox(rows)

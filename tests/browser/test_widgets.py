@@ -94,7 +94,7 @@ def test_study_browser(notebook, lab):
     shot(widget, "study_browser_lengths")
     widget.get_by_role("button", name="Look").click()
     page.wait_for_function("() => document.body.innerText.includes('Save picture')", timeout=60_000)
-    view = widget.locator(".renderview-wrapper img, .jupyter-widgets img").first
+    view = widget.locator("canvas.dwiml-picture")
     wait_until(lambda: len(np.unique(pixels(view).reshape(-1, 3), axis=0)) > 50)
     shot(widget, "study_browser_look")
     widget.get_by_role("button", name="training").click()
@@ -112,7 +112,7 @@ def test_study_browser(notebook, lab):
 
 @pytest.mark.fury
 def test_batch_preview_turns_with_the_mouse(notebook):
-    page = notebook("preview.ipynb", SETUP, "preview = BatchPreview(loader, sampler); preview", "preview.viewer.rung",
+    page = notebook("preview.ipynb", SETUP, "preview = BatchPreview(loader, sampler); preview.viewer.rung = 'live'; preview", "preview.viewer.rung",
                     "print('at', __import__('time').time(), 'frames', preview.viewer.face.stage.window.get_stats()['sent_frames'])")
     assert "live" in output(page, 2).inner_text()
     widget, canvas = output(page, 1), output(page, 1).locator(".renderview-wrapper img").first
@@ -146,7 +146,7 @@ def test_batch_preview_turns_with_the_mouse(notebook):
 
 
 def test_without_an_adapter_there_is_a_picture_with_sliders(notebook):
-    page = notebook("painted.ipynb", "import os; os.environ['VK_ICD_FILENAMES'] = os.environ['VK_DRIVER_FILES'] = '/none'", SETUP, "viewer = viz(loader).viewer; viewer", "viewer.rung", "viewer.azimuth = 120.", own_kernel=True)
+    page = notebook("painted.ipynb", "import os; os.environ['VK_ICD_FILENAMES'] = os.environ['VK_DRIVER_FILES'] = '/none'", SETUP, "viewer = viz(loader).viewer; viewer.rung = 'painter'; viewer", "viewer.rung", "viewer.azimuth = 120.", own_kernel=True)
     widget = output(page, 2)
     assert "painter" in output(page, 3).inner_text()
     assert "sudo apt install libvulkan1 mesa-vulkan-drivers" in widget.inner_text()

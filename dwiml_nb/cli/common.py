@@ -40,6 +40,14 @@ class Parser(argparse.ArgumentParser):
         said = f"{message} {about_options(self.prog, message.split())}"
         super().error(printable(said.strip(), most=1000))
 
+    def parse_args(self, args=None, namespace=None):
+        "Words and options in any order: `run.toml --trust mine.py training.max_epochs=1`."
+        several = any(o.nargs in ('*', '+') and not o.option_strings for o in self._actions)
+        parse = self.parse_known_intermixed_args if several else self.parse_known_args
+        found,left = parse(args, namespace)
+        if left: self.error(f"unrecognized arguments: {' '.join(left)}")
+        return found
+
 # %% ../../nbs/12_cli/01_common.ipynb #7adee9f3
 def anno_parser(
     func, # A function, or what `call_parse` made of it

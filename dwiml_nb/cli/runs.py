@@ -9,6 +9,8 @@ __all__ = ['VALUES', 'ACTIONS', 'files_and_values', 'need_files', 'config_new', 
 # %% ../../nbs/12_cli/08_runs.ipynb #18db0f36
 import logging
 import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from .common import Param, call_parse, plain_problems, switch
 from .training import train_and_tell
 from ..core.errors import DataProblem
@@ -57,9 +59,14 @@ def config_check(files, values):
     "Whether a file makes a run: its objects are made, nothing is written."
     need_files(files, 1, 'check')
     config = run_config(*files, *values)
-    run_parts(run_config(config, 'data.lazy=true'))
+    there = Path(config['training']['experiments_path'])/config['training']['experiment_name']
+    with TemporaryDirectory() as elsewhere:                     # the name may be taken; the rest is checked
+        tables = {'training': {'experiments_path': elsewhere}} if there.exists() else {}
+        run_parts(run_config(config, 'data.lazy=true', **tables))
     given = [k for k in flat(config) if config.origin(k) != 'default']
-    return f'{files[0]} makes a run; {len(given)} of its {len(flat(config))} values are not the defaults\n'
+    more = f'; the experiment {there} exists already' if there.exists() else ''
+    return (f'{files[0]} makes a run; {len(given)} of its {len(flat(config))} values are not the defaults'
+            f'{more}\n')
 
 ACTIONS = {'new': config_new, 'show': config_show, 'diff': config_diff, 'check': config_check}
 

@@ -341,6 +341,12 @@ def imported_class(
     return place if isinstance(place, type) else None
 
 # %% ../../nbs/00_core/03_registry.ipynb #055a2965
+def either(
+    *ways, # Sentences; '': none
+) -> str:
+    "Several ways to go on, as sentences."
+    return ' Or '.join(filter(None, ways))
+
 def check_allowed(
     path:str, # 'module.Class'
     base:type, # The class should be a child of this one
@@ -353,7 +359,7 @@ def check_allowed(
         raise DataProblem(f"the class {path} cannot be imported here.{close}",
                           expected="a class in an installed module",
                           found="none; it was probably defined in a notebook or a script",
-                          do=f"{do} Or give the script: --trust script.py.".strip())
+                          do=either(do, "give its file: --trust script.py (trust='script.py' in Python)."))
     if not all(name.isidentifier() for name in rest) or '__main__' in rest:
         raise DataProblem(f"{path!r} is no path of a class", expected="module.Class", do=do)
     if any(f'{path}.'.startswith(f'{name}.') for name in allowed()): return
@@ -361,8 +367,8 @@ def check_allowed(
     if not is_on_this_machine(package):
         problem = f"the class {path} cannot be imported: '{package}' is not on this machine, nor allowed"
     raise DataProblem(problem, found=f"a record that names it as a {base.__name__}",
-                      do=f"if you trust it, say so: --trust {package}, or --trust and its .py file "
-                         f"(trust=… in Python); or import it first.{' Or ' if do else ''}{do}")
+                      do=either(f"if you trust it, say so: --trust {package}, or --trust and its .py file "
+                                "(trust=… in Python); or import it first.", do))
 
 # %% ../../nbs/00_core/03_registry.ipynb #3fe7cde6
 MOVED = {}        # path in older records -> path now

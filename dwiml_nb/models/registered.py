@@ -115,7 +115,9 @@ def registered_class(
     if isinstance(name, type):
         return name if class_path(name) in REGISTERED_MODELS.entries else dwiml_model(name)
     if name in REGISTERED_MODELS: return REGISTERED_MODELS[name]
-    cls = class_named(name, nn.Module, f"run the cell that defines it. {REGISTERED_MODELS.choice()}")
+    names = ', '.join(REGISTERED_MODELS.entries)
+    known = f" (registered here: {names})" if names else ''
+    cls = class_named(name, nn.Module, f"run the cell that defines it{known}.")
     if class_path(cls) in REGISTERED_MODELS.entries: return cls
     raise DataProblem(f"{class_path(cls)} is no registered model",
                       expected=', '.join(REGISTERED_MODELS.entries) or "a class under @dwiml_model",

@@ -68,7 +68,8 @@ class Experiment:
         folder,parent = self.experiments_path/self.name,self.experiments_path.absolute().parent
         if folder.exists():
             found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "a file"
-            do = f"go on with {resume}(…), choose another name, or delete the folder."
+            typed = f"dwiml_resume_training_from_checkpoint {self.experiments_path} {self.name}"
+            do = f"go on with it ({typed}; in Python {resume}(…)), choose another name, or delete the folder."
             raise DataProblem("the experiment exists already", expected="a new experiment_name", found=found,
                               file=folder, do=do)
         if not parent.is_dir():

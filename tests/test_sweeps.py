@@ -1,9 +1,11 @@
 """Sweeps: workers that are killed at every stage of a trial lose none and double none."""
+import importlib.util
 import json
 import multiprocessing
 import shutil
 import signal
 import sqlite3
+import traceback
 from pathlib import Path
 
 import optuna
@@ -12,7 +14,9 @@ import torch
 
 import dwiml_nb.runs.sweeps as sweeps
 import sweep_script
+from dwiml_nb.core import registry
 from dwiml_nb.core.errors import DataProblem
+from dwiml_nb.core.registry import trusting
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.training.sinks import read_rows
 
@@ -45,8 +49,8 @@ def here(tmp_path_factory):
     return folder
 
 
-def start(here, name, kill=None):
-    process = CTX.Process(target=sweep_script.work, args=(str(here / "run.toml"), here / "experiments" / name, (f"training.experiment_name={name}",), kill))
+def start(here, name, kill=None, file="run.toml", trust=()):
+    process = CTX.Process(target=sweep_script.work, args=(str(here / file), here / "experiments" / name, (f"training.experiment_name={name}",), kill, trust))
     process.start()
     return process
 
@@ -79,6 +83,55 @@ def test_kills(here):
     assert [o[0] for o in killed] == ["COMPLETE"] * 5
     assert killed == through  # 5 trials, the same bits
     assert sorted(p.name for p in (here / "experiments" / "killed").glob("trial_*")) == [f"trial_{i:04}" for i in range(5)]
+
+
+MINE = """import numpy as np
+import torch
+from dwiml_nb.models.registered import dwiml_model
+
+@dwiml_model
+class SweptBands(torch.nn.Module):
+    def __init__(self, config, data_sample):
+        super().__init__()
+        self.own = config["model"]["SweptBands"]
+        self.layers = torch.nn.Sequential(torch.nn.Linear(data_sample.shape[1], self.own["width"]), torch.nn.Dropout(self.own["drop"]), torch.nn.Linear(self.own["width"], 4))
+    def forward(self, batch): return self.layers(batch)
+    def train_step(self, batch):
+        self.optimizer.zero_grad()
+        loss = self.criterion(self(batch), batch.argmax(1) % 4)
+        loss.backward()
+        self.optimizer.step()
+        return {"loss": loss, "width": self.own["width"]}
+    def validate_step(self, batch): return {"loss": self.criterion(self(batch), batch.argmax(1) % 4)}
+    @staticmethod
+    def to_tensor(data_dict): return np.stack([np.asarray(v).mean(0) for v in data_dict["data"]["input"]])
+"""
+
+
+def test_a_registered_model_of_a_trusted_file(here, monkeypatch):
+    "Two processes vary the values of its own table, one of them is killed, and the sweep goes on: as if nothing had happened."
+    monkeypatch.setattr(registry, "brought_in", dict(registry.brought_in))
+    (here / "mine.py").write_text(MINE)
+    text = RUN.split("[sweep]")[0].replace('"Learn2TrackModel", rnn_layer_sizes = [4], step_size = 2.0', '"SweptBands", SweptBands = {width = 3, drop = 0.1}')
+    (here / "mine.toml").write_text(text + """
+[sweep]
+trials = 3
+sampler = "random"
+[sweep.space.model.SweptBands]
+width = {low = 2, high = 8}
+drop = [0.0, 0.2]
+""")
+    trust = str(here / "mine.py")
+    with pytest.raises(DataProblem): sweeps.sweep(here / "mine.toml", "training.experiment_name=mine")              # not trusted
+    both = [start(here, "mine_killed", kill, "mine.toml", trust) for kill in ("within an epoch", None)]
+    assert {ended(p) for p in both} <= {-signal.SIGKILL, 0}
+    with trusting(trust):
+        sweeps.sweep(here / "mine.toml", "training.experiment_name=mine_killed")                                    # goes on, if both had ended early
+        sweeps.sweep(here / "mine.toml", "training.experiment_name=mine_through")
+        through, killed = (outcome(here / "experiments" / name) for name in ("mine_through", "mine_killed"))
+        with pytest.raises(DataProblem, match="mean 'width'"): sweeps.sweep(here / "mine.toml", "sweep.space.model.SweptBands.widht=[1, 2]")
+    assert [o[0] for o in killed] == ["COMPLETE"] * 3 and {len(o[3]["net.layers.0.bias"]) // 4 for o in killed} == {o[1]["model.SweptBands.width"] for o in killed}
+    assert killed == through  # the same bits
 
 
 def test_workers(here):
@@ -210,3 +263,48 @@ def test_a_damaged_database_is_one_sentence(here, damage):
         if "user_attr" not in damage:
             with pytest.raises(DataProblem, match="database"): look()
         else: look()
+
+
+def test_a_quasi_random_sequence_goes_on(here, monkeypatch):
+    "Stopped and taken up again, it gives the points that it gives at once; lists are drawn anew for each."
+    monkeypatch.setattr(sweeps, "train_trial", lambda *args: ("COMPLETE", .5))
+    def drawn(name, *counts):
+        for n in counts: study = sweeps.sweep(here / "run.toml", f"training.experiment_name={name}", "sweep.sampler=qmc", trials=n)
+        return [t.params for t in study.trials]
+    once = drawn("qmc_once", 6)
+    assert drawn("qmc_twice", 2, 6) == once and {p["model.dropout"] for p in once} == {0., .2} and len({p["optimizer.lr"] for p in once}) == 6
+
+
+SECRET = "postgresql://me:hunter2@127.0.0.1:9/sweeps?sslpassword=hunter3"
+
+
+@pytest.mark.parametrize("fault", [None, f"cannot reach {SECRET}", "password hunter2 is wrong", "hunter3 is wrong"])
+def test_a_password_is_not_shown(here, monkeypatch, fault):
+    "The driver is not there, or says more than it should: one sentence without what is secret."
+    if fault: monkeypatch.setattr(optuna.storages, "RDBStorage", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError(fault)))
+    with pytest.raises(DataProblem, match="database of the sweep cannot be used") as e: sweeps.sweep(here / "run.toml", "training.experiment_name=secret", storage=SECRET)
+    told = "".join(traceback.format_exception(e.value, chain=True))
+    assert "hunter" not in str(e.value) and "me:***@127.0.0.1" in str(e.value) and "hunter" not in told.replace(fault or "-", "")
+    assert fault is not None or importlib.util.find_spec("psycopg2") or "pip install psycopg2" in str(e.value)
+
+
+def test_a_database_elsewhere(here, monkeypatch):
+    "Its address is handed on, to workers too, and no file keeps it; a folder elsewhere does not take its trials."
+    asked, store = [], f"sqlite:///{here}/elsewhere.db"
+
+    class Opened(optuna.storages.RDBStorage):
+        def __init__(self, url, engine_kwargs):
+            asked.append((url, engine_kwargs))
+            super().__init__(store if url == SECRET else url)
+    monkeypatch.setattr(optuna.storages, "RDBStorage", Opened)
+    words = ["training.experiment_name=server", "training.max_epochs=1"]
+    study = sweeps.sweep(here / "run.toml", *words, trials=1, storage=SECRET)
+    assert len(study.trials) == 1 and {o[0] for o in asked} == {SECRET} and asked[0][1] == {"pool_pre_ping": True}
+    monkeypatch.setattr(sweeps, "start_workers", lambda *args: asked.append(args))
+    sweeps.sweep(here / "run.toml", *words, trials=2, workers=2, storage=SECRET)
+    assert asked[-1][0] == 2 and asked[-1][-1] == SECRET
+    folder = here / "experiments" / "server"
+    files = [f for f in folder.rglob("*") if f.is_file()]
+    assert len(files) > 10 and not any(b"hunter" in f.read_bytes() for f in (*files, here / "elsewhere.db")) and not (folder / "sweep.db").exists()
+    assert len(sweeps.sweep_rows(sweeps.open_study(folder, storage=store))) == 1                                   # SQLite's own address
+    with pytest.raises(DataProblem, match="whose folder is another one"): sweeps.sweep(here / "run.toml", *words, f"training.experiments_path={here}/other", storage=store)

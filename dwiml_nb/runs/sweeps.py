@@ -7,10 +7,10 @@ __all__ = ['RANGE', 'MOST_WHOLE', 'MOST_CHOICES', 'NOT_VARIED', 'NO_PART', 'MOST
            'MAY_CHANGE', 'NOT_ITS_FAULT', 'check_range', 'check_choices', 'label', 'checked_space', 'problems_of_space',
            'sweep_table', 'nb_trials', 'values_in', 'grid_points', 'draw_values', 'as_typed', 'typed', 'PruneEpochs',
            'value_of', 'result', 'is_done', 'check_same_trial', 'train_trial', 'claim', 'alone', 'next_trial',
-           'make_sampler', 'quiet_optuna', 'address', 'at_database', 'open_study', 'enqueue_grid', 'make_pruner',
-           'checked_values', 'shared', 'check_same_sweep', 'check_same_place', 'work', 'of_disk', 'do_trial',
-           'check_importable', 'told_worker', 'start_workers', 'sweep_folder', 'check_draws', 'sweep', 'sweep_rows',
-           'sweep_figures', 'write_sweep_page']
+           'make_sampler', 'quiet_optuna', 'address', 'at_database', 'open_study', 'open_rows', 'enqueue_grid',
+           'make_pruner', 'checked_values', 'shared', 'check_same_sweep', 'check_same_place', 'work', 'of_disk',
+           'do_trial', 'check_importable', 'told_worker', 'start_workers', 'sweep_folder', 'check_draws', 'sweep',
+           'sweep_rows', 'sweep_figures', 'write_sweep_page']
 
 # %% ../../nbs/08_runs/05_sweeps.ipynb #cc53df92
 import errno
@@ -415,8 +415,9 @@ def at_database(
     except Exception as e:
         shown,secrets = address(storage) if storage else (folder/'sweep.db', [])
         said = f"{type(e).__name__}: {e}"
+        lacks = next((o for o in (e, e.__cause__) if isinstance(o, ModuleNotFoundError)), None)
         if any(o in said for o in secrets): said = f"a {type(e).__name__}"
-        elif isinstance(e, ModuleNotFoundError): said += f" (pip install {e.name})"
+        elif lacks: said += f" (pip install {lacks.name})"
         raise DataProblem("the database of the sweep cannot be used", found=said[:600], file=shown,
                           do="check it; what was trained is kept, and the same call goes on.") from None
 
@@ -432,21 +433,30 @@ def open_study(
     if table is None and not storage and not (folder/'sweep.db').is_file():
         raise DataProblem("there is no sweep here", expected="sweep.db", file=folder, do="check the path.")
     with at_database(folder, storage):
-        if table is not None: folder.mkdir(parents=True, exist_ok=True)
-        url = storage or f"sqlite:///{(folder/'sweep.db').absolute()}"
-        is_file = str(url).startswith('sqlite')
-        patient = {'connect_args': {'timeout': 60}} if is_file else {'pool_pre_ping': True}
-        rows = optuna.storages.RDBStorage(url, engine_kwargs=patient)
-        for one in rows.get_all_studies(): rows.get_all_trials(one._study_id, deepcopy=False)
         if table is None:
+            rows = open_rows(folder, storage)
             return checked_values(optuna.load_study(study_name=folder.name, storage=rows), folder)
-        with alone(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone(folder):                                   # two processes may want to make it
+            rows = open_rows(folder, storage)
             study = optuna.create_study(storage=rows, study_name=folder.name, direction=table['direction'],
                                         load_if_exists=True, pruner=make_pruner(table))
             if storage: check_same_place(study, folder)
             check_same_sweep(study, table, folder, run)
             if table['sampler'] == 'grid': enqueue_grid(study, table)
         return checked_values(study, folder)
+
+def open_rows(
+    folder:Path, # Of the sweep
+    storage:str=None, # URL of a database; None: the file in the folder
+): # -> Optuna's storage
+    "The database of a sweep, every row of which can be read."
+    url = storage or f"sqlite:///{(folder/'sweep.db').absolute()}"
+    patient = {'connect_args': {'timeout': 60}} if url.startswith('sqlite') else {'pool_pre_ping': True}
+    rows = need_extra('optuna.storages', 'optuna').RDBStorage(url, engine_kwargs=patient)
+    for one in rows.get_all_studies():
+        if one.study_name == folder.name: rows.get_all_trials(one._study_id, deepcopy=False)
+    return rows
 
 def enqueue_grid(
     study, # `optuna.Study`
@@ -647,6 +657,12 @@ def check_draws(
     space:dict, # As from `checked_space`
 ):
     "Refuse names and kinds that no run has, before any trial."
+    for path in space:
+        table,_,key = path.rpartition('.')
+        given = config.get(table) if table.startswith('model.') else None      # of a registered model
+        if isinstance(given, Config) and given and key not in given:
+            raise DataProblem(f"unknown key {path}.{did_you_mean(key, given)}", expected=', '.join(given),
+                              do=f"correct it, or give it a value under [{table}] too.")
     first = {k: o[0] if isinstance(o, list) else o['low'] for k,o in space.items()}
     names = [first | {k: v} for k,o in space.items() if k.endswith('.name') for v in o[1:]]
     for values in [first, *names]: run_config(config, *typed(values))

@@ -285,7 +285,7 @@ def test_a_password_is_not_shown(here, monkeypatch, fault):
     with pytest.raises(DataProblem, match="database of the sweep cannot be used") as e: sweeps.sweep(here / "run.toml", "training.experiment_name=secret", storage=SECRET)
     told = "".join(traceback.format_exception(e.value, chain=True))
     assert "hunter" not in str(e.value) and "me:***@127.0.0.1" in str(e.value) and "hunter" not in told.replace(fault or "-", "")
-    assert fault is not None or importlib.util.find_spec("psycopg2") or "pip install psycopg2" in str(e.value)
+    assert fault is not None or importlib.util.find_spec("psycopg") or "pip install psycopg" in str(e.value)
 
 
 def test_a_database_elsewhere(here, monkeypatch):

@@ -678,8 +678,8 @@ function bar(el, model, on) {
     slider.oninput = () => on.set("cut_mm", moved())
     return {row, box, slider, said}
   })
-  add("button", {textContent: "Whole screen", onclick: on.full})
-  add("button", {textContent: "PNG", title: "Download what is seen now", onclick: on.save})
+  add("button", {textContent: "Whole screen", onclick: () => on.full()})
+  add("button", {textContent: "PNG", title: "Download what is seen now", onclick: () => on.download()})
   const show = () => rows.forEach(({row, box, slider, said}, k) => {
     const volumes = model.get("volumes"), cut = model.get("cut_mm")[k]
     row.hidden = !volumes.length

@@ -8,7 +8,7 @@ from dwiml_nb.viz import painter
 from dwiml_nb.viz.browser import turning_page
 from dwiml_nb.viz.painter import VIEWS, frame_of, paint, view_from
 from dwiml_nb.viz.scene import Scene
-from test_widgets import errors, nothing_from_elsewhere, notebook, output, pixels, shot, wait_until  # noqa: F401  (a fixture, too)
+from test_widgets import errors, nothing_from_elsewhere, notebook, output, pixels, shot, time_of_a_cell, wait_until  # noqa: F401  (a fixture, too)
 
 pytestmark = pytest.mark.browser
 
@@ -75,3 +75,98 @@ def test_pixels_are_where_the_painter_puts_them(page, monkeypatch):
         opened.get_by_role("button", name=name).click()
         wait_until(lambda: away(seen(opened), scene, view, monkeypatch) < .004, said=lambda: f"{name}: {away(seen(opened), scene, view, monkeypatch):.3%} differ")
         assert away(seen(opened)[:, ::-1], scene, view, monkeypatch) > .05, "another side would be seen"
+
+
+def test_the_mouse_turns_names_chooses_and_cuts(page):
+    opened = page(known_scene(), height=450)
+    picture, tip = opened.locator("canvas.dwiml-picture"), opened.locator(".dwiml-hover")
+    opened.get_by_role("button", name="coronal").click()
+    coronal, box = seen(opened), picture.bounding_box()
+    assert not tip.is_visible()
+    red = np.argwhere((coronal[..., 0] > 200) & (coronal.min(2) < 60))  # the line from left to right
+    y, x = red[np.argsort(red[:, 1])[[len(red) // 4]]][0]
+    at = float(box["x"] + x), float(box["y"] + y)
+    opened.mouse.move(*at)
+    wait_until(tip.is_visible)
+    assert tip.inner_text() == "sub-<b>2, line 2, 60.0 mm, point 1 of 2"
+    lit = seen(opened)
+    assert (lit != coronal).any(2).sum() > 200
+    opened.mouse.click(*at)
+    opened.mouse.move(box["x"] + 5, box["y"] + 5)
+    wait_until(lambda: not tip.is_visible())
+    assert (seen(opened) != coronal).any(2).sum() > 200, "it stays lit when it is chosen"
+    opened.mouse.click(*at)
+    opened.mouse.move(box["x"] + 5, box["y"] + 5)
+    wait_until(lambda: (seen(opened) == coronal).all())
+    shot(opened, "browser_rung_known")
+    opened.mouse.down()
+    opened.mouse.move(box["x"] + 105, box["y"] + 45, steps=5)
+    opened.mouse.up()
+    wait_until(lambda: (seen(opened) != coronal).any(2).mean() > .05)
+    opened.get_by_role("button", name="coronal").click()
+    wait_until(lambda: (seen(opened) == coronal).all())
+    opened.locator("input[type=range]").nth(1).fill("20")
+    wait_until(lambda: (seen(opened) != coronal).any(2).mean() > .01)
+    with opened.expect_download() as download: opened.get_by_role("button", name="PNG").click()
+    assert download.value.suggested_filename == "known.png"
+
+
+def test_a_browser_that_cannot_draw_says_so(page, browser):
+    browser.add_init_script("if (location.hash === '#old') HTMLCanvasElement.prototype.getContext = () => null")
+    opened = page(known_scene())
+    opened.goto(opened.url + "#old")
+    opened.reload()
+    wait_until(lambda: "offers no WebGL 2" in opened.locator("#stage").inner_text())
+
+
+SCENE = """
+import numpy as np, time
+from dwiml_nb.core.ragged import as_ragged
+from dwiml_nb.viz.scene import Scene
+from dwiml_nb.viz.viewers import show
+def scene(n, seed):
+    ends = np.random.default_rng(seed).uniform(-40, 40, (n, 2, 3)).astype(np.float32)
+    return Scene(f'{n} lines').add_lines(as_ragged(list(ends))).add_slices(np.random.default_rng(0).random((20, 20, 20)), np.diag([-4, 4, 4, 1]) + np.eye(4, k=3)*40)
+"""
+
+
+def test_a_busy_kernel_keeps_nobody_waiting(notebook, lab):  # noqa: F811
+    (lab.folder / "go on").touch()
+    opened = notebook("rung.ipynb", SCENE, "viewer = show(scene(200, 0)); viewer", "viewer.rung, viewer.limits", "from pathlib import Path",
+                      "while not Path('go on').exists(): sum(range(1000))",
+                      "print('at', time.time(), viewer.selection, viewer.cut_mm, viewer.face.widget.camera[:2])",
+                      "sent = viewer.face.widget.lines; viewer.colour = 'direction'; viewer.selection = (3,); viewer.face.widget.grow_to(.3)\nassert viewer.face.widget.lines is sent; print('at', time.time())",
+                      "viewer.selection = (); viewer.face.widget.grow_to(None); viewer.replace(scene(50, 1)); print('at', time.time())",
+                      "viewer.rung = 'painter'; viewer.rung = 'browser'; viewer.view = 'axial'; print('at', time.time())")
+    assert "browser" in output(opened, 2).inner_text() and not errors(opened)
+    canvas = output(opened, 1).locator("canvas.dwiml-picture")
+    canvas.scroll_into_view_if_needed()
+    wait_until(lambda: len(np.unique(pixels(canvas).reshape(-1, 3), axis=0)) > 50)
+    shot(opened, "browser_rung")
+    axial, box = pixels(canvas), canvas.bounding_box()
+    (lab.folder / "go on").unlink()
+    opened.locator(".jp-Notebook .jp-Cell").nth(4).locator(".jp-InputArea-editor").click()
+    opened.keyboard.press("Control+Enter")
+    busy = lambda: "*" in opened.locator(".jp-Notebook .jp-Cell").nth(4).locator(".jp-InputPrompt").inner_text()
+    wait_until(busy)
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    opened.mouse.move(box["x"] + 300, box["y"] + 225)
+    opened.mouse.down()
+    opened.mouse.move(box["x"] + 400, box["y"] + 165, steps=8)
+    opened.mouse.up()
+    wait_until(lambda: (pixels(canvas) != axial).any(2).mean() > .02)
+    output(opened, 1).locator("input[type=range]").nth(2).fill("12")
+    wait_until(lambda: "12.0 mm" in output(opened, 1).inner_text())
+    assert busy(), "all this while the kernel runs a cell"
+    (lab.folder / "go on").touch()
+    wait_until(lambda: not busy())
+    time_of_a_cell(opened, 5)
+    assert "12.0) [-40, 66]" in output(opened, 5).inner_text()
+    for cell in (6, 7):
+        before = pixels(canvas)
+        time_of_a_cell(opened, cell)
+        canvas.scroll_into_view_if_needed()
+        wait_until(lambda: (pixels(canvas) != before).any(2).sum() > 300)
+    assert not errors(opened)
+    nothing_from_elsewhere(opened)

@@ -12,7 +12,7 @@ from .arguments import count, finite
 from .common import Param, call_parse, plain_problems, switch
 from ..core.errors import DataProblem, did_you_mean
 from ..core.files import atomic_file, check_outputs
-from ..training.loggers import archives, kept_name, open_comet, plain_name
+from ..training.loggers import archives, in_comet, kept_name, open_comet, plain_name, sending
 from ..training.sinks import read_logs
 from ..viz.plots import correlation_picture, figure_png
 
@@ -61,9 +61,13 @@ def send_to_comet(
     if kept_name(folder, 'comet') is None:
         raise DataProblem("this experiment has no record in Comet", file=folder,
                           do=f"make one: send_logs({str(folder)!r}, 'comet') in Python.")
-    before = set(archives(folder))
-    with open_comet(folder) as comet:
-        for name,value,step in values: comet.log_metric(name, value, step=step)
+    with sending(folder, 'comet'):
+        before,(there,_) = set(archives(folder)), in_comet(folder)
+        new = [o for o in values if o[2] not in there.get(o[0], ())]
+        if len(new) < len(values): print(f"{len(values)-len(new)} of {len(values)} values are there already")
+        if not new: return
+        with open_comet(folder) as comet:
+            for name,value,step in new: comet.log_metric(name, value, step=step)
     for file in set(archives(folder)) - before: print(f"{file}\nsend it with: comet upload {file}")
 
 # %% ../../nbs/12_cli/11_logs.ipynb #d6cf72cc

@@ -169,7 +169,7 @@ class Generation:
         self.mask_group,self.max_length_mm = mask_group,max_length_mm
         self.nb_segments = check_number('nb_segments', nb_segments, least=0, whole=True)
         self.how = dict(step_mm=step_mm, theta_deg=theta_deg, eos_threshold=eos_threshold)
-        self.regions,_ = {},most_points(spec, max_length_mm, step_mm)
+        self.regions,self.latest,_ = {},(),most_points(spec, max_length_mm, step_mm)
     def __repr__(self): return f"Generation({self.loader.spec.name}, {self.nb_segments} segments given)"
 
 # %% ../../nbs/07_training/13_generation.ipynb #f24ddde6
@@ -230,7 +230,8 @@ def __call__(self:Generation,
     batch, # `Batch`
 ) -> tuple: # (mean final distance in mm, number of lines, other means by name)
     "The numbers of a batch, as a phase of the trainer takes them."
-    parts = [o.scores() for o in self.generate(batch)]
+    self.latest = self.generate(batch)
+    parts = [o.scores() for o in self.latest]
     names = dict.fromkeys(name for o in parts for name in o)
     every = {name: torch.cat([o[name] for o in parts if name in o]) for name in names}
     means = {name: Logged(o.mean().item(), weight=len(o)) for name,o in every.items()}
@@ -267,7 +268,9 @@ class DWIMLTrainerOneInputWithGVPhase(DWIMLTrainerOneInput):
     def make_phases(self): return [*super().make_phases(), *generation_phases(self)]
     def generate_one_batch(self, batch) -> tuple: # As from `Generation`; values that you add are columns too
         "The numbers of the lines generated from a batch."
-        return self.generation(batch)
+        numbers = self.generation(batch)
+        self.sinks.send('generated', self.generation.latest, batch.place.epoch)
+        return numbers
     @property
     def own_params(self) -> dict: return {**super().own_params, **self.tracking_phase}
     @property

@@ -157,19 +157,23 @@ def row_position(
 
 class Sink:
     "What receives the rows of a training; a child writes the methods that it needs."
+    beside = None                       # the `Sinks` that it is one of: `self.beside.send('picture', …)`
     def begin(self, record): "A training starts or goes on: the run's record, with its `experiment_folder`."
     def rewind(self, place):
         "Rows from this (epoch, number of the phase, batch) on will come again: forget them."
     def batch(self, row): "A batch was done."
     def epoch(self, row): "An epoch was done."
     def picture(self, name, png, epoch): "A picture of an epoch, as the bytes of a PNG file."
+    def generated(self, parts, epoch): "Lines that the model made of a batch, as `Generation.generate`."
+    def ended(self, state): "How the training ended: 'ended', 'stopped' or 'failed'. Then comes `close`."
     def close(self): "The training stopped, ended or failed."
 
     @classmethod
     def refuse(cls, options, experiments_path):
         "Why options that only a file names are not used; None: they are."
 
-SINKS = Registry('sink', Sink, more=('dwiml_nb.training.loggers', 'dwiml_nb.runs.cards'))
+SINKS = Registry('sink', Sink, more=('dwiml_nb.training.loggers', 'dwiml_nb.runs.cards',
+                                     'dwiml_nb.viz.pictures'))
 
 # %% ../../nbs/07_training/01_sinks.ipynb #2c57d020
 class ExperimentLogs(Sink):
@@ -210,9 +214,10 @@ class Sinks:
         others=(), # As for `list_of_sinks`
     ):
         self.logs,self.others = logs,[sink_of(o) for o in list_of_sinks(others)]
+        for sink in self.others: sink.beside = self
 
     def send(self,
-        what:str, # 'begin', 'rewind', 'batch', 'epoch', 'picture' or 'close'
+        what:str, # 'begin', 'rewind', 'batch', 'epoch', 'picture', 'generated', 'ended' or 'close'
         *news, # A record, a place or a row; or name, PNG and epoch
     ):
         "Call a method of every sink."

@@ -668,6 +668,7 @@ def running(self:DWIMLTrainer):
         finally:
             self.runner = None
             hook.remove()
+            self.sinks.send('ended', self.control.state)
             self.sinks.send('close')
 
 # %% ../../nbs/07_training/11_trainer.ipynb #47d9d2d6

@@ -261,7 +261,7 @@ def test_the_table_says_what_became_of_runs(here, tmp_path):
     killed = next(r for r in table if r["name"] == "kill")
     assert "epoch 1, training batch 2" in killed["why"] and killed["when"].startswith("20") and table.differ["model.dropout"]["whole"] == .1
     trainer_from_folder(tmp_path, "kill").train_and_validate()
-    assert next(r for r in viz(tmp_path) if r["name"] == "kill")["state"] == "ended"
+    assert next(r for r in viz(tmp_path).table if r["name"] == "kill")["state"] == "ended"
 
 
 # ---- a file of a stranger

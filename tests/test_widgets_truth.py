@@ -267,8 +267,8 @@ def test_an_error_shows_the_own_line_first(dashboard):
     assert rest.startswith("ZeroDivisionError: a &lt;b&gt;model") and "<details>" in rest and "train_and_validate" in rest
     board.start()
     assert board.wait(20) == "ended" and board.exception is None and "<details>" not in board.message.value
-    at = [x for x, _ in board.batches]
-    assert at == sorted(set(at)) and board.epochs["epoch"] == [0, 1], "what was done again is drawn once"
+    at = board.run.log.times("training").tolist()
+    assert at == sorted(set(at)) and board.run.log.epochs["epoch"].tolist() == [0, 1], "what was done again is drawn once"
 
 
 def test_closing_says_that_the_training_goes_on(page, dashboard):
@@ -306,7 +306,8 @@ def test_epochs_are_read_from_one(dashboard, caplog, monkeypatch):
     preview = BatchPreview(trainer.batch_loader, trainer.batch_sampler)
     assert bars == ["epoch 1/2 training", "epoch 1/2 validation", "epoch 2/2 training", "epoch 2/2 validation"]
     assert [r.message.split(":")[0] for r in caplog.records if r.message.startswith("epoch")] == ["epoch 1/2", "epoch 2/2"]
-    assert [list(trace.x) for trace in board.figure.data[1:]] == [[1, 2], [1, 2]] and "epoch 2 of 2" in board.told.value
+    epochs = [board.curves.traces["run0", "loss", phase, "epoch"] for phase in ("training", "validation")]
+    assert [list(trace.x) for trace in epochs] == [[1, 2], [1, 2]] and "epoch 2 of 2" in board.told.value
     assert "2 of 2 epochs done" in repr(board) and "2 of 2 epochs done" in repr(trainer) and "at epoch 2," in repr(trainer.monitor)
     columns = plots.read_logs(trainer.experiment_folder)
     assert columns["epoch"] == [0, 1], "files count from 0"

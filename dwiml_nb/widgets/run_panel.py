@@ -35,7 +35,7 @@ def write_run(self:TrainingDashboard,
     overwrite:bool=False, # Replace a file of that name
 ) -> Path:
     "Write the file that makes the same run."
-    return write_run_file(self.trainer, path, overwrite=overwrite)
+    return write_run_file(self.trainer or self.run.folder, path, overwrite=overwrite)
 
 # %% ../../nbs/11_widgets/04_run_panel.ipynb #ed33e643
 class RunPanel(Panel):

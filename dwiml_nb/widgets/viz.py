@@ -10,7 +10,6 @@ __all__ = ['viz', 'viz_study', 'viz_batch', 'viz_loader', 'viz_lines', 'viz_trac
 from functools import singledispatch
 from pathlib import Path
 import numpy as np
-from IPython.display import Image
 from ..core.errors import need_file, stand_in
 from ..core.ragged import Ragged
 from ..core.tractograms import TRACTOGRAM_FORMATS, Tractogram, is_tractogram, load_tractogram
@@ -18,8 +17,6 @@ from ..data.dataset import MultiSubjectDataset
 from ..batch.sampler import DWIMLBatchIDSampler
 from ..batch.loader import Batch, DWIMLBatchLoader
 from ..training.trainer import DWIMLTrainer
-from ..runs.table import runs_table
-from ..viz.plots import figure_png, plot_logs
 from ..viz.scene import Scene, scene_of_batch
 from ..viz.viewers import show
 from .batch_preview import BatchPreview
@@ -68,10 +65,10 @@ def viz_scene(x:Scene): return show(x)
 def viz_trainer(x:DWIMLTrainer) -> TrainingDashboard: return TrainingDashboard(x)
 
 def viz_experiment(
-    folder, # Folder of an experiment
-) -> Image:
-    "The logs of an experiment as a picture."
-    return Image(figure_png(*plot_logs(folder)))
+    folder, # Folder of an experiment, or of several
+) -> TrainingDashboard:
+    "The curves of an experiment, or of several with the options in which they differ."
+    return TrainingDashboard(folder)
 
 # %% ../../nbs/11_widgets/05_viz.ipynb #09649fd2
 @viz.register(str)
@@ -83,8 +80,8 @@ def viz_path(x):
     if path.suffix in ('.hdf5', '.h5'): return StudyBrowser(path)
     if path.suffix == '.toml': return RunPanel(path)
     if is_tractogram(path): return viz_tractogram(load_tractogram(path), path.name)
-    if path.is_dir() and (path/'logs').is_dir(): return viz_experiment(path)
-    if path.is_dir() and any(path.glob('*/parameters_latest.json')): return runs_table(path)
+    if path.is_dir() and ((path/'logs').is_dir() or any(path.glob('*/parameters_latest.json'))):
+        return viz_experiment(path)
     raise ValueError(f"{path}: don't know how to show this. Expected a study (.hdf5), a tractogram "
                      f"({', '.join(TRACTOGRAM_FORMATS)}), a run file (.toml), the folder of an "
                      "experiment, with logs/ in it, "

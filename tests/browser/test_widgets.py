@@ -160,32 +160,6 @@ def test_without_an_adapter_there_is_a_picture_with_sliders(notebook):
     nothing_from_elsewhere(page)
 
 
-def test_training_dashboard_and_a_free_notebook(notebook, lab):
-    page = notebook("dashboard.ipynb", SETUP, """
-trainer = DWIMLTrainerOneInput(model=model, experiments_path=folder, experiment_name='run', batch_sampler=sampler, batch_loader=loader, max_epochs=500)
-dashboard = TrainingDashboard(trainer); dashboard""", "import time; print('at', time.time(), dashboard.state)")
-    widget = output(page, 1)
-    widget.locator(".js-plotly-plot").wait_for(timeout=60_000)
-    widget.get_by_role("button", name="Start").click()
-    points = "() => Math.min(...[...document.querySelectorAll('.js-plotly-plot')].map(p => Math.min(p.data[1].y?.length ?? 0, p.data[2].y?.length ?? 0)))"
-    page.wait_for_function(f"() => ({points})() >= 3", timeout=60_000)
-    seconds = [time_of_a_cell(page, 2) for _ in range(5)]
-    shot(widget, "dashboard_running")
-    assert "training" in output(page, 2).inner_text() or "validating" in output(page, 2).inner_text() or "saving" in output(page, 2).inner_text()
-    print("a cell answers in", [round(s, 2) for s in seconds])
-    assert sorted(seconds)[2] < .5, seconds
-    widget.get_by_role("button", name="Stop after batch").click()
-    page.wait_for_function("() => document.body.innerText.includes('stopped')", timeout=20_000)
-    drawn = page.evaluate(points)
-    widget.get_by_role("button", name="Go on").click()
-    page.wait_for_function(f"() => ({points})() > {drawn} + 2", timeout=60_000)
-    widget.get_by_role("button", name="Stop after batch").click()
-    page.wait_for_function("() => document.body.innerText.includes('stopped')", timeout=20_000)
-    shot(widget, "dashboard_stopped")
-    assert not errors(page)
-    nothing_from_elsewhere(page)
-
-
 def test_a_saved_notebook_keeps_its_pictures_without_a_kernel(notebook, browser, lab):
     page = notebook("kept.ipynb", SETUP + """
 import time

@@ -1,16 +1,25 @@
 """The study as a table, and what is chosen of it: subjects left out, a filter of lines, the code that says so."""
+import threading
+
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from dwiml_nb.batch.sampler import DWIMLBatchIDSampler
+from dwiml_nb.batch.spec import ModelSpec
 from dwiml_nb.core.errors import DataProblem
+from dwiml_nb.core.lines import all_but_last
 from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.data.line_filter import LineFilter, conditions_of
 from dwiml_nb.runs.resume import trainer_from_folder
 from dwiml_nb.runs.run_files import run_config, run_parts, write_run_file
+from dwiml_nb.study.check import check_study
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.training.checkpoints import read_checkpoint
+from dwiml_nb.viz.tables import Column, column_options
+from dwiml_nb.widgets import run_panel  # noqa: F401 - write_run of a browser
+from dwiml_nb.widgets.study_browser import StudyBrowser
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +126,130 @@ def test_a_run_file_says_it_and_resume_knows_it(study, tmp_path):
     other.line_filter = LineFilter("length_mm >= 26")
     with pytest.raises(DataProblem, match="line_filter"): type(trainer).init_from_checkpoint(trainer.model, tmp_path, "run", other, trainer.batch_loader, new_max_epochs=3)
     with pytest.raises(DataProblem, match="a condition on lines|sampler"): run_parts(run_config(tables, "sampler.line_filter=length"))
+
+
+# ---- the table, and what comes from the background
+
+def cell(browser, row, title): return browser.table.rows[row][browser.table.place(title)]
+
+
+@pytest.fixture
+def browser(dataset):
+    made = StudyBrowser(dataset)
+    yield made
+    made.close()
+
+
+def test_rows_come_from_headers_and_the_rest_for_the_rows_on_the_page(dataset, browser, monkeypatch):
+    group = dataset.training.streamlines_of(0, "bundles")
+    nbytes = sum(v.get_data_as_tensor().nbytes for v in dataset.training.subject(0).volumes.values()) + group.nb_stored_points * 12 + 120 * 16
+    assert [cell(browser, 0, t) for t in ("subset", "subject", "lines", "grid", "in memory")] == ["training", "sub-01", 120, "16×16×5, 2 mm RAS", nbytes]
+    assert cell(browser, 0, "mean mm") is cell(browser, 0, "problems") is None
+    sent = []
+    monkeypatch.setattr(browser.table.wire, "send", sent.append)
+    browser.table.wire.shown = [0, 2]
+    assert browser.facts.wait()
+    assert cell(browser, 0, "mean mm") == round(group.lengths_mm.mean(), 1) and sum(cell(browser, 0, "lengths")) == 120 and cell(browser, 1, "mean mm") is None
+    assert cell(browser, 0, "problems") == cell(browser, 2, "problems") == ""
+    assert {row for message in sent for row, _ in message["cells"]} == {0, 2}, "only the cells that changed travel"
+
+
+def test_the_check_is_that_of_the_command(study, tmp_path):
+    broken = tmp_path / "broken.hdf5"
+    broken.write_bytes(study.read_bytes())
+    with h5py.File(broken, "r+") as file:
+        file["sub-02/input/data"][1, 1, 1, 0] = np.inf
+        file["sub-03/bundles/lengths"][3] = 10**6
+        file["sub-04/bundles"].attrs["voxel_sizes"] = [9., 9., 9.]
+    data = MultiSubjectDataset(broken, lazy=True).load_data()
+    made = StudyBrowser(data)
+    made.check_button.click()
+    made.facts.wait()
+    wanted = {s: [p.problem for p in check_study(broken).problems if p.subject == s] for s in ("sub-01", "sub-02", "sub-03", "sub-04")}
+    for i, (s, problems) in enumerate(wanted.items()):
+        found = made.facts.overview.known["check", s]
+        assert len(found) == len(problems) and all(p in f for p, f in zip(problems, found)) and bool(problems) == (s != "sub-01"), s
+        assert cell(made, i, "problems") == (f"{len(found)}: {'; '.join(found)}" if found else "")
+    assert "4 of 4 subjects checked, 3 of them with problems" in made.message.value and made.check_button.description == "Check all"
+    made.subject = "sub-02"
+    assert "NaN or infinite" in made.about.value
+    made.close()
+
+
+def test_names_of_files_are_text(tmp_path):
+    "Rows travel raw and are escaped where they are drawn; what is HTML here is escaped here."
+    name, path = "sub-<img src=x onerror=alert(1)>&'\"", toy_study(tmp_path)
+    with h5py.File(path, "r+") as file:
+        for attr in [a for a in file.attrs if "headers" in a]: del file.attrs[attr]
+        file.move("sub-01", name)
+        file[name].move("bundles", "<b>lines")
+        for s in ("sub-02", "sub-03", "sub-04"): file[s].move("bundles", "<b>lines")
+        for attr in ("training_subjs", "chosen_subjs"): file.attrs[attr] = [name if s == "sub-01" else s for s in file.attrs[attr]]
+    made = StudyBrowser(path)
+    made.subject = name
+    made.facts.wait()
+    made.code_button.click()
+    html = made.still() + made.about.value + made.heading.value + made.code_box.value
+    assert "<img src=x" not in html and "<b>lines" not in html and "&lt;img src=x" in html
+    exec(made.code, {"model": ModelSpec(step_size=1.)}, built := {})
+    assert name in built["dataset"].training.subjects and built["sampler"].streamline_group_name == "<b>lines"
+    render = column_options(Column("subject"))["render"]
+    assert "charCodeAt" in render and render.index("replace(/[&<>") < render.rindex("return t ==="), "escaped for whatever the table asks it for"
+    made.close()
+
+
+# ---- the choice
+
+def test_rows_that_are_selected_are_left_out_and_taken_back(browser):
+    browser.table.selected = [1, 3]
+    browser.out_button.click()
+    assert browser.leave_out == ["sub-02", "sub-04"] and [cell(browser, i, "use") for i in range(4)] == [None, "left out", None, "left out"]
+    browser.table.selected = [3]
+    browser.out_button.click()
+    assert browser.leave_out == ["sub-02"] and browser.tables["data"]["leave_out"] == ["sub-02"] and cell(browser, 3, "use") is None
+    assert browser.subject == "sub-04" and browser.shown[0] == "look", "one selected row is looked at"
+
+
+def test_the_code_gives_the_same_batches_bit_for_bit(browser, tmp_path):
+    browser.input_group_name, browser.line_filter, browser.leave_out = ["wm_mask", "input"], "weight>0.3 and length_mm >= 24", ["sub-02"]
+    model = ModelSpec(step_size=1.)
+    exec(browser.code, {"model": model}, made := {})
+    dataset = browser.chosen.make_dataset()
+    sampler, loader = browser.chosen.make_sampler(dataset), browser.chosen.make_loader(model, dataset)
+    assert made["loader"].params == loader.params and made["sampler"].params == sampler.params and sampler.params["line_filter"] == ["weight > 0.3", "length_mm >= 24"]
+    browser.write_run(tmp_path / "run.toml", "training.experiment_name=x", "model.step_size=1.0")
+    parts = run_parts(run_config(tmp_path / "run.toml"))
+    for context in ("training", "validation"):
+        for i in range(sampler.nb_batches(context)):
+            batches = [l.finish(l.load_batch_streamlines(s.batch(i, context))) for s, l in ((sampler, loader), (made["sampler"], made["loader"]), (parts.sampler, parts.loader))]
+            ours, theirs, of_file = batches
+            assert len(ours) > 0 and torch.equal(ours.lines.data, theirs.lines.data) and torch.equal(ours.inputs[0].data, theirs.inputs[0].data)
+            seen = all_but_last(ours.lines.with_data(ours.inputs[0].data))  # the file's model does not look at last points
+            assert torch.equal(ours.lines.data, of_file.lines.data) and torch.equal(seen.data, of_file.inputs[0].data)
+    browser.input_group_name = ""
+    assert "DWIMLBatchLoader(dataset, model, streamline_group_name='bundles')" in browser.code and "input_group_name" not in browser.choice
+
+
+def test_a_filter_is_looked_at_and_told(browser):
+    browser.line_filter = "weight > 0.5"
+    browser.look()
+    kept = len(LineFilter("weight > 0.5")(browser.dataset.training.streamlines_of(0, "bundles")))
+    assert browser.viewer.caption.value.startswith(f"{kept} of 120 lines") and "bundle" not in browser.error
+    text = next(w for w in browser.children[1].children[0].children if type(w).__name__ == "Text")
+    text.value = "wieght > 1"
+    assert "Did you mean 'weight'" in browser.error and browser.line_filter == "weight > 0.5"
+    text.value = ""
+    assert browser.line_filter == "" and not browser.error and browser.viewer.caption.value.startswith("120 of 120")
+
+
+def test_a_page_that_is_turned_forgets_the_one_before(browser):
+    asked, gate, began = [], threading.Event(), threading.Event()
+    browser.facts.overview.ask({"hold": lambda: (began.set(), gate.wait(20))})
+    began.wait(20)
+    browser.table.wire.shown = [0, 1]
+    browser.table.wire.shown = [2]
+    asked = [k for k in browser.facts.overview.waiting if k[0] != "pictures"]
+    gate.set()
+    browser.facts.found.clear()
+    assert asked == [("lengths", "bundles", "sub-03"), ("check", "sub-03")]
+    assert browser.facts.overview.wait()

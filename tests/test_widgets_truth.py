@@ -16,14 +16,16 @@ from dwiml_nb.batch.sampler import DWIMLBatchIDSampler
 from dwiml_nb.batch.spec import ModelSpec
 from dwiml_nb.core import files
 from dwiml_nb.data.dataset import MultiSubjectDataset
+from dwiml_nb.data.overview import SubjectRow
 from dwiml_nb.models.base import MainModelAbstract
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.training.trainer import DWIMLTrainerOneInput
 from dwiml_nb.viz import painter, panel, plots, theme, viewers
+from dwiml_nb.viz import study_table as study_table_page
 from dwiml_nb.viz.scene import Scene
 from dwiml_nb.widgets import study_browser as study_browser_page
 from dwiml_nb.widgets.batch_preview import BatchPreview
-from dwiml_nb.widgets.study_browser import StudyBrowser, subject_rows
+from dwiml_nb.widgets.study_browser import StudyBrowser
 from dwiml_nb.widgets.training_dashboard import TrainingDashboard
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -167,10 +169,10 @@ def test_of_quick_choices_the_last_one_wins(toy, monkeypatch):
     browser, read = StudyBrowser(toy), []
     browser.look()
     make = study_browser_page.scene_of_subject
-    monkeypatch.setattr(study_browser_page, "scene_of_subject", lambda subset, subject, *groups: read.append(subject) or make(subset, subject, *groups))
+    monkeypatch.setattr(study_browser_page, "scene_of_subject", lambda subset, subject, *groups, **options: read.append(subject) or make(subset, subject, *groups, **options))
 
     async def mouse():
-        for subject in ("sub-02", "sub-01", "sub-02"): browser.subjects.value = subject
+        for row in (1, 0, 1): browser.table.selected = [row]
         await asyncio.sleep(.3)
     asyncio.run(mouse())
     assert read == [1] and "lines of bundles of sub-02" in browser.viewer.caption.value
@@ -328,12 +330,13 @@ def test_a_batch_names_every_augmentation(toy):
         assert words in said, said
 
 
-def test_controls_come_above_a_table_that_scrolls(toy, monkeypatch):
-    rows = subject_rows(toy.training)
-    monkeypatch.setattr(study_browser_page, "subject_rows", lambda subset: rows[:1] + rows[1:2] * 1000)
+def test_controls_come_above_the_table_and_a_still_shows_its_first_rows(toy, monkeypatch):
+    many = [SubjectRow("training", 0, f"sub-{i:04}", "", 9, 120) for i in range(1000)]
+    monkeypatch.setattr(study_table_page, "subject_rows", lambda dataset, group: many)
     browser = StudyBrowser(toy)
-    assert browser.children.index(browser.table) == 2 and "max-height:450px;overflow:auto" in browser.table.value
-    assert browser.table.value.count("<tr>") == 1001 and browser.still().count("<tr>") == 51 and "… and 950 more" in browser.still()
+    assert browser.children.index(browser.table) == 2 and len(browser.table.rows) == 1000
+    assert browser.still().count("<tr>") == 51 and "… and 950 more" in browser.still()
+    browser.close()
 
 
 def test_many_histograms_are_one_that_can_be_read():

@@ -22,6 +22,7 @@ KINDS = {  # name -> JavaScript: `d` a value that is known, `t` what it is for
         '<span class="dwiml-warn" title="' + s + '">' + s + '</span>'""",
     'number': """const n = Number(d)
         return t === 'display' ? n.toLocaleString('en', {maximumFractionDigits: 1}) : n""",
+    'decimal': "return t === 'display' ? Number(d).toFixed(1) : Number(d)",
     'bytes': """if (t !== 'display') return Number(d)
         const k = d < 1e3 ? 0 : Math.min(4, Math.floor(Math.log10(d)/3)), n = d/1000**k
         return n.toFixed(k && n < 100 ? 1 : 0) + ' ' + ['B', 'kB', 'MB', 'GB', 'TB'][k]""",
@@ -46,7 +47,7 @@ def column_options(
     from itables import JavascriptFunction
     if column.kind not in KINDS:
         raise ValueError(f"kinds of columns are {list(KINDS)}, found {column.kind!r}")
-    kind = 'num' if column.kind in ('number', 'bytes') else 'string'
+    kind = 'num' if column.kind in ('number', 'decimal', 'bytes') else 'string'
     unknown = f"t === 'display' ? {json.dumps(column.unknown)} : {-1 if kind == 'num' else json.dumps('')}"
     render = f"function(d, t) {{ if (d === null || d === undefined) return {unknown}; {KINDS[column.kind]} }}"
     return dict(title=column.title, render=JavascriptFunction(render), searchable=column.search, type=kind,
@@ -63,6 +64,7 @@ TABLE_STYLE = f"""
 [data-jp-theme-light="false"] .dwiml-table .dwiml-bars {{ fill: {PALETTE[5]} }}
 .dwiml-table tr.dwiml-off td {{ text-decoration: line-through; opacity: .55 }}
 .dwiml-table tr:not(.selected) .dwiml-warn {{ color: {WARN} }}
+.dwiml-table .dwiml-warn {{ white-space: nowrap }}
 .dwiml-table tr.selected .dwiml-warn {{ color: inherit }}
 [data-jp-theme-light="false"] .dwiml-table tr:not(.selected) .dwiml-warn {{ color: {DARK_WARN} }}
 .dwiml-table .dt-info {{ color: {QUIET} }}
@@ -150,7 +152,7 @@ class LazyTable(W.VBox):
             rowCallback=JavascriptFunction(crossed), drawCallback=JavascriptFunction(DRAWN),
             classes='display compact',
             style='width:100%', maxBytes=0, language=WORDS,
-            warn_on_undocumented_option=False)
+            text_in_header_can_be_selected=False, warn_on_undocumented_option=False)
         self.wire = Wire()
         self.wire.on_msg(lambda wire, message, buffers: self.send_all() if 'ready' in message else None)
         super().__init__([self.face, self.wire])

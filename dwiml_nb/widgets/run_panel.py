@@ -13,7 +13,7 @@ from ..core.registry import trusting
 from ..runs.run_files import run_config, run_parts, write_run_file
 from ..viz.panel import Panel
 from .batch_preview import BatchPreview
-from .study_browser import StudyBrowser
+from .study_browser import StudyBrowser, take_over
 from .training_dashboard import TrainingDashboard
 
 # %% ../../nbs/11_widgets/04_run_panel.ipynb #75e82735
@@ -25,8 +25,7 @@ def write_run(self:StudyBrowser,
     **tables, # Further tables: training=dict(max_epochs=3)
 ) -> Path:
     "Write a run file for what is chosen."
-    data = {'hdf5_file': str(Path(self.dataset.path).absolute()), **self.choice}
-    return write_run_file(run_config({'data': data}, *values, complete=False, **tables), path,
+    return write_run_file(run_config(self.tables, *values, complete=False, **tables), path,
                           overwrite=overwrite)
 
 @patch
@@ -48,14 +47,13 @@ class RunPanel(Panel):
         self.trust = trust
         with trusting(trust): self.config = run_config(source, *values)
         self.browser = StudyBrowser(self.config['data']['hdf5_file'])
-        for name in self.browser.choice:
-            if isinstance(chosen := self.config['data'].get(name), str): setattr(self.browser, name, chosen)
+        take_over(self.browser, self.config)
         self.preview = self.dashboard = None
         self.tabs = W.Tab(titles=['Study', 'Batches', 'Training'])
         super().__init__()
         self.make()
         self.children = [self.tabs, self.message]
-        self.browser.observe(self.guard(lambda change: self.follow()), 'choice')
+        self.browser.observe(self.guard(lambda change: self.follow()), 'tables')
 
     def still(self) -> str: return ''.join(o.still() for o in (self.browser, self.preview, self.dashboard))
     def close(self):
@@ -81,9 +79,10 @@ def make(self:RunPanel):
 def follow(self:RunPanel):
     "Take another choice over into the run."
     if self.dashboard.is_running or self.dashboard.trainer.control.state != 'ready':
-        raise RuntimeError("this run was begun with other groups. Open the file again, under another "
-                           "experiment_name, for these.")
-    self.config = run_config(self.config, data=dict(self.browser.choice))
+        raise RuntimeError("this run was begun with another choice. Open the file again, under another "
+                           "experiment_name, for this one.")
+    chosen = self.browser.tables
+    self.config = run_config(self.config, data=chosen['data'], sampler=chosen['sampler'])
     self.make()
 
 @patch

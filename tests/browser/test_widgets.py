@@ -86,7 +86,7 @@ def test_a_page_runs_in_jupyterlab(browser, lab):
 def test_study_browser(notebook, lab):
     page = notebook("browser.ipynb", SETUP, "browser = StudyBrowser(dataset); browser", "browser.choice, browser.subset")
     widget = output(page, 1)
-    assert "sub-01" in widget.inner_text() and "120 lines" in widget.inner_text()
+    wait_until(lambda: "sub-01" in widget.inner_text() and "1 to 4 of 4" in widget.inner_text())
     widget.get_by_role("button", name="validation").click()
     page.wait_for_function("() => document.body.innerText.includes('sub-03')")
     widget.get_by_role("button", name="Lengths").click()
@@ -99,7 +99,7 @@ def test_study_browser(notebook, lab):
     shot(widget, "study_browser_look")
     widget.get_by_role("button", name="training").click()
     page.wait_for_function("() => document.body.innerText.includes('lines of bundles of sub-01, over input of sub-01')")
-    for subject in ("sub-02", "sub-01", "sub-02"): widget.locator("select").first.select_option(subject)
+    for subject in ("sub-02", "sub-01", "sub-02"): widget.locator("table.dataTable td", has_text=subject).click()
     page.wait_for_function("() => document.body.innerText.includes('lines of bundles of sub-02, over input of sub-02')")
     page.wait_for_timeout(500)  # the last of the quick choices is drawn
     widget.get_by_role("button", name="Save picture").click()

@@ -126,8 +126,8 @@ DRAWN = """function() {
     node.dwimlDrawn?.()
 }"""
 
-WORDS = dict(search='', searchPlaceholder='Search …', info='_START_ to _END_ of _TOTAL_', emptyTable='nothing',
-             infoEmpty='none', infoFiltered='(of _MAX_)', zeroRecords='nothing found')
+WORDS = dict(search='', searchPlaceholder='Search …', info='_START_ to _END_ of _TOTAL_',
+             emptyTable='nothing', infoEmpty='none', infoFiltered='(of _MAX_)', zeroRecords='nothing found')
 
 class LazyTable(W.VBox):
     "A table whose costly cells are filled while somebody looks."
@@ -152,7 +152,7 @@ class LazyTable(W.VBox):
             rowCallback=JavascriptFunction(crossed), drawCallback=JavascriptFunction(DRAWN),
             classes='display compact',
             style='width:100%', maxBytes=0, language=WORDS,
-            text_in_header_can_be_selected=False, warn_on_undocumented_option=False)
+            warn_on_undocumented_option=False, text_in_header_can_be_selected=False)
         self.wire = Wire()
         self.wire.on_msg(lambda wire, message, buffers: self.send_all() if 'ready' in message else None)
         super().__init__([self.face, self.wire])

@@ -101,7 +101,7 @@ def controls_of(
     subsets = W.ToggleButtons(options=browser.subset_options, style={'button_width': '6.5em'})
     W.link((subsets, 'value'), (browser, 'subset'))
     text = W.Text(placeholder='length_mm >= 20, …', description='lines with', continuous_update=False,
-                  style={'description_width': 'initial'}, layout=W.Layout(width='22em'))
+                  style={'description_width': 'initial'}, layout=W.Layout(width='28em'))
     T.dlink((browser, 'line_filter'), (text, 'value'))
     text.observe(browser.guard(lambda change: setattr(browser, 'line_filter', change['new'])), 'value')
     browser.code_box,wrap = W.HTML(), W.Layout(flex_flow='row wrap', align_items='flex-start')

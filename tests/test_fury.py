@@ -43,7 +43,7 @@ def test_a_bright_voxel_is_drawn_where_it_is(name, drawn_by):
     scene = Scene().add_slices(volume, affine, position_mm=world, planes="z")
     if drawn_by == "stage":
         stage = Stage(scene, (500, 400))
-        stage.look("axial")
+        stage.stand(frame_of(scene, "axial", (500, 400)))
         picture, expected = stage.draw().astype(float), stage.project(world[None])[0]
         mm = np.linalg.norm(stage.project((world + [1, 0, 0])[None])[0] - expected)
         stage.close()

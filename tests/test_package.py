@@ -20,7 +20,7 @@ def test_import_is_quick_and_light():
 
 def test_drawing_libraries_are_imported_where_something_is_drawn():
     "No module imports FURY or what it stands on at its top: machines without graphics import everything. (dipy.data does so by itself.)"
-    drawing = {"fury", "pygfx", "wgpu", "rendercanvas", "jupyter_rfb"}
+    drawing = {"fury", "pygfx", "wgpu", "rendercanvas"}
     for file in Path(dwiml_nb.__file__).parent.rglob("*.py"):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []

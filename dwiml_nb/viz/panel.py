@@ -74,6 +74,13 @@ class Foot(AnyWidget):
       const themes = new MutationObserver(theme)
       themes.observe(document.body, { attributeFilter: ["data-jp-theme-light"] })
       theme()
+      model.on("msg:custom", (message, [bytes]) => {
+        const link = document.createElement("a")
+        link.href = URL.createObjectURL(new Blob([bytes]))
+        link.download = message.download
+        link.click()
+        setTimeout(() => URL.revokeObjectURL(link.href), 60000)
+      })
       const over = ["restarting", "autorestarting", "terminating", "dead"]
       const kernel = model.widget_manager?.kernel
       const lost = () => { gone.hidden = false }
@@ -122,6 +129,10 @@ class Panel(W.VBox):
                 self.say(self.error, error=True)
         return guarded
 
+    def download(self, name:str, content:bytes):
+        "Save a file where the browser is."
+        self.message.send({'download': name}, buffers=[content])
+        self.say(f"{name} goes to your browser's downloads")
     def still(self) -> str: # HTML
         "What a reader without a kernel sees instead of the widget; it is stored in the notebook."
         return f'<pre>{escape(repr(self))}</pre>'

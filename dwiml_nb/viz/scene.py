@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUNDLE_KEYS', 'pen_rows', 'pen_positions', 'LineSet', 'check_lengths', 'colours_by', 'Slices', 'PointSet', 'Look',
-           'Scene', 'Pick', 'pick', 'batch_in_world', 'said_of', 'first_group', 'scene_of_batch', 'data_to_colour',
-           'scene_of_subject']
+           'Scene', 'Pick', 'distances_to_segments', 'pick', 'batch_in_world', 'said_of', 'first_group',
+           'scene_of_batch', 'data_to_colour', 'scene_of_subject']
 
 # %% ../../nbs/09_viz/01_scene.ipynb #000d48f0
 from dataclasses import dataclass
@@ -327,26 +327,48 @@ def info_of(self:Scene,
 class Pick:
     "The point of a line under the pointer."
     line_set:LineSet
-    line:int # Number of the line
+    line:int # Number of the line in its set
     point:int # Number of the point on it
 
 # %% ../../nbs/09_viz/01_scene.ipynb #27bac05e
+def distances_to_segments(
+    a:np.ndarray, # (n, 2) where they begin
+    b:np.ndarray, # (n, 2) where they end
+    pixel, # (2,)
+) -> tuple: # (n,) distances, (n,) share of the way from a to b that is nearest
+    "How far a pixel is from segments."
+    step,to = b - a, np.asarray(pixel) - a
+    share = np.clip((step*to).sum(1)/np.maximum((step**2).sum(1), 1e-9), 0, 1)
+    return np.linalg.norm(to - share[:, None]*step, axis=1),share
+
 def pick(
     scene:Scene,
-    project, # (V, 3) RAS mm -> (V, 2) pixels
+    project, # positions of a line set (V, 3) RAS mm -> (V, 2) pixels
     pixel, # (2,) where the pointer is
     radius:float=6., # Pixels
+    depth=None, # (n, 3) RAS mm -> (n,) mm towards the eye; None: the nearest in the picture
 ) -> Pick: # None: nothing there
-    "The line nearest to a pixel."
-    best,found = radius,None
+    "The line under a pixel."
+    best,found = (np.inf, np.inf),None
     for s in scene.lines:
-        if not len(s): continue
-        distance = np.linalg.norm(project(s.positions) - np.asarray(pixel), axis=1)
-        distance[~np.isfinite(distance) | ~np.repeat(s.shown, np.diff(s.offsets))] = np.inf
-        row = int(distance.argmin())
-        if distance[row] <= best:
-            line = int(np.searchsorted(s.offsets, row, side='right')) - 1
-            best,found = distance[row],Pick(s, line, row - int(s.offsets[line]))
+        if not s.shown.any(): continue
+        at = project(s.positions)
+        away = np.abs(at - np.asarray(pixel, dtype=np.float32)).max(1)
+        longest = np.nanmax(np.abs(np.diff(at[:min(len(at), 10_000)], axis=0)), initial=0)
+        rows = np.flatnonzero(away[:-1] <= radius + 2*longest)
+        rows = rows[np.isfinite(at[rows + 1, 0])]
+        lines = np.searchsorted(s.offsets, rows, side='right') - 1
+        rows,lines = rows[s.shown[lines]],lines[s.shown[lines]]
+        distance,share = distances_to_segments(at[rows], at[rows + 1], pixel)
+        near = np.flatnonzero(distance <= radius)
+        if not len(near): continue
+        behind = -depth(s.positions[rows[near]]) if depth else np.zeros(len(near))
+        order = np.lexsort((behind, np.maximum(distance[near], 2.) if depth else distance[near]))
+        i = near[order[0]]
+        key = max(distance[i], 2.) if depth else distance[i],behind[order[0]]
+        if key >= best: continue
+        best = key
+        found = Pick(s, int(lines[i]), int(rows[i] - s.offsets[lines[i]] + round(float(share[i]))))
     return found
 
 # %% ../../nbs/09_viz/01_scene.ipynb #b5b2cf63

@@ -1,4 +1,8 @@
 """Models as ONNX files: the same numbers for any number of lines and points, or no file at all."""
+import json
+from pathlib import Path
+
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -10,8 +14,13 @@ from dwiml_nb.study.toy import toy_study
 from dwiml_nb.runs.resume import trainer_from_folder
 from dwiml_nb.runs.run_files import train
 from dwiml_nb.core.errors import DataProblem
+from dwiml_nb.batch.spec import InputSpec
+from dwiml_nb.data.dataset import MultiSubjectDataset
+from dwiml_nb.models.autoencoder import ModelAE
 from dwiml_nb.models.learn2track import Learn2TrackModel
-from dwiml_nb.models.padded import OnnxRecurrent, padded_form
+from dwiml_nb.models.padded import OnnxRecurrent, PaddedForm, padded_form
+from dwiml_nb.models.parts import ModelWithDirectionGetter
+from dwiml_nb.models.registered import registered_model
 from dwiml_nb.models.transformers import OriginalTransformerModel, TransformerSrcAndTgtModel, TransformerSrcOnlyModel
 
 SMALL = dict(input_embedded_size=16, nheads=2, n_layers_e=1)
@@ -67,6 +76,61 @@ def test_both_ways(cls, tmp_path):
     assert max(o["difference"] for o in export.compare(tmp_path / "net.onnx", net)) < 1e-6
 
 
+class TwoInputs(ModelWithDirectionGetter):
+    "Two volumes, each an input with a name."
+    accepts_ragged = True
+    def __init__(self):
+        super().__init__()
+        self.input_specs = {"t1": InputSpec(3), "odf": InputSpec(2)}
+        self.instantiate_direction_getter(5)
+    def forward(self, t1, odf, streamlines): return t1.with_data(self.direction_getter(torch.cat([t1.data, odf.data], 1)))
+
+
+@padded_form.register(TwoInputs)
+class TwoForm(PaddedForm):
+    def rows(self, inputs, lines, lengths): return torch.cat(inputs, 2).flatten(0, 1)
+
+
+class Both(nn.Module):
+    "A registered model that gets a named tuple, and gives one."
+    def __init__(self, config, data_sample):
+        super().__init__()
+        self.lines, self.mean = nn.Linear(data_sample.rows.shape[2], 4), nn.Linear(data_sample.mean.shape[1], 4)
+    def forward(self, batch): return self.lines(batch.rows).masked_fill(~batch.there[..., None], 0.) + self.mean(batch.mean)[:, None]
+    def train_step(self, batch): raise NotImplementedError
+    @staticmethod
+    def to_tensor(data_dict):
+        from collections import namedtuple
+        rows = data_dict["data"]["input"]
+        there = np.arange(rows.shape[1]) < data_dict["data"]["input_lengths"][:, None]
+        return namedtuple("Lines", "rows there mean")(rows, there, rows.mean(1))
+
+
+@pytest.mark.parametrize("name", ["ae", "two", "both", "fixed"])
+def test_several_inputs_and_the_auto_encoder(name, tmp_path):
+    "Each input by its name, sizes that the export did not look at, other weights are a mismatch; a size that is not free is said."
+    torch.manual_seed(0)
+    if name in ("both", "fixed"):
+        dataset = MultiSubjectDataset(toy_study(tmp_path))
+        dataset.load_data()
+        model = registered_model(Both, {}, dataset, "bundles", "input", collate_fn="pad").eval()
+    else: model = {"ae": ModelAE, "two": TwoInputs}[name]().eval()
+    if name == "fixed":
+        model.net.forward = lambda batch: model.net.lines(batch.rows)*torch.ones(len(batch.rows), 1, 1)  # len is a number, not a free size
+        with pytest.raises(DataProblem, match="(?s)nothing was written.*x.shape"): export.export_onnx(model, tmp_path / "model")
+        assert not list(tmp_path.glob("model*"))
+        return
+    about = export.export_onnx(model, tmp_path / "model")
+    assert about["inputs"] == {"ae": {"streamlines": ["lines"]}, "two": {"t1": ["lines", "points"], "odf": ["lines", "points"], "streamlines": ["lines", "points"], "lengths": ["lines"]},
+                               "both": {"rows": ["items", "points"], "there": ["items", "points"], "mean": ["items"]}}[name]
+    form = padded_form(model)
+    fed = form.sample([256]*4 if name == "ae" else [3, 50, 2], seed=4)
+    found = export.run_onnx(tmp_path / "model.onnx", fed)
+    for k, wanted in form.expected(fed, found).items(): np.testing.assert_allclose(found[k], wanted, atol=2e-6)
+    with torch.no_grad(): next(p for p in reversed(list(model.parameters())) if p.ndim == 1).add_(.01)
+    with pytest.raises(DataProblem, match="nothing was written"): export.compare(tmp_path / "model.onnx", form)
+
+
 def test_no_file_that_is_wrong(tmp_path, monkeypatch):
     "A mismatch leaves nothing; what is there is not replaced; a model without a form says so."
     torch.manual_seed(0)
@@ -93,3 +157,19 @@ def test_cards_with_best_models(tmp_path):
     assert weights.keys() == again.keys() and all(torch.equal(weights[k], again[k]) for k in weights)
     card = (best / "README.md").read_text()
     assert card.startswith("# &lt;b&gt;run") and "<b>" not in card and "| epoch | 0 |" in card
+
+
+def test_the_note_of_an_experiment_is_about_its_study(tmp_path):
+    "Groups and standardisation are those of the study, as long as it holds what the run was trained on."
+    study = toy_study(tmp_path)
+    run = dict(data=dict(hdf5_file=str(study), input_group_name="input", streamline_group_name="bundles"), model=dict(name="Learn2TrackModel", rnn_layer_sizes=[4], step_size=2.),
+               training=dict(experiments_path=str(tmp_path), experiment_name="run", max_epochs=1, device="cpu", max_batches_per_epoch_training=1, max_batches_per_epoch_validation=1))
+    folder = train(run).experiment_folder
+    about = export.export_onnx(folder, tmp_path / "model")["data"]
+    with h5py.File(study) as f: config = json.loads(f.attrs["groups_config_json"])
+    wanted = {"study": str(study), "streamline_group": "bundles", "input_groups": "input", "nb_features": {"input": 15}, "standardization": {"input": config["input"]["standardization"]}, "frame": {"input": "image"}}
+    assert about == wanted == export.about_data(folder)
+    with h5py.File(study, "r+") as f: f["sub-01/input/data"][...] = f["sub-01/input/data"][...] + 1
+    assert "holds other data" in export.about_data(folder)["standardization"]
+    Path(study).unlink()
+    assert "not known" in export.about_data(folder)["standardization"]

@@ -64,25 +64,38 @@ def channels_first(self:ModelAE,
 
 # %% ../../nbs/05_models/07_autoencoder.ipynb #6344bade
 @patch
+def encoded(self:ModelAE,
+    x:Tensor, # (S, 3, 256)
+) -> Tensor: # (S, 32)
+    "The latent vectors of lines as one tensor."
+    for i in range(1, len(CHANNELS)):
+        x = self.get_submodule(f'encod_conv{i}')(x if i == 1 else F.relu(x))   # (S, channels, places)
+    return self.fc1(x.flatten(1))
+
+@patch
 def encode(self:ModelAE,
     streamlines, # `Ragged` (P, 3), or list of (256, 3)
 ) -> Tensor: # (S, 32)
     "The latent vector of each line."
-    x = self.channels_first(streamlines)
+    return self.encoded(self.channels_first(streamlines))
+
+@patch
+def decoded(self:ModelAE,
+    latent:Tensor, # (S, 32)
+) -> Tensor: # (S, 3, 256)
+    "The lines of latent vectors as one tensor."
+    x = self.fc2(latent).reshape(latent.shape[0], *self.places)           # (S, 1024, 8)
     for i in range(1, len(CHANNELS)):
-        x = self.get_submodule(f'encod_conv{i}')(x if i == 1 else F.relu(x))   # (S, channels, places)
-    return self.fc1(x.flatten(1))
+        if i > 1: x = F.interpolate(F.relu(x), scale_factor=2, mode='linear', align_corners=False)
+        x = self.get_submodule(f'decod_conv{i}')(x)
+    return x
 
 @patch
 def decode(self:ModelAE,
     latent:Tensor, # (S, 32)
 ) -> Ragged: # (P, 3)
     "The line of each latent vector."
-    x = self.fc2(latent).reshape(len(latent), *self.places)               # (S, 1024, 8)
-    for i in range(1, len(CHANNELS)):
-        if i > 1: x = F.interpolate(F.relu(x), scale_factor=2, mode='linear', align_corners=False)
-        x = self.get_submodule(f'decod_conv{i}')(x)
-    return Ragged.from_lengths(x.transpose(1, 2).reshape(-1, 3), [NB_POINTS]*len(latent))
+    return Ragged.from_lengths(self.decoded(latent).transpose(1, 2).reshape(-1, 3), [NB_POINTS]*len(latent))
 
 # %% ../../nbs/05_models/07_autoencoder.ipynb #f6e9443d
 @patch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GATES', 'SPACES', 'points_there', 'padded_previous', 'PaddedLines', 'OnnxRecurrent', 'PaddedForm', 'padded_form',
-           'TransformerForm', 'Learn2TrackForm']
+           'TransformerForm', 'Learn2TrackForm', 'AutoEncoderForm', 'preparation_of']
 
 # %% ../../nbs/05_models/16_padded.ipynb #b693940b
 from functools import singledispatch
@@ -18,6 +18,7 @@ from ..core.registry import class_path
 from ..batch.spec import spec_of
 from ..directions.base import DirectionGetter
 from .attention import PositionEncoding, in_window
+from .autoencoder import LATENT, NB_POINTS, ModelAE
 from .base import MainModelAbstract
 from .learn2track import Learn2TrackModel
 from .transformers import AbstractTransformerModel
@@ -96,28 +97,28 @@ class OnnxRecurrent(nn.Module):
 # %% ../../nbs/05_models/16_padded.ipynb #4ba305f6
 class PaddedForm(nn.Module):
     "A model that takes padded lines; children write `rows`."
-    axes = {'inputs': {0: 'lines', 1: 'points'}, 'streamlines': {0: 'lines', 1: 'points'},
-            'lengths': {0: 'lines'}}                     # tensor -> axis -> name of its size, if that is free
     def __init__(self,
         net:MainModelAbstract, # With a direction getter
     ):
         super().__init__()
         self.net,self.spec = net, spec_of(net)
         self.outputs = ['outputs', 'directions', *['end_probability']*self.head.add_eos]
+        names = list(self.spec.inputs) if self.spec.names_inputs else ['inputs']
+        both = {0: 'lines', 1: 'points'}                  # axis -> name of its size, if that is free
+        self.axes = {**dict.fromkeys([*names, 'streamlines'], both), 'lengths': {0: 'lines'}}
 
     @property
     def head(self) -> DirectionGetter: return self.get_submodule('net.direction_getter')
 
     def forward(self,
-        inputs:Tensor, # (b, t, K·F)
-        streamlines:Tensor, # (b, t, 3)
-        lengths:Tensor, # (b,) int64
+        *fed, # (b, t, K·F) of each input, (b, t, 3) streamlines, (b,) int64 lengths
     ) -> tuple: # of (b, t, …), zeros where there is no point
-        there = points_there(inputs, lengths)
-        x,lines = inputs.masked_fill(~there, 0.), streamlines.masked_fill(~there, 0.)
-        outputs = self.head(self.rows(x, lines, lengths))
+        *inputs,streamlines,lengths = fed
+        there = points_there(streamlines, lengths)
+        *x,lines = (o.masked_fill(~there, 0.) for o in (*inputs, streamlines))
+        outputs = self.head(self.rows(self.spec.together(x), lines, lengths))
         every = outputs, *self.read(outputs)
-        return tuple(o.reshape(*x.shape[:2], -1).masked_fill(~there, 0.) for o in every)
+        return tuple(o.reshape(*lines.shape[:2], -1).masked_fill(~there, 0.) for o in every)
 
     def rows(self, inputs, lines, lengths): # -> (b·t, features) that the direction getter reads
         raise NotImplementedError(f"{self._get_name()} has no rows(inputs, lines, lengths)")
@@ -136,7 +137,7 @@ def padded_form(
 ) -> PaddedForm:
     "The module that is exported for a model."
     raise DataProblem(f"{class_path(model)} has no form for padded lines, so it cannot be exported",
-                      expected="a Learn2TrackModel, a Transformer or a registered model",
+                      expected="a Learn2TrackModel, a Transformer, a ModelAE or a registered model",
                       do="write a child of PaddedForm, and register it with padded_form.register(Class).")
 
 @padded_form.register(AbstractTransformerModel)
@@ -168,6 +169,36 @@ class Learn2TrackForm(PaddedForm):
             return y.transpose(0, 1).flatten(0, 1), state
         return net.rnn_model.through_layers(net.features(inputs.flatten(0, 1), dirs), None, run)[0]
 
+# %% ../../nbs/05_models/16_padded.ipynb #7de4a956
+@padded_form.register(ModelAE)
+class AutoEncoderForm(nn.Module):
+    "An auto-encoder that takes lines of 256 points."
+    axes,outputs = {'streamlines': {0: 'lines'}}, ['reconstructed', 'latent']
+    def __init__(self, net:ModelAE):
+        super().__init__()
+        self.net,self.spec = net,spec_of(net)
+
+    def forward(self,
+        streamlines:Tensor, # (b, 256, 3)
+    ) -> tuple: # (b, 256, 3), (b, 32)
+        latent = self.net.encoded(streamlines.transpose(1, 2))
+        return self.net.decoded(latent).transpose(1, 2), latent
+
+    def sample(self, lengths, seed=0): # As for `PaddedForm`; only the number of lines counts
+        steps = torch.randn(len(lengths), NB_POINTS, 3, generator=torch.Generator().manual_seed(seed))
+        return {'streamlines': steps.cumsum(1)}
+
+    @torch.no_grad()
+    def expected(self, fed, found):
+        lines = Ragged.from_list(list(fed['streamlines']))
+        again = self.net(lines).data.reshape(fed['streamlines'].shape)
+        return {'reconstructed': again, 'latent': self.net.encode(lines)}
+
+    def preparation(self): return {k: v for k,v in preparation_of(self.spec).items() if k != 'inputs'}
+    def reading(self):
+        return {'reconstructed': "each line again, in the space of the streamlines",
+                'latent': f"the {LATENT} numbers of each line"}
+
 # %% ../../nbs/05_models/16_padded.ipynb #8d03dc82
 @patch
 def sample(self:PaddedForm,
@@ -176,12 +207,12 @@ def sample(self:PaddedForm,
 ) -> dict: # name -> tensor
     "Random lines, and random values at their points."
     lengths = [min(t, self.spec.max_len or t) for t in lengths]
-    chance,only = torch.Generator().manual_seed(seed), next(iter(self.spec.inputs.values()))
+    chance = torch.Generator().manual_seed(seed)
     draw = lambda d: torch.randn(sum(lengths), d, generator=chance)
-    inputs = draw((only.nb_features or 1)*len(only.vectors))
+    inputs = [draw((o.nb_features or 1)*len(o.vectors)) for o in self.spec.inputs.values()]
     lines = Ragged.from_lengths(draw(3).mul(self.spec.step_size or 1.).cumsum(0), lengths)
-    return {'inputs': lines.with_data(inputs).to_padded()[0], 'streamlines': lines.to_padded()[0],
-            'lengths': lines.lengths}
+    rows = *map(lines.with_data, inputs), lines
+    return dict(zip(self.axes, (*(o.to_padded()[0] for o in rows), lines.lengths)))
 
 @patch
 @torch.no_grad()
@@ -190,9 +221,9 @@ def expected(self:PaddedForm,
     found:dict, # name -> array: what another program computed
 ) -> dict: # name -> (b, t, …)
     "What the model says, as in training. Directions are read from the outputs that were found."
-    mask = points_there(fed['inputs'], fed['lengths'])[..., 0]
-    inputs,lines = (Ragged.from_lengths(fed[k][mask], fed['lengths']) for k in ('inputs', 'streamlines'))
-    outputs = as_ragged(self.net(self.spec.form(inputs), self.spec.form(lines)))
+    mask = points_there(fed['streamlines'], fed['lengths'])[..., 0]
+    *inputs,lines = (Ragged.from_lengths(fed[k][mask], fed['lengths']) for k in self.axes if k != 'lengths')
+    outputs = as_ragged(self.net(*map(self.spec.form, (*inputs, lines))))
     read = self.read(torch.as_tensor(found['outputs'])[mask])
     every = outputs, *(lines.with_data(o) for o in read)
     return dict(zip(self.outputs, (o.to_padded()[0] for o in every)))
@@ -201,10 +232,10 @@ def expected(self:PaddedForm,
 SPACES = {'voxmm': "mm along the axes of the voxels, from the corner of the first voxel",
           'vox': "voxels, from the corner of the first voxel"}
 
-@patch
-def preparation(self:PaddedForm) -> dict:
-    "How lines and inputs are prepared for the model."
-    spec = self.spec
+def preparation_of(
+    spec, # `ModelSpec`
+) -> dict:
+    "How lines and inputs are prepared for a model."
     inputs = [{'name': name, 'nb_features': o.nb_features, 'neighborhood_vectors_vox': o.vectors.tolist()}
               for name,o in spec.inputs.items()]
     space = spec.streamline_space
@@ -213,6 +244,11 @@ def preparation(self:PaddedForm) -> dict:
             'compress_lines_mm': spec.compress_lines, 'nb_previous_dirs': spec.nb_previous_dirs,
             'legacy_half_voxel': spec.legacy_half_voxel, 'reads_last_point': spec.uses_last_point,
             'inputs': inputs}
+
+@patch
+def preparation(self:PaddedForm) -> dict:
+    "How lines and inputs are prepared for the model."
+    return preparation_of(self.spec)
 
 @patch
 def reading(self:PaddedForm) -> dict:

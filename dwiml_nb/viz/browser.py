@@ -6,8 +6,8 @@
 __all__ = ['SMALLEST_BEND', 'MOST_VOXELS', 'CAMERA_JS', 'SHADERS_JS', 'CARD_JS', 'LINES_JS', 'PICK_JS', 'VOLUMES_JS',
            'PICTURE_JS', 'LABELS_JS', 'MOUSE_JS', 'BAR_JS', 'STAGE_CSS', 'LOOK_JS', 'VIEW_JS', 'HEAR_JS', 'PAINT_JS',
            'HAND_JS', 'PARTS_JS', 'STAGE_JS', 'SHARED', 'PAGE_JS', 'points_to_send', 'varies_along', 'line_state',
-           'colour_bytes', 'volume_state', 'scene_state', 'look_state', 'as_sent', 'BrowserStage', 'camera_of',
-           'frame_of_camera', 'BrowserFace', 'turning_page']
+           'colour_bytes', 'volume_state', 'scene_state', 'legend_state', 'as_css', 'look_state', 'as_sent',
+           'BrowserStage', 'camera_of', 'frame_of_camera', 'BrowserFace', 'turning_page']
 
 # %% ../../nbs/09_viz/06_browser.ipynb #a3410eba
 import base64
@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from ..core.lines import mark_bends
 from .painter import Frame, VIEWS, frame_of, view_from
 from .scene import LineSet, Scene, Slices
-from .theme import DARK_INK, DARK_PAPER, DARK_QUIET, INK, PAPER, QUIET, rgba
+from .theme import DARK_INK, DARK_PAPER, DARK_QUIET, INK, PAPER, QUIET, rgba, value_colours
 from .faces import Face
 
 # %% ../../nbs/09_viz/06_browser.ipynb #d5abbb96
@@ -128,6 +128,23 @@ def scene_state(
             'points': [{'name': p.name, 'positions': p.positions.tobytes(), 'size': float(p.size),
                         'colour': rgba(p.colour).tolist()} for p in scene.points]}
 
+def legend_state(
+    scene:Scene,
+    most:int=12, # The most words
+) -> dict: # `words`, each with a colour, or a scale; all as the page's pen takes it
+    "What the colours of the lines mean."
+    named = [s.colour for s in scene.lines if isinstance(s.colour, str) and s.colour in scene.colourings]
+    legend = scene.legend(named[0]) if named else []
+    if isinstance(legend, tuple):
+        low,high,unit,scale = legend
+        return {'low': f'{low:.4g} {unit}'.strip(), 'high': f'{high:.4g} {unit}'.strip(),
+                'colours': [as_css(c) for c in value_colours(np.linspace(0, 1, 40), scale=scale)]}
+    words = [[word if len(word) < 30 else f'{word[:28]}…', as_css(colour)] for word,colour in legend[:most]]
+    more = [[f'… {len(legend) - most} more', 'transparent']] if len(legend) > most else []
+    return {'words': words + more}
+
+def as_css(colour) -> str: return f"rgb({','.join(str(round(255*float(c))) for c in colour[:3])})"
+
 def look_state(
     scene:Scene,
 ) -> dict:
@@ -137,7 +154,7 @@ def look_state(
             'grey': [[float(s.low), float(s.high)] for s in scene.slices],
             'shown': [s.shown.astype(np.uint8).tobytes() for s in scene.lines],
             'opacity': float(look.opacity), 'slice_opacity': float(look.slice_opacity),
-            'line_width': float(look.line_width)}
+            'line_width': float(look.line_width), 'legend': legend_state(scene)}
 
 def as_sent(
     value, # Of a trait
@@ -375,10 +392,10 @@ class Lines {
     this.bind(this.wide, first, true)
     this.card.gl.drawArraysInstanced(this.card.gl.TRIANGLE_STRIP, 0, 4, end - first - 1)
   }
-  emphasise(values, number, paper) {
+  emphasise(values, number, ink, more) {
     const i = this.place[number], all = {low: this.set.low, size: this.set.size, ...values, opacity: 1}
-    for (const [width, only] of [[values.width + 5, paper], [values.width + 2, [0, 0, 0, 0]]])
-      this.stretch({...all, width, only}, this.offsets[i], this.offsets[i + 1])
+    for (const [wider, only] of [[2*more + 1, ink], [more, [0, 0, 0, 0]]])
+      this.stretch({...all, width: values.width + wider, only}, this.offsets[i], this.offsets[i + 1])
   }
 }
 """
@@ -426,6 +443,7 @@ Object.assign(Lines.prototype, {
       if (!this.on[i]) continue
       for (let v = this.offsets[i]; v < this.offsets[i + 1]; v++) {
         const at = row => q[4*v]*row[0] + q[4*v + 1]*row[1] + q[4*v + 2]*row[2]
+        if (look.grown >= 0 && q[4*v + 3] > look.grown) break
         if (crossed(f.x + at(f.right), f.y + at(f.down))) { inside.push(this.numbers[i]); break }
       }
     }
@@ -567,12 +585,12 @@ class Picture {
     }
     gl.disable(gl.STENCIL_TEST)
     gl.disable(gl.DEPTH_TEST)
-    for (const number of look.selection.slice(0, 2000)) this.emphasise(number, values, look.ink)
-    if (look.highlighted >= 0) this.emphasise(look.highlighted, values, look.ink)
+    for (const number of look.selection.slice(0, 2000)) this.emphasise(number, values, look.ink, 1)
+    if (look.highlighted >= 0) this.emphasise(look.highlighted, values, look.ink, 2)
   }
-  emphasise(number, values, ink) {
+  emphasise(number, values, ink, more) {
     const [o, own] = this.find(number)
-    if (o) o.emphasise(values, own, [...ink, 1])
+    if (o) o.emphasise(values, own, [...ink, 1], more)
   }
 }
 """
@@ -602,6 +620,14 @@ function label(pen, camera, look, loop) {
   pen.font = "13px system-ui, sans-serif"
   pen.textAlign = "left"; pen.textBaseline = "bottom"
   write(`${mm} mm`, 8, h - 12, look.quiet)
+  pen.textAlign = "right"; pen.textBaseline = "middle"
+  const {words, colours, low: least, high: most} = look.legend
+  words?.forEach(([word, colour], i) => {
+    write(word, w - 24, 14 + 17*i, css(look.ink))
+    pen.fillStyle = colour
+    pen.fillRect(w - 18, 9 + 17*i, 10, 10) })
+  colours?.forEach((colour, i) => { pen.fillStyle = colour; pen.fillRect(w - 18, 90 - 2*i, 10, 2) })
+  if (colours) { write(most, w - 24, 14, css(look.ink)); write(least, w - 24, 90, css(look.ink)) }
   if (loop?.length > 1) {
     pen.beginPath()
     loop.forEach(([x, y]) => pen.lineTo(x, y))
@@ -727,7 +753,8 @@ function lookOf(model) {
   return {paper: PAPERS[+dark], ink: INKS[+dark], quiet: QUIETS[+dark], cut: model.get("cut_mm"),
           planes: model.get("planes"), opacity: model.get("opacity"), slices: model.get("slice_opacity"),
           width: model.get("line_width"), grey: model.get("grey"), grown: model.get("grown"),
-          highlighted: model.get("highlighted"), selection: model.get("selection")}
+          highlighted: model.get("highlighted"), selection: model.get("selection"),
+          legend: model.get("legend")}
 }
 """
 
@@ -809,10 +836,11 @@ Object.assign(StageView.prototype, {
     for (const [kind, Kind] of KINDS)
       hear(kind, () => { this.picture.take(kind, Kind, model.get(kind)); this.redraw() })
     for (const name of ["volumes", "cut_mm", "planes"]) hear(name, this.show)
-    for (const name of ["lines", "colours", "shown"]) hear(name, () => this.takeLines())
+    hear("lines", () => { this.takeLines(); if (this.picture.share < 1) { this.fast = true; this.rest() } })
+    for (const name of ["colours", "shown"]) hear(name, () => this.takeLines())
     hear("height", () => { this.frame.style.height = `${model.get("height")}px` })
     for (const name of ["cut_mm", "planes", "opacity", "slice_opacity", "line_width", "grey", "grown",
-                        "background", "highlighted", "selection"]) hear(name, () => this.redraw())
+                        "legend", "background", "highlighted", "selection"]) hear(name, () => this.redraw())
   },
   takeLines() {
     const sets = this.model.get("lines"), colours = this.model.get("colours")
@@ -971,12 +999,12 @@ class BrowserStage(AnyWidget):
     grey = T.List(help="Values that are black and white, of each volume.").tag(sync=True)
     shown = T.List(help="Which lines of each set are drawn, (S,) bytes.").tag(sync=True)
     grown = T.Float(-1., help="Lines end at this point number; -1: they are whole.").tag(sync=True)
+    legend = T.Dict(help="What the colours mean, see `legend_state`.").tag(sync=True)
     background = T.Unicode('auto', help="'light', 'dark', or 'auto': as the page.").tag(sync=True)
     highlighted = T.Int(-1, help="The line under the mouse, counted through all sets.").tag(sync=True)
     selection = T.List(help="The lines that were chosen, counted through all sets.").tag(sync=True)
     missing = T.Bool(False, help="The browser said that it cannot draw.").tag(sync=True)
-    next_rung = T.Unicode("Choose 'painter' or 'offscreen' to draw with.",
-                          help="What to do in a browser that cannot draw.").tag(sync=True)
+    next_rung = T.Unicode('', help="What comes in a browser that cannot draw.").tag(sync=True)
 
 # %% ../../nbs/09_viz/06_browser.ipynb #87cb109c
 @patch
@@ -1043,10 +1071,11 @@ class BrowserFace(Face):
     moves_itself = True
 
     def make_widget(self):
-        stage = BrowserStage(height=self.viewer.size[1])
+        stage = BrowserStage(height=self.viewer.size[1], next_rung="The painter takes its place.")
         stage.set_scene(self.scene)
         for name in SHARED: setattr(stage, name, as_sent(getattr(self.viewer, name)))
         stage.observe(self.heard, [*SHARED, 'camera'])
+        stage.observe(self.cannot, 'missing')
         stage.on_msg(self.viewer.guard(self.pressed))
         return stage
 
@@ -1064,6 +1093,11 @@ class BrowserFace(Face):
         if name == 'camera': self.viewer.renewal()
         elif as_sent(getattr(self.viewer, name)) != value:
             setattr(self.viewer, name, tuple(value) if isinstance(value, list) else value)
+
+    def cannot(self, change):
+        "The browser has no WebGL 2: another face comes on."
+        self.viewer.rung = 'painter'
+        self.viewer.say("Your browser offers no WebGL 2, so numpy paints. FURY draws finer: 'draw with'.")
 
     def pressed(self, _, message, buffers):
         "Name the line that was clicked."

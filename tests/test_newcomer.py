@@ -1,13 +1,21 @@
 """What stopped a newcomer with a model of his own, from a cell to a package to a sweep: each now goes on, or says how."""
+import re
+from pathlib import Path
+
 import pytest
 
 from dwiml_nb.cli.common import run_command
 from dwiml_nb.cli.runs import dwiml_config, dwiml_train
+from dwiml_nb.cli.sweeps import dwiml_sweep
 from dwiml_nb.cli.training import dwiml_visualize_logs
+from dwiml_nb.core import registry
+from dwiml_nb.core.config import read_toml
 from dwiml_nb.core.errors import DataProblem
 from dwiml_nb.core.registry import class_named
 from dwiml_nb.models.base import MainModelAbstract
 from dwiml_nb.models.registered import registered_class
+from dwiml_nb.runs.resume import trainer_from_folder
+from dwiml_nb.runs.run_files import run_config, train, write_run_file
 from dwiml_nb.study.toy import toy_study
 
 RUN = """seed = 3
@@ -23,6 +31,32 @@ def here(tmp_path_factory):
     toy_study(folder)
     (folder / "run.toml").write_text(RUN)
     run_command(dwiml_train, [str(folder / "run.toml")])
+    return folder
+
+
+OWN = RUN.replace('{name = "Learn2TrackModel", rnn_layer_sizes = [4], step_size = 2.0}', '{name = "Ones"}')
+MODEL = (Path(__file__).parent / "bands.py").read_text()
+DEFAULTS = """[model.Ones]
+classes = 4  # How many bands
+[model.Twos]
+classes = 2
+sharp = true
+[optimizer]
+lr = 0.05
+"""
+
+
+@pytest.fixture
+def package(here, tmp_path, monkeypatch):
+    "A package with two registered models and one default_config.toml."
+    monkeypatch.setattr(registry, "brought_in", dict(registry.brought_in))
+    monkeypatch.syspath_prepend(here)
+    folder = here / "pair"
+    folder.mkdir(exist_ok=True)
+    twos = MODEL.replace("Bands", "Twos").replace("import hyrax_model", "import hyrax_model as hyrax_model_").replace("@hyrax_model", "@hyrax_model_")
+    (folder / "__init__.py").write_text(MODEL.replace("Bands", "Ones").replace("(torch.nn.Module):", "(torch.nn.Module):\n    step_size = 3.0", 1) + "\n" + twos.split('"""', 2)[2])
+    (folder / "default_config.toml").write_text(DEFAULTS)
+    (here / "own.toml").write_text(OWN)
     return folder
 
 
@@ -65,3 +99,65 @@ def test_a_file_is_checked_after_its_run(here, capsys):
 def test_what_to_do_about_a_class_is_whole_sentences(look):
     with pytest.raises(DataProblem) as e: look()
     assert not e.value.do.startswith("Or") and "--trust" in e.value.do and "trust=" in e.value.do and e.value.do.endswith(".") and "  " not in e.value.do
+
+
+# A model of one's own
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_models_of_a_package_have_one_file(here, package):
+    for name in ("Ones", "Twos"):
+        assert train(here / "own.toml", f"model.name={name}", f"training.experiment_name={name}", trust="pair").model.net.layer.out_features == {"Ones": 4, "Twos": 2}[name]
+    (package / "default_config.toml").write_text(DEFAULTS.replace("lr =", "ler ="))
+    with pytest.raises(DataProblem, match="pair/default_config.toml: unknown key optimizer.ler"): run_config(here / "own.toml", trust="pair")
+    (package / "default_config.toml").write_text(DEFAULTS.replace("[model.Twos]", "[model.Thres]"))
+    with pytest.raises(DataProblem, match="pair/default_config.toml: unknown key model.Thres"): run_config(here / "own.toml", trust="pair")
+
+
+def test_values_of_the_wrong_kind_for_ones_own_model(here, package, capsys):
+    for value in ("abc", "[3]", "true"):
+        assert "model.Ones.classes cannot be" in said(capsys, dwiml_config, "check", here / "own.toml", "--trust", "pair", f"model.Ones.classes={value}")
+    assert "true or false" in said(capsys, dwiml_config, "check", here / "own.toml", "--trust", "pair", "model.name=Twos", "model.Twos.sharp=1")
+    assert run_config(here / "own.toml", "model.Ones.classes=none", "model.name=Ones", trust="pair")["model"]["Ones"]["classes"] == "none"
+    told = said(capsys, dwiml_config, "check", here / "own.toml", "--trust", "pair", "model.Ones.classes=2.5")
+    assert re.search(r"\[model\] cannot be used: .*TypeError \(line \d+ of __init__: self.layer = ", told), told
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_file_says_what_a_class_and_its_package_say(here, package, capsys):
+    shown = said(capsys, dwiml_config, "show", here / "own.toml", "--trust", "pair", "optimizer.lr=0.1")
+    assert re.search(r"classes = 4 # How many bands \[package pair\]", shown) and re.search(r"step_size = 3.0 # .*\[class Ones\]", shown)
+    trainer = train(here / "own.toml", "training.experiment_name=says", trust="pair")
+    kept = (here / "experiments/says/run.toml").read_text()
+    assert "step_size = 3.0" in kept and trainer.model.step_size == 3. and "size_average" not in kept
+    assert trainer_from_folder(here / "experiments", "says", new_max_epochs=2).model.step_size == 3.
+    assert run_config(here / "own.toml", "model.step_size=2", trust="pair").origin("model.step_size") == "command line"
+    new = said(capsys, dwiml_config, "new", "model.name=Ones", "--trust", "pair")
+    assert "[model.Ones]" in new and "# How many bands" in new
+    (package / "default_config.toml").write_text("")
+    new = said(capsys, dwiml_config, "new", "model.name=Ones", "--trust", "pair")
+    assert "[model.Ones]" in new and "size_average" not in new and "# Ones =" not in new
+
+
+# Sweeps
+
+def test_what_no_trial_can_do_is_said_before_the_first(here, tmp_path, capsys):
+    text = RUN + '[sweep]\ntrials = 2\n[sweep.space]\n"optimizer.lr" = [0.1, 0.01]\n'
+    (here / "sweep.toml").write_text(text)
+    told = said(capsys, dwiml_sweep, here / "sweep.toml", "training.experiment_name=both", "training.learning_rates=[0.1]")
+    assert "optimizer.lr and training.learning_rates are both given" in told and not (here / "experiments/both").exists()
+
+
+def test_a_sweep_without_a_finished_trial_fails(here, capsys):
+    text = RUN.replace("step_size = 2.0", "step_size = 2.0, dropout = 3.0")
+    (here / "never.toml").write_text(text + '[sweep]\ntrials = 2\n[sweep.space]\n"optimizer.lr" = [0.1, 0.01]\n')
+    with pytest.raises(SystemExit) as e: run_command(dwiml_sweep, [str(here / "never.toml"), "training.experiment_name=never"])
+    assert "no trial came to its end" in e.value.code and "dropout" in e.value.code
+
+
+def test_the_file_of_a_run_can_be_swept(here, tmp_path):
+    trainer = train(here / "run.toml", "training.experiment_name=rate", "training.learning_rates=[0.02]")
+    file = write_run_file(trainer, tmp_path / "made.toml")
+    assert read_toml(file)["optimizer"]["lr"] == .02 and "learning_rates" not in read_toml(file)["training"]
+    again = train(file, "training.experiment_name=again")
+    assert all((a == b).all() for a, b in zip(trainer.model.state_dict().values(), again.model.state_dict().values()))
+    assert "lr" not in read_toml(write_run_file(train(here / "run.toml", "training.experiment_name=usual"), tmp_path / "usual.toml"))["optimizer"]

@@ -25,11 +25,17 @@ def dwiml_sweep(
 ):
     "Train a run file again and again with other values, or go on with that."
     study = sweep(run_file, *values, trials=trials, workers=workers, storage=storage)
-    for row in sweep_rows(study)[:10]: print('  '.join(f'{k}={v}' for k,v in row.items()))
+    rows = sweep_rows(study)
+    for row in rows[:10]: print('  '.join(f'{k}={v}' for k,v in row.items()))
+    if len(rows) > 10: print(f"… the best 10 of {len(rows)}; all are on the page")
     folder = sweep_folder(run_file, *values)
     try: told = write_sweep_page(study, page or folder/'sweep.html')
     except DataProblem as e: told = f"no figures: {e}"
     print(f"{len(study.trials)} trials in {folder}; {told}")
+    if any(row['state'] == 'complete' for row in rows): return
+    why = next((o['error'] for o in rows if 'error' in o), None)
+    raise DataProblem("no trial came to its end", found=why, file=folder,
+                      do="correct the run file or its space, and give another experiment_name.")
 
 # %% ../../nbs/12_cli/10_sweeps.ipynb #c4fe41ab
 @call_parse

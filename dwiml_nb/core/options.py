@@ -84,6 +84,14 @@ def options_of(
     return {p.name: p for p in found if p.kind in by_name and p.name not in ('self', 'cls')}
 
 # %% ../../nbs/00_core/14_options.ipynb #d0c5e1a2
+def refuse_others(
+    obj, # Whose constructor was called
+    names, # Of arguments that nobody takes
+):
+    "Name the class that was called, and the argument that was meant."
+    known = [name for init in chain_of(type(obj)) for name in options_of(init)]
+    for k in names: raise TypeError(f"{type(obj).__name__} takes no '{k}'.{did_you_mean(k, known)}")
+
 def no_rest(
     init, # A constructor that ends in `**rest`, and refuses all that is in it
 ): # the same

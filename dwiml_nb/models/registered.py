@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ALIASES', 'REGISTERED_MODELS', 'hyrax_model', 'CRITERIA', 'LOOKED_FOR', 'written_as', 'takes', 'problems_of',
-           'dwiml_model', 'registered_class', 'registered_parents', 'package_config', 'torch_criteria',
-           'criterion_class', 'make_criterion', 'as_number', 'told_by_step', 'chance_kept', 'Weighed', 'build',
-           'RegisteredModel', 'target_of', 'longest_of', 'tried_validation', 'registered_model', 'text_of', 'hash_of',
-           'read_sample', 'load_own', 'plain_values', 'made_from', 'check_sample', 'last_points']
+           'dwiml_model', 'registered_class', 'registered_parents', 'package_files', 'package_config', 'torch_criteria',
+           'criterion_class', 'make_criterion', 'as_number', 'told_by_step', 'chance_kept', 'said_by_class', 'Weighed',
+           'build', 'RegisteredModel', 'target_of', 'longest_of', 'tried_validation', 'registered_model', 'text_of',
+           'hash_of', 'read_sample', 'load_own', 'plain_values', 'made_from', 'check_sample', 'last_points']
 
 # %% ../../nbs/05_models/17_registered.ipynb #e6932719
 import copy
@@ -34,7 +34,7 @@ from ..core.sizes import need_memory
 from ..core.registry import Registry, class_named, class_path, same_definition
 from ..batch.spec import spec_of
 from .base import as_json, read_model_folder
-from .items import (Fields, RegisteredBatchLoader, apart, as_tensors, collate_named,
+from .items import (Fields, Named, RegisteredBatchLoader, apart, as_tensors, collate_named,
                                    collate_of, collated, each_tensor, groups_read, made_up, named_tensors,
                                    shape_of)
 from .parts import LooksAround
@@ -93,7 +93,15 @@ REGISTERED_MODELS = Registry('registered model', nn.Module)      # dotted path -
 def dwiml_model(
     cls:type, # A torch.nn.Module
 ) -> type: # The same
-    "A decorator: the class is known by its name, in a run file too."
+    """A decorator: the class is known by its name, in a run file too. `hyrax_model` is the same decorator.
+
+    The class writes `__init__(self, config, data_sample)`, `forward(self, batch)`, `train_step(self, batch)`
+    (or `train_batch`), which gives a dict with 'loss', and a static `to_tensor(data_dict)` (or
+    `prepare_inputs`). It may write `validate_step`, `infer_step` (or `…_batch`), `save(self, path)` and
+    `load(self, path)`. Attributes of the class that count: step_size, nb_points, compress_lines,
+    streamline_space, neighborhood_type, neighborhood_radius, neighborhood_resolution, nb_previous_dirs,
+    accepts_ragged, uses_last_point. Its objects are given self.criterion, self.optimizer, self.scheduler.
+    """
     if bad := problems_of(cls):
         listed = ''.join(f"\n- {o}" for o in bad)
         raise TypeError(f"{getattr(cls, '__name__', cls)} cannot be a registered model:{listed}")
@@ -129,17 +137,28 @@ def registered_parents(
     "The class, and the registered classes that it is made from; each may have a table of its own."
     return [o for o in cls.__mro__ if class_path(o) in REGISTERED_MODELS.entries]
 
-def package_config(
+def package_files(
     cls:type, # A registered class
-) -> dict: # name of a package -> its values, that of the class last
-    "The `default_config.toml` of the package that a class belongs to, and of those of its parents."
+) -> dict: # name of a package -> its `default_config.toml`, that of the class last
+    "The files of the package that a class belongs to, and of those of its parents."
     found = {}
     for parts in (o.__module__.split('.') for o in reversed(registered_parents(cls))):
         modules = ['.'.join(parts[:n]) for n in range(len(parts), 0, -1)]
         files = [(module, file) for module in modules for folder in
                  getattr(sys.modules.get(module), '__path__', ())
                  if (file := Path(folder)/'default_config.toml').is_file()]
-        for module,file in files[:1]: found[module] = read_toml(file)
+        for module,file in files[:1]: found[module] = file
+    return found
+
+def package_config(
+    cls:type, # A registered class
+) -> dict: # name of a package -> its values, that of the class last
+    "What these files say, without the tables of other registered models of the package."
+    own,found = [o.__name__ for o in registered_parents(cls)], {}
+    for module,file in package_files(cls).items():
+        found[module] = values = read_toml(file)
+        if not isinstance(tables := values.get('model'), dict): continue
+        values['model'] = {k: v for k,v in tables.items() if k in own or not REGISTERED_MODELS.called(k)}
     return found
 
 # %% ../../nbs/05_models/17_registered.ipynb #2a51dc2f
@@ -216,6 +235,12 @@ def chance_kept():
 
 LOOKED_FOR = ('step_size', 'nb_points', 'compress_lines', 'streamline_space', 'neighborhood_type',
               'neighborhood_radius', 'neighborhood_resolution')      # a class may say how it wants its lines
+
+def said_by_class(
+    cls:type, # A registered class
+) -> dict: # name -> value
+    "The options of its lines that a class has as attributes."
+    return {k: getattr(cls, k) for k in LOOKED_FOR if getattr(cls, k, None) is not None}
 
 class Weighed(TorchFunctionMode):
     "Within this, no tensor is made that the memory cannot hold."
@@ -321,11 +346,12 @@ def prepared(self:RegisteredModel,
     if self.accepts_ragged:
         flat = lambda v: Ragged.from_list([torch.as_tensor(o) for o in v]) if v[0].ndim > 1 else \
             torch.stack([torch.as_tensor(o) for o in v])
-        made = {name: o if name == 'object_id' else {k: flat(o[k]) for k in o}
+        made = {name: o if name == 'object_id' else Named({k: flat(o[k]) for k in o})
                 for name,o in data_dict.items()}
         return each_tensor(rows, as_tensors(made))
-    lists = {k: [np.asarray(o) for o in own[k]] for k in own} if not isinstance(own, Fields) else own
-    data = collated(lists, data_dict['object_id'], self.collate)
+    if not isinstance(own, Fields):
+        own = Fields({k: lambda rows=rows: [np.asarray(o) for o in rows] for k,rows in own.items()})
+    data = collated(own, data_dict['object_id'], self.collate)
     array = lambda o: o.numpy() if isinstance(o, Tensor) else o
     more = {name: each_tensor(array, o) for name,o in data_dict.items() if name != 'data'}
     return each_tensor(lambda t: t.to(device), as_tensors(self.to_tensor({'data': data, **more})))
@@ -395,8 +421,7 @@ def registered_model(
 ) -> RegisteredModel:
     "A model of a registered class, made for a study."
     cls = registered_class(model_class)
-    said = {k: getattr(cls, k) for k in LOOKED_FOR if hasattr(cls, k)}
-    options = {**said, **{k: v for k,v in options.items() if v is not None}}
+    options = {**said_by_class(cls), **{k: v for k,v in options.items() if v is not None}}
     looks = LooksAround(**options)
     spec = replace(spec_of(looks), uses_last_point=bool(getattr(cls, 'uses_last_point', True)))
     loader = RegisteredBatchLoader(dataset, spec, streamline_group_name, input_group_name,

@@ -41,7 +41,7 @@ from ..training.sinks import Sink, read_rows
 from ..training.trainer import DWIMLTrainer
 from .options import PATHS, classes_of, is_huge, kinds_of, meant, problem_with, tables_of
 from .resume import trainer_from_folder
-from .run_files import differing, flat, run_config, run_parts
+from .run_files import differing, flat, run_config, run_parts, trainer_arguments
 
 # %% ../../nbs/08_runs/05_sweeps.ipynb #e6db52c4
 RANGE = ('low', 'high', 'log', 'step')
@@ -496,7 +496,8 @@ def shared(
 ) -> dict: # dotted path -> value
     "What all trials of a sweep have in common."
     left = lambda k: not any(f'{k}.'.startswith(f'{o}.') for o in (*MAY_CHANGE, *space))
-    found = {k: thawed(v) for k,v in flat(config).items() if left(k)}
+    said = lambda k: (config.origin(k) or '').startswith('class ')         # by the model's class, as ever
+    found = {k: None if said(k) else thawed(v) for k,v in flat(config).items() if left(k)}
     for k in PATHS:
         if isinstance(found.get(k), str): found[k] = os.path.relpath(found[k], folder)
     return json.loads(json.dumps(found, default=str))
@@ -656,7 +657,7 @@ def check_draws(
     config:Config, # Of the run
     space:dict, # As from `checked_space`
 ):
-    "Refuse names and kinds that no run has, before any trial."
+    "Refuse names, kinds and pairs that no run has, before any trial."
     for path in space:
         table,_,key = path.rpartition('.')
         given = config.get(table) if table.startswith('model.') else None      # of a registered model
@@ -665,7 +666,9 @@ def check_draws(
                               do=f"correct it, or give it a value under [{table}] too.")
     first = {k: o[0] if isinstance(o, list) else o['low'] for k,o in space.items()}
     names = [first | {k: v} for k,o in space.items() if k.endswith('.name') for v in o[1:]]
-    for values in [first, *names]: run_config(config, *typed(values))
+    for values in [first, *names]:
+        made = run_config(config, *typed(values))
+        trainer_arguments(made, tables_of(classes_of(made), made))
 
 def sweep(
     source, # Path of a run file with a table [sweep]

@@ -27,7 +27,8 @@ from ..core.dwi_ml import NamesOfDwiml
 from ..core.errors import DataProblem, did_you_mean, naming
 from ..core.files import progress
 from ..core.kernels import tell_busy, threads_in_words
-from ..core.options import check_number, check_numbers, check_seed, options_of, with_parts
+from ..core.options import (check_number, check_numbers, check_seed, no_rest, options_of,
+                                    refuse_others, with_parts)
 from ..core.registry import class_path
 from ..batch.spec import spec_of
 from .checkpoints import (Checkpoint, check_options, check_same, check_state, check_whole,
@@ -78,6 +79,7 @@ WHEN = {'train_and_validate': of_the_run, 'train_one_epoch': of_a_phase('trainin
 # %% ../../nbs/07_training/11_trainer.ipynb #df327d86
 class LoopOptions(NamesOfDwiml):
     "Options of the loop that most runs leave alone."
+    @no_rest
     def __init__(self,
         clip_value:float=None, # Largest number in the gradient, of either sign; instead of clip_grad
         accumulate:int=1, # Batches whose gradients make a step together
@@ -93,8 +95,10 @@ class LoopOptions(NamesOfDwiml):
         init_match=None, # Names of weights that come from there, with wildcards: one or several; None: all
         frozen=(), # Names of weights that stay as they are, with wildcards: one or several
         param_groups:dict=None, # Names of weights, with wildcards -> lr, weight_decay, …
+        **others, # None
     ):
-        given = {name: value for name,value in locals().items() if name not in ('self', '__class__')}
+        given = {name: value for name,value in locals().items() if name in options_of(LoopOptions)}
+        refuse_others(self, others)
         self.loop = checked_loop(SimpleNamespace(**given))
 
 def checked_loop(

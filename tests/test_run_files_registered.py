@@ -1,13 +1,22 @@
 """A registered model in a run file: its table, criterion and package layer; the same weights from file and by hand."""
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
+from dwiml_nb.cli.common import run_command
+from dwiml_nb.cli.runs import dwiml_train
 from dwiml_nb.core import registry
 from dwiml_nb.core.config import read_toml
 from dwiml_nb.core.errors import DataProblem
 from dwiml_nb.core.registry import trusting
+from dwiml_nb.models.registered import REGISTERED_MODELS
 from dwiml_nb.runs.resume import trainer_from_folder
 from dwiml_nb.runs.run_files import run_config, run_parts, train, write_run_file
 from dwiml_nb.study.toy import toy_study
@@ -41,7 +50,8 @@ def here(tmp_path_factory):
     (folder / "run.toml").write_text(RUN)
     package = folder / "my_bands"
     package.mkdir()
-    (package / "__init__.py").write_text(PACKAGE)
+    (package / "bands.py").write_text(PACKAGE)
+    (package / "__init__.py").write_text("from .bands import TheirBands\n")
     (package / "default_config.toml").write_text("[model.TheirBands]\nclasses = 4\n")
     return folder
 
@@ -60,7 +70,7 @@ def test_a_registered_model_of_a_package(here, monkeypatch):
         one = train(here / "run.toml", "model.TheirBands.classes=3")
         assert one.model.config.origin("model.TheirBands.classes") == "command line"
         assert one.model.net.layer.out_features == 3 and one.model.net.criterion.label_smoothing == .1
-        again = train(one.experiment_folder, "training.experiment_name=again")
+        again = train(one.experiment_folder, "training.experiment_name=again", "model.name=my_bands.TheirBands")   # handed on by the package
         made = train(write_run_file(one, here / "made.toml"), "training.experiment_name=made", "training.device=cpu")
         stopped = run_parts(run_config(here / "run.toml", "model.TheirBands.classes=3", "training.experiment_name=stopped")).trainer
         stopped.control.on_batch_end.append(lambda row: stopped.control.request_stop())
@@ -72,3 +82,71 @@ def test_a_registered_model_of_a_package(here, monkeypatch):
             assert all(torch.equal(a[k], b[k]) for k in a)
         assert read_toml(one.experiment_folder / "run.toml")["model"]["TheirBands"] == {"classes": 3}
         with pytest.raises(TypeError, match="model.TheirBands.classes"): one.model.net.config["model"]["TheirBands"]["classes"] = 9
+
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "nbs/tutorials/03_cell_to_package.ipynb"
+
+
+def commands(folder):
+    "The commands of this checkout, as an installation has them."
+    folder.mkdir()
+    for name, module, function in re.findall(r"^    (dwiml_\w+)=([\w.]+):(\w+)$", (ROOT / "settings.ini").read_text(), re.M):
+        (folder / name).write_text(f"#!{sys.executable}\nimport sys\nfrom {module} import {function}\nif __name__ == '__main__': sys.exit({function}())\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def install(project, site):
+    "What `pip install -e` leaves behind, for a machine without a network: the package, and what it says of itself."
+    about = tomllib.loads((project / "pyproject.toml").read_text())
+    info = site / f"{about['project']['name'].replace('-', '_')}-{about['project']['version']}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {about['project']['name']}\nVersion: {about['project']['version']}\n")
+    points = about["project"]["entry-points"]
+    (info / "entry_points.txt").write_text("".join(f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in o.items()) for group, o in points.items()))
+    for package in about["tool"]["setuptools"]["packages"]: (site / package).symlink_to(project / package)
+
+
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory):
+    "The page done as it says: its cells here, its files written, its commands in a shell. {command: what it said}"
+    home, site = tmp_path_factory.mktemp("page"), tmp_path_factory.mktemp("site")
+    cells = [("".join(c["source"]), c["cell_type"]) for c in json.loads(PAGE.read_text())["cells"]]
+    before, said = set(REGISTERED_MODELS.entries), {}
+    names = {"__name__": "__main__"}
+    env = {**os.environ, "PATH": f"{commands(site / 'bin')}:{os.environ['PATH']}", "PYTHONPATH": f"{site}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
+    def run(command):
+        if command.startswith("pip install -e "): return install(home / command.split()[-1], site)
+        done = subprocess.run(command, shell=True, cwd=home, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, (command, done.stderr)
+        said[command] = done.stdout + done.stderr
+    for source, kind in cells:
+        if kind == "code" and "cleanup()" not in source: exec(source.replace("tempfile.TemporaryDirectory()", f"type('', (), dict(name={str(home)!r}))"), names)
+        for language, text in re.findall(r"^```(\w+)\n(.*?)^```", source, re.M | re.S) if kind == "markdown" else ():
+            if language == "sh":
+                for command in text.splitlines(): run(command)
+            else:
+                first, _, rest = text.partition("\n")
+                file = home / first.removeprefix("# ").partition(",")[0]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text((file.read_text() if first.endswith("at its end") else "") + rest)
+    for name in set(REGISTERED_MODELS.entries) - before: del REGISTERED_MODELS.entries[name]
+    yield home, said
+
+
+def test_the_page_from_a_cell_to_a_package_and_a_sweep(followed):
+    home, said = followed
+    assert list(said)[0] == "dwiml_train names.toml --trust models.py training.experiment_name=file" and len(said) == 4
+    state = lambda name: torch.load(home / f"experiments/{name}/best_model/model_state.pkl", weights_only=True)
+    cell, file, package = map(state, ("cell", "file", "package"))
+    assert all(torch.equal(cell[k], file[k]) for k in cell) and package["net.layers.0.weight"].shape[0] == 16
+    assert json.loads((home / "experiments/package/best_model/model_class.json").read_text())["class"] == "dwiml_nb.models.registered.RegisteredModel"
+    trials = [f for f in (home / "experiments/swept").iterdir() if (f / "best_model").is_dir()]
+    assert len(trials) == 2 and (home / "experiments/swept/sweep.html").is_file()
+
+
+def test_without_trust_or_entry_point_it_is_refused_in_a_sentence(followed):
+    home, _ = followed
+    with pytest.raises(SystemExit, match="my_models.*nor allowed.*--trust my_models"): run_command(dwiml_train, [str(home / "names.toml"), "training.experiment_name=no", "model.name=my_models.names.Names"])
+    assert not (home / "experiments/no").exists()

@@ -158,7 +158,7 @@ def run_command(
 ):
     "Do what was typed. Whatever goes wrong is a sentence, and the status of the `SystemExit`."
     with no_traceback(), printing_plainly(), plain_problems():
-        command(**vars(anno_parser(command).parse_args(words)))
+        command(**vars(anno_parser(command).parse_intermixed_args(words)))
 
 def call_parse(func):
     "The function as a command."

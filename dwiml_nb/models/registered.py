@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ALIASES', 'REGISTERED_MODELS', 'hyrax_model', 'CRITERIA', 'LOOKED_FOR', 'written_as', 'takes', 'problems_of',
-           'dwiml_model', 'registered_class', 'registered_parents', 'package_files', 'package_config', 'torch_criteria',
-           'criterion_class', 'make_criterion', 'as_number', 'told_by_step', 'chance_kept', 'said_by_class', 'Weighed',
-           'build', 'RegisteredModel', 'target_of', 'longest_of', 'tried_validation', 'registered_model', 'text_of',
-           'hash_of', 'read_sample', 'load_own', 'plain_values', 'made_from', 'check_sample', 'last_points']
+           'dwiml_model', 'registered_at', 'registered_class', 'registered_parents', 'package_files', 'package_config',
+           'torch_criteria', 'criterion_class', 'make_criterion', 'as_number', 'told_by_step', 'chance_kept',
+           'said_by_class', 'Weighed', 'build', 'RegisteredModel', 'target_of', 'longest_of', 'tried_validation',
+           'registered_model', 'text_of', 'hash_of', 'read_sample', 'load_own', 'plain_values', 'made_from',
+           'check_sample', 'last_points']
 
 # %% ../../nbs/05_models/17_registered.ipynb #e6932719
 import copy
@@ -116,13 +117,24 @@ def dwiml_model(
 hyrax_model = dwiml_model
 
 # %% ../../nbs/05_models/17_registered.ipynb #6d8f8fdb
+def registered_at(
+    name, # As a file names a model
+) -> type: # None: it is no registered class
+    "The registered class of a name, or of a path by which a package hands it on."
+    if not isinstance(name, str): return None
+    if name in REGISTERED_MODELS: return REGISTERED_MODELS[name]
+    module,_,last = name.rpartition('.')
+    found = vars(sys.modules[module]).get(last) if module in sys.modules else None
+    known = isinstance(found, type) and REGISTERED_MODELS.entries.get(class_path(found)) is found
+    return found if known else None
+
 def registered_class(
     name, # A class, its name, or its dotted path
 ) -> type:
     "The registered class of that name."
     if isinstance(name, type):
         return name if class_path(name) in REGISTERED_MODELS.entries else dwiml_model(name)
-    if name in REGISTERED_MODELS: return REGISTERED_MODELS[name]
+    if (cls := registered_at(name)) is not None: return cls
     names = ', '.join(REGISTERED_MODELS.entries)
     known = f" (registered here: {names})" if names else ''
     cls = class_named(name, nn.Module, f"run the cell that defines it{known}.")

@@ -38,7 +38,8 @@ from ..models.transformers import (OriginalTransformerModel, TransformerSrcAndTg
 from ..models.autoencoder import ModelAE
 from ..models.parts import LooksAround
 from ..models.items import RegisteredBatchLoader
-from ..models.registered import REGISTERED_MODELS, criterion_class, registered_parents
+from ..models.registered import (REGISTERED_MODELS, criterion_class, registered_at,
+                                         registered_parents)
 from ..tracking.stops import STOP_RULES
 from ..tracking.tracker import Tracker
 from ..training.optimizers import OPTIMIZERS, optimizer_class
@@ -200,9 +201,8 @@ def classes_of(
     def named(table, base, usual):
         name = name_in(tables, table)
         return usual if name is None else class_named(name, base)
-    own = name_in(tables, 'model')
-    if isinstance(own, str) and own in REGISTERED_MODELS:
-        return Classes(REGISTERED_MODELS[own], named('sampler', DWIMLBatchIDSampler, DWIMLBatchIDSampler),
+    if own := registered_at(name_in(tables, 'model')):
+        return Classes(own, named('sampler', DWIMLBatchIDSampler, DWIMLBatchIDSampler),
                        named('loader', RegisteredBatchLoader, RegisteredBatchLoader),
                        named('training', RegisteredTrainer, RegisteredTrainer))
     model = named('model', MainModelAbstract, Learn2TrackModel)

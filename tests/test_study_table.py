@@ -10,11 +10,14 @@ from dwiml_nb.batch.sampler import DWIMLBatchIDSampler
 from dwiml_nb.batch.spec import ModelSpec
 from dwiml_nb.core.errors import DataProblem
 from dwiml_nb.core.lines import all_but_last
+from dwiml_nb.core.space import Grid
+from dwiml_nb.core.tractograms import TRACTOGRAM_FORMATS, Tractogram, save_tractogram
 from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.data.line_filter import LineFilter, conditions_of
 from dwiml_nb.runs.resume import trainer_from_folder
 from dwiml_nb.runs.run_files import run_config, run_parts, write_run_file
 from dwiml_nb.study.check import check_study
+from dwiml_nb.study.grow import add_subjects, repack_study
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.training.checkpoints import read_checkpoint
 from dwiml_nb.viz.tables import Column, column_options
@@ -253,3 +256,26 @@ def test_a_page_that_is_turned_forgets_the_one_before(browser):
     browser.facts.found.clear()
     assert asked == [("lengths", "bundles", "sub-03"), ("check", "sub-03")]
     assert browser.facts.overview.wait()
+
+
+# ---- names that are no text, points that are nowhere
+
+@pytest.mark.parametrize("where, name", [("sub-01", b"b\xffndles"), ("sub-01/bundles/data_per_streamline", b"k\xff"), ("/", b"x\xff")])
+def test_a_name_that_is_not_utf8_is_a_sentence(tmp_path, where, name):
+    path = toy_study(tmp_path)
+    with h5py.File(path, "r+") as file:
+        file[where]["x"] = np.ones((120, 1))
+        file[where].id.move(b"x", name)
+    before = path.read_bytes()
+    for what in (lambda: repack_study(path), lambda: repack_study(path, tmp_path / "new.hdf5"), lambda: add_subjects(path, tmp_path / "subjects", training=["sub-01"])):
+        with pytest.raises(DataProblem, match=f"a name in /{where.strip('/')} is not UTF-8.*To do: rename it"): what()
+    assert path.read_bytes() == before and not (tmp_path / "new.hdf5").exists()
+
+
+def test_no_format_takes_a_point_that_is_nowhere(tmp_path):
+    lines = [np.ones((4, 3)), np.array([[1, 1, 1], [2, 2, np.inf], [3, np.nan, 3.]])]
+    for kind in TRACTOGRAM_FORMATS:
+        (tmp_path / f"a{kind}").write_bytes(b"was here")
+        with pytest.raises(DataProblem, match=r"2 points are not finite.*\[2.0, 2.0, inf\], point 1 of line 1, counted from 0"):
+            save_tractogram(Tractogram(lines, Grid(np.eye(4), (9, 9, 9))), tmp_path / f"a{kind}")
+        assert (tmp_path / f"a{kind}").read_bytes() == b"was here"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRACTOGRAM_FORMATS', 'Tractogram', 'TractogramFormat', 'as_table', 'is_tractogram', 'tractogram_format', 'suffixes',
-           'save_tractogram', 'need_tractogram', 'read_tractogram', 'load_tractogram', 'matching_grid']
+           'check_finite', 'save_tractogram', 'need_tractogram', 'read_tractogram', 'load_tractogram', 'matching_grid']
 
 # %% ../../nbs/00_core/11_tractograms.ipynb #aa506217
 import gzip
@@ -428,14 +428,6 @@ def line_ends(
 class Tck(NibabelFormat):
     "MRtrix: points only."
     keeps_grid = keeps_dps = False
-    def check(self, tractogram:Tractogram):
-        lines = tractogram.lines
-        wrong = ~lines.data.isfinite().all(1)
-        if wrong.any():
-            n = int(wrong.sum())
-            raise DataProblem(f"{n} points are not numbers, and that is how a .tck file ends a line",
-                              expected="finite coordinates", do="remove those lines.",
-                              found=f"NaN or infinity, first in line {int(lines.line_index[wrong][0])}")
     def save(self, tractogram:Tractogram, path): self.write(tractogram, path)
     def rows(self, path) -> np.ndarray:
         "The rows of a file."
@@ -633,6 +625,18 @@ def data_of(
             ('point', 'keeps_dpp', tractogram.dpp, len(tractogram.lines.data))]
 
 # %% ../../nbs/00_core/11_tractograms.ipynb #d46e6ca1
+def check_finite(
+    lines:Ragged, # (P, 3)
+):
+    "Refuse points that are nowhere: a .tck file ends its lines with them, and no program draws them."
+    wrong = (~lines.data.isfinite().all(1)).nonzero().ravel()
+    if not len(wrong): return
+    line = int(lines.line_index[wrong[0]])
+    point = int(wrong[0] - lines.offsets[line])
+    raise DataProblem(f"{len(wrong)} point{'s are' if len(wrong) > 1 else ' is'} not finite",
+                      expected="finite coordinates", do="remove these lines.",
+                      found=f"{lines.data[wrong[0]].tolist()}, point {point} of line {line}, counted from 0")
+
 def save_tractogram(
     tractogram:Tractogram, # Lines, their grid and data
     path, # .trk, .tck, .trx, or a suffix of `TRACTOGRAM_FORMATS`
@@ -655,7 +659,9 @@ def save_tractogram(
             raise DataProblem(f"the data per {what} '{name}' does not fit", found=f"{len(values)} rows",
                               expected=f"{rows} rows, one a {'line' if what == 'streamline' else what}",
                               file=path)
-    with naming("the tractogram cannot be saved", file=path): format.check(tractogram)
+    with naming("the tractogram cannot be saved", file=path):
+        check_finite(tractogram.lines)
+        format.check(tractogram)
     with atomic_file(path, overwrite) as tmp: format.save(tractogram, tmp)
 
 # %% ../../nbs/00_core/11_tractograms.ipynb #d0167619

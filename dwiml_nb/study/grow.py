@@ -31,7 +31,7 @@ from .parts import StudyOptions, parts_folder, steady_hdf5
 from .config import VolumeSpec, raise_problems, read_config
 from .files import open_hdf5
 from .lists import SUBSETS
-from .schema import (allowing_links, attr_value, attr_words, found_in, group_grid,
+from .schema import (check_name, allowing_links, attr_value, attr_words, found_in, group_grid,
                                    group_kind, open_study, study_config, subject_in)
 from .sources import attempt, check_alike, check_sources
 
@@ -244,6 +244,7 @@ def add_subjects(
     open_study(path).close()
     with (trusting(trust), allowing_links(allow_links),
           nullcontext() if dry_run else parts_folder(path) as hidden, open_study(path) as old):
+        for s in old: check_name(old, s)
         sources,options = checked_growth(path, old, root, [training, validation, testing], config,
                                          remove_invalid, skip_missing)
         if dry_run: return plan_study(path, sources, options, times=1)
@@ -312,6 +313,7 @@ def repack_study(
     target = path if same_place(look(), path) else look()
     with allowing_links(allow_links), parts_folder(target), open_study(path) as old:
         look()                                                                 # once more, under the lock
+        for s in old: check_name(old, s)
         needed = sum((o.size or 0)*o.dtype.itemsize for s in old for o in datasets_of(old, s))
         check_room(target.parent, needed, 'in one file')
         remove_partials(target)

@@ -8,7 +8,7 @@ __all__ = ['FORMAT_VERSION', 'NOT_DEFINED', 'INDEX_KEYS', 'INDEX', 'TABLE', 'WRA
            'attr_words', 'attr_value', 'wrapped', 'hard_link', 'quick_attr', 'quick_words', 'link_kinds',
            'missing_names', 'subjects_listed', 'open_study', 'open_with_lists', 'allowing_links', 'stays_inside',
            'reached', 'opened', 'is_here', 'check_place', 'opened_link', 'file_size', 'check_claim', 'found_in',
-           'subject_in', 'check_links', 'identifiers', 'members', 'StudyFile', 'group_kind', 'group_grid',
+           'subject_in', 'check_name', 'check_links', 'identifiers', 'members', 'StudyFile', 'group_kind', 'group_grid',
            'stored_to_vox', 'grid_and_matrix', 'placed_grid', 'study_config', 'short']
 
 # %% ../../nbs/01_study/05_schema.ipynb #a86f3b31
@@ -359,6 +359,16 @@ def subject_in(
                 file=root.filename): check_links(group)
     return group
 
+def check_name(
+    group, # HDF5 group
+    name, # In it, as h5py lists it
+):
+    "Refuse a name that is no text: h5py gives it as bytes."
+    if not isinstance(name, bytes): return
+    raise DataProblem(f"a name in {group.name} is not UTF-8", expected="names of letters that UTF-8 has",
+                      found=repr(name)[1:], file=group.file.filename,
+                      do="rename it with the program that wrote the study, or create the study again.")
+
 DEEPEST = 32 # Groups within groups of a subject
 
 def check_links(
@@ -374,6 +384,7 @@ def check_links(
         raise DataProblem("groups lie too deep in groups", expected=f"at most {DEEPEST} levels",
                           do="ask who made the study what they are for.", file=group.file.filename)
     for name in group:
+        check_name(group, name)
         if isinstance(found := opened(group, name), h5py.Group): check_links(found, seen, depth + 1)
 
 # %% ../../nbs/01_study/05_schema.ipynb #60152649

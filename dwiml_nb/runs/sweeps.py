@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['RANGE', 'MOST_WHOLE', 'MOST_CHOICES', 'NOT_VARIED', 'NO_PART', 'MOST_TRIALS', 'SAMPLERS', 'PRUNERS', 'TABLE', 'WORDS',
-           'MAY_CHANGE', 'NOT_ITS_FAULT', 'check_range', 'check_choices', 'label', 'checked_space', 'problems_of_space',
-           'sweep_table', 'nb_trials', 'values_in', 'grid_points', 'draw_values', 'as_typed', 'typed', 'PruneEpochs',
-           'value_of', 'result', 'is_done', 'check_same_trial', 'train_trial', 'claim', 'alone', 'next_trial',
-           'make_sampler', 'quiet_optuna', 'address', 'at_database', 'open_study', 'open_rows', 'enqueue_grid',
-           'make_pruner', 'checked_values', 'shared', 'check_same_sweep', 'check_same_place', 'work', 'of_disk',
-           'do_trial', 'check_importable', 'told_worker', 'start_workers', 'sweep_folder', 'check_draws', 'sweep',
-           'sweep_rows', 'sweep_figures', 'write_sweep_page']
+           'MAY_CHANGE', 'NOT_ITS_FAULT', 'SHOWN', 'check_range', 'check_choices', 'label', 'checked_space',
+           'problems_of_space', 'sweep_table', 'nb_trials', 'values_in', 'grid_points', 'draw_values', 'as_typed',
+           'typed', 'PruneEpochs', 'value_of', 'result', 'is_done', 'check_same_trial', 'train_trial', 'claim', 'alone',
+           'next_trial', 'make_sampler', 'quiet_optuna', 'address', 'at_database', 'open_study', 'open_rows',
+           'enqueue_grid', 'make_pruner', 'checked_values', 'shared', 'check_same_sweep', 'check_same_place', 'work',
+           'of_disk', 'do_trial', 'check_importable', 'told_worker', 'start_workers', 'sweep_folder', 'check_draws',
+           'sweep', 'sweep_rows', 'short_name', 'sweep_figures', 'write_sweep_page']
 
 # %% ../../nbs/08_runs/05_sweeps.ipynb #cc53df92
 import errno
@@ -706,6 +706,18 @@ def sweep_rows(
              **t.params, **error(t)} for t in sorted(study.get_trials(deepcopy=False), key=rank)]
 
 # %% ../../nbs/08_runs/05_sweeps.ipynb #5bbf5cd2
+SHOWN = {'history': ("The value of each trial", 320), 'importance': ("How much each choice matters", 320),
+         'parallel': ("Each line is a trial, dark where it is good", 420)}      # title, height in pixels
+
+def short_name(
+    label:str, # A path, or its beginning and an ellipsis
+    paths, # All that are varied
+) -> str:
+    "The last part of a path, as long as no other ends so."
+    whole = next((k for k in paths if k == label or k.startswith(label.removesuffix('...'))), label)
+    last = whole.rpartition('.')[2]
+    return last if [k.rpartition('.')[2] for k in paths].count(last) == 1 else whole
+
 def sweep_figures(
     study, # `optuna.Study`, or the folder of a sweep
 ) -> dict: # name -> plotly figure; those that have enough trials
@@ -723,7 +735,13 @@ def sweep_figures(
                    'parallel': drawn.plot_parallel_coordinate(study, **name)}
         if len({t.value for t in done}) > 1:
             figures['importance'] = drawn.plot_param_importances(study, **name)
-    for figure in figures.values(): figure.update_layout(template='plotly_white', font_size=13)
+    for name,figure in figures.items():
+        title,height = SHOWN[name]
+        figure.update_layout(template='plotly_white', font_size=13, title=title, height=height,
+                             margin=dict(t=50, b=50, l=90, r=60))
+    along,paths = figures['parallel'],done[0].params
+    along.update_xaxes(ticktext=[short_name(k, paths) for k in along.layout.xaxis.ticktext or ()])
+    along.update_annotations(bgcolor='rgba(255,255,255,.8)', font_size=12)
     return figures
 
 # %% ../../nbs/08_runs/05_sweeps.ipynb #f6138917

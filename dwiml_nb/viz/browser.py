@@ -99,7 +99,8 @@ def colour_bytes(
     points, # (V,) of `line_state`
 ) -> bytes: # (V, 4) uint8
     "The colours of the points that were sent."
-    return (line_set.colours[line_set.rows[points]]*255 + .5).clip(0, 255).astype(np.uint8).tobytes()
+    colours = np.nan_to_num(line_set.colours[line_set.rows[points]])
+    return (colours*255 + .5).clip(0, 255).astype(np.uint8).tobytes()
 
 MOST_VOXELS = 16_000_000 # Of a volume that is sent
 
@@ -705,7 +706,8 @@ function bar(el, model, on) {
     return {row, box, slider, said}
   })
   add("button", {textContent: "Whole screen", onclick: () => on.full()})
-  add("button", {textContent: "PNG", title: "Download what is seen now", onclick: () => on.download()})
+  const save = {textContent: "PNG", title: "Download what is seen now", onclick: () => on.download()}
+  if (model.get("page")) add("button", save)
   const show = () => rows.forEach(({row, box, slider, said}, k) => {
     const volumes = model.get("volumes"), cut = model.get("cut_mm")[k]
     row.hidden = !volumes.length
@@ -737,6 +739,7 @@ STAGE_CSS = f"""
 .dwiml-stage .dwiml-cut input[type=range] {{ width: 8em }}
 .dwiml-stage output {{ min-width: 4.6em; font-variant-numeric: tabular-nums }}
 .dwiml-stage:fullscreen {{ background: {PAPER}; color: {INK} }}
+[data-jp-theme-light="false"] .dwiml-stage:fullscreen {{ background: {DARK_PAPER}; color: {DARK_INK} }}
 .dwiml-stage:fullscreen .dwiml-frame {{ height: calc(100vh - 4em) !important }}
 .dwiml-stage .dwiml-missing {{ padding: 1em }}
 """
@@ -836,7 +839,10 @@ Object.assign(StageView.prototype, {
     for (const [kind, Kind] of KINDS)
       hear(kind, () => { this.picture.take(kind, Kind, model.get(kind)); this.redraw() })
     for (const name of ["volumes", "cut_mm", "planes"]) hear(name, this.show)
-    hear("lines", () => { this.takeLines(); if (this.picture.share < 1) { this.fast = true; this.rest() } })
+    hear("lines", () => {
+      this.takeLines()
+      this.tip.hidden = true
+      if (this.picture.share < 1) { this.fast = true; this.rest() } })
     for (const name of ["colours", "shown"]) hear(name, () => this.takeLines())
     hear("height", () => { this.frame.style.height = `${model.get("height")}px` })
     for (const name of ["cut_mm", "planes", "opacity", "slice_opacity", "line_width", "grey", "grown",
@@ -854,10 +860,11 @@ Object.assign(StageView.prototype, {
   resize() {
     const {width, height} = this.frame.getBoundingClientRect()
     if (width < 2 || height < 2) return
+    const before = this.camera.state
     this.camera.size = [width, height]
     for (const c of [this.canvas, this.over])
       Object.assign(c, {width: Math.round(width*this.ratio), height: Math.round(height*this.ratio)})
-    if (!this.sized) this.camera.state = this.model.get("camera")
+    this.camera.state = this.sized ? before : this.model.get("camera")
     this.sized = true
     this.tell()
     this.paint()
@@ -882,7 +889,7 @@ Object.assign(StageView.prototype, {
     if (this.lost || !this.sized) return
     const {picture} = this, look = this.get_look()
     const passed = this.fast && this.before ? now - this.before : 0
-    if (passed > 70) picture.share = Math.max(.02, picture.share*.8)
+    if (passed > 70) picture.share = Math.max(.02, picture.share*(passed > 140 ? .5 : .8))
     else if (passed > 0 && passed < 40) picture.share = Math.min(1, picture.share*1.1)
     this.before = this.fast ? now : null
     picture.draw(look, this.fast ? picture.share : 1, this.ratio)
@@ -1150,7 +1157,7 @@ def turning_page(
     defaults = {name: trait.default() for name,trait in BrowserStage.class_own_traits(sync=True).items()}
     state = {**defaults, **scene_state(scene), **look_state(scene), 'lines': [o for o,_ in sent],
              'colours': [colour_bytes(s, p) for s,(_,p) in zip(scene.lines, sent)], 'height': height,
-             'camera': camera or [30, 30, 0, 0, 0, 0, 600, 450], **traits}
+             'camera': camera or [30, 30, 0, 0, 0, 0, 600, 450], 'page': True, **traits}
     lists = {name: list(v) for name,v in state.items() if isinstance(v, tuple)}
     data = base64.b64encode(packed(state | lists)).decode()
     return f"""<!DOCTYPE html>

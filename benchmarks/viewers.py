@@ -105,7 +105,7 @@ def run_cell(page, i, wait=True, timeout=300):
 
 def face(page):
     "What is drawn on."
-    return page.locator(".jp-Notebook .jp-Cell").nth(1).locator("canvas.dwiml-picture, .renderview-wrapper img, .jupyter-widgets img, img.jupyter-widgets").first
+    return page.locator(".jp-Notebook .jp-Cell").nth(1).locator("canvas.dwiml-picture, .dwiml-canvas img").first
 
 
 def drag(page, seconds):
@@ -146,8 +146,7 @@ def row(lab, browser, process, rung, n, args):
     page = opened(lab, browser, f"{rung}{n}.ipynb", [SETUP, *(cell.format(n=n, rung=rung, many=0) for cell in CELLS)])
     face(page).wait_for(timeout=60_000)
     page.wait_for_timeout(3000)
-    moves = rung in ("browser", "live")
-    free = [drag(page, args.seconds) for _ in range(2 if moves else 0)]
+    free = [drag(page, args.seconds) for _ in range(2)]
     (lab.folder / "go on").unlink()
     busy = []
     if rung == "browser":
@@ -174,7 +173,7 @@ def memory(lab, browser, process, rung, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rungs", nargs="+", default=["browser", "live", "offscreen", "painter"])
+    parser.add_argument("--rungs", nargs="+", default=["browser", "live", "painter"])
     parser.add_argument("--lines", nargs="*", type=int, default=[100, 1000, 10_000])
     parser.add_argument("--seconds", type=float, default=3, help="of each drag")
     parser.add_argument("--many", type=int, default=100, help="replacements, for memory; 0: not measured")

@@ -12,7 +12,7 @@ import numpy as np
 import traitlets as T
 from anywidget import AnyWidget
 from fastcore.basics import patch
-from .painter import Frame, label, magnified, paint, shifted, to_png, turned
+from .painter import Frame, frame_of, label, magnified, paint, shifted, to_png, turned
 from .panel import Settled
 from .scene import Scene
 from .stage import DRAWING, Stage, gpu_adapter
@@ -360,8 +360,8 @@ def hear(self:CanvasFace,
     elif kind == 'rest': self.rest(); viewer.renewal()
     elif kind == 'size':
         viewer.size = min(int(message['w']), 4000),min(int(message['h']), 4000)
-        if self.frames: self.stand(self.at.resized(viewer.size))
-        else: viewer.look()
+        before,after = (frame_of(self.scene, self.at.view, n).scale for n in (self.at.size, viewer.size))
+        self.stand(Frame(self.at.view, self.at.centre, self.at.scale*after/before, viewer.size))
     elif kind == 'hover': viewer.point_at(message['at']); self.light()
     elif kind == 'leave': viewer.highlighted = -1
     elif kind == 'click': viewer.click(message['at'])

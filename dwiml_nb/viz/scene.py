@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUNDLE_KEYS', 'pen_rows', 'pen_positions', 'LineSet', 'check_lengths', 'colours_by', 'Slices', 'PointSet', 'Look',
-           'Scene', 'Pick', 'distances_to_segments', 'pick', 'batch_in_world', 'said_of', 'first_group',
+           'Scene', 'Pick', 'distances_to_segments', 'pick', 'batch_in_world', 'said_of', 'first_group', 'ids_of_batch',
            'scene_of_batch', 'data_to_colour', 'scene_of_subject']
 
 # %% ../../nbs/09_viz/01_scene.ipynb #000d48f0
@@ -402,6 +402,17 @@ def first_group(
     return name
 
 # %% ../../nbs/09_viz/01_scene.ipynb #b7482b8b
+def ids_of_batch(
+    batch, # `Batch`
+) -> dict: # subject -> (n,) numbers in the study of its lines in the batch; {} if it is not known
+    "Which line of the study each line of a batch is."
+    ids = {s: np.asarray(i) for s,i in batch.history.get('ids', [])}
+    at = getattr(batch.history.get('draws'), 'split', None)
+    if at is None: return ids
+    parts = np.split(1 + (at.numpy() > 0), np.cumsum([len(i) for i in ids.values()])[:-1])
+    return {s: np.repeat(i, n) for (s,i),n in zip(ids.items(), parts)}
+
+# %% ../../nbs/09_viz/01_scene.ipynb #d87a255a
 def scene_of_batch(
     batch, # `Batch`
     batch_loader=None, # The loader that made it: adds the volume and the subjects' names
@@ -426,8 +437,10 @@ def scene_of_batch(
     owners = [names[s] for s in ([subject] if only else who)]
     scene.title = f"{batch_words(who.subset, who.epoch, who.index)}: "
     scene.title += said_of(len(shown), len(owner), group, owners, volume)
+    ids = ids_of_batch(batch)
+    info = {'id in the study': np.concatenate([ids[s] for s in who])[shown]} if ids else {}
     scene.add_lines(batch_in_world(batch)[shown.tolist()], 'lines',
-                    labels={'subject': owner[shown]}, legends=legends)
+                    labels={'subject': owner[shown]}, legends=legends, info=info)
     if batch.targets is not batch.lines:
         scene.add_lines(batch_in_world(batch, targets=True)[shown.tolist()], 'targets', '#b0b0b0')
     return scene

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COUNTS', 'FIRST', 'TITLES', 'LIGHTER', 'MIDDLE', 'CURVES_STYLE', 'thinned', 'smoothed', 'Curve', 'curves_of',
            'place_of', 'points_of', 'best_point', 'Line', 'lines_of', 'lines_of_curve', 'places_of', 'title_of',
-           'curves_picture', 'draw_line', 'is_positive', 'plain_axes', 'Fit', 'live_figure', 'axes_layout',
+           'curves_picture', 'in_legend', 'draw_line', 'is_positive', 'plain_axes', 'Fit', 'live_figure', 'axes_layout',
            'only_value', 'large', 'Curves', 'in_order']
 
 # %% ../../nbs/09_viz/10_curves.ipynb #65a9113f
@@ -223,26 +223,33 @@ def curves_picture(
     from matplotlib.figure import Figure
     values = list(dict.fromkeys(o.value for o in lines if shown is None or o.value in shown))
     places,height = places_of(values or ['loss'])
-    picture,left,right = Figure(figsize=(9, height/100)), .075, .985
+    named = in_legend([o for o in lines if o.value in places])
+    more = 16*max(0, math.ceil(len(named)/4) - 2)                          # rows of a long legend
+    picture,left,right = Figure(figsize=(9, (height + more)/100)), .075, .985
+    bottom,inner = 45/(height + more), (height - 90)/(height + more)
     for name,(x0,x1,y0,y1) in places.items():
-        bottom,inner = 45/height, (height - 90)/height
         ax = picture.add_axes((left + (right - left)*x0, bottom + inner*y0,
                                (right - left)*(x1 - x0), inner*(y1 - y0)))
         mine = [o for o in lines if o.value == name and len(o.x)]
-        for o in mine: draw_line(ax, o)
+        for o in mine: draw_line(ax, o, named.pop(o.name, None) and o.name)
         if log_scale and is_positive(mine): ax.set_yscale('log')
-        plain_axes(ax, title_of(name), legend=name == list(places)[0] and bool(mine))
+        plain_axes(ax, title_of(name), legend=name == list(places)[0])
     file = BytesIO()
     picture.savefig(file, dpi=100, format='png', transparent=True)
     return file.getvalue()
 
-def draw_line(ax, o:Line):
+def in_legend(lines) -> dict: # name -> the first line of that name
+    "What is named in the legend: of several runs, their epochs."
+    several = len({o.run for o in lines}) > 1
+    return {o.name: o for o in reversed(lines) if len(o.x) and (o.kind in ('epoch', 'best') or not several)}
+
+def draw_line(ax, o:Line, label):
     "A line on an axis of matplotlib."
-    if o.kind == 'best': return ax.plot(o.x, o.y, '*', ms=11, color=o.colour, label=o.name, zorder=5)
+    if o.kind == 'best': return ax.plot(o.x, o.y, '*', ms=11, color=o.colour, label=label, zorder=5)
     faint = o.kind == 'batch'
     y = np.where(np.isfinite(o.y), o.y, np.nan)
     ax.plot(o.x, y, color=o.colour, alpha=o.opacity, lw=1 if faint else 2,
-            ls={'solid': '-', 'dash': '--', 'dot': ':'}[o.dash], label=o.name,
+            ls={'solid': '-', 'dash': '--', 'dot': ':'}[o.dash], label=label,
             marker='.' if o.kind == 'epoch' or len(o.x) < 3 else None)
 
 def is_positive(lines) -> bool: return all((o.y[np.isfinite(o.y)] > 0).all() for o in lines)
@@ -253,7 +260,7 @@ def plain_axes(ax, title:str, legend:bool):
     ax.grid(color=MIDDLE, alpha=.3, lw=.6)
     ax.tick_params(colors=MIDDLE, labelsize=8)
     for side,spine in ax.spines.items(): spine.set(visible=side in ('left', 'bottom'), color=MIDDLE)
-    if not legend: return
+    if not legend or not ax.get_legend_handles_labels()[1]: return
     box = ax.legend(frameon=False, fontsize=8, labelcolor=MIDDLE, ncols=4, loc='lower right',
                     bbox_to_anchor=(1, 1), borderaxespad=.2)
     for text in box.get_texts(): text.set_parse_math(False)
@@ -262,6 +269,8 @@ def plain_axes(ax, title:str, legend:bool):
 CURVES_STYLE = """
 .dwiml-curves, .dwiml-curves .js-plotly-plot { width: 100% }
 .dwiml-curves { overflow: hidden }
+.dwiml-table { overflow-x: auto }
+.dwiml-table :is(td, th) { padding: 2px 14px 2px 0; line-height: 1.4 }
 .dwiml-curves .js-plotly-plot { height: 100% }
 .dwiml-curves .dwiml-values button { height: 26px; line-height: 26px; width: auto; padding: 0 9px }
 [data-jp-theme-light="false"] .dwiml-curves .main-svg :is(.infolayer, .cartesianlayer) text
@@ -317,7 +326,7 @@ def axes_layout(
                 tickcolor='#7d8894')
     is_log,same = log_scale and is_positive(lines), only_value(lines)
     # plotly would draw a value that never changes, a learning rate of 0.001 say, between -1 and 1
-    scale = dict(range=[.5*same, 1.5*same], type='linear') if same and same > 0 else \
+    scale = dict(range=[.5*same, 1.5*same], autorange=False, type='linear') if same and same > 0 else \
         dict(autorange=True, type='log' if is_log else 'linear')
     return {f'xaxis{n}': dict(look, anchor=f'y{n}', domain=place[:2]),
             f'yaxis{n}': dict(look, anchor=f'x{n}', domain=place[2:], nticks=8 if number == 0 else 5,
@@ -452,7 +461,7 @@ def add_traces(self:Curves,
 ):
     "New lines of the figure, without points yet."
     import plotly.graph_objects as go
-    named,new = {(t.name) for t in self.traces.values() if t.showlegend}, []
+    named,new = {t.name for t in self.traces.values() if t.showlegend}, []
     for o in lines:
         n = str(self.number[o.value] + 1) if self.number[o.value] else ''
         where = 'epoch %{customdata[0]}, batch %{customdata[1]}: ' if o.kind == 'batch' else 'epoch %{x}: '
@@ -460,10 +469,12 @@ def add_traces(self:Curves,
                     line=dict(color=o.colour, dash=o.dash, width=1 if o.kind == 'batch' else 2))
         if o.kind == 'best':
             look = dict(mode='markers', marker=dict(symbol='star', size=13, color=o.colour))
-        name = escape(o.name)
-        new.append(go.Scatter(x=[], y=[], name=name, legendgroup=name, showlegend=name not in named,
+        name,several = escape(o.name), len(self.runs) > 1
+        is_named = name not in named and (not several or o.kind in ('epoch', 'best'))
+        group = f'{o.run} {o.phase}' if several else name
+        new.append(go.Scatter(x=[], y=[], name=name, legendgroup=group, showlegend=is_named,
                               xaxis=f'x{n}', yaxis=f'y{n}', hovertemplate=where + '%{y:.5g}', **look))
-        named.add(name)
+        if is_named: named.add(name)
     if not new: return
     self.figure.add_traces(new)
     for o,trace in zip(lines, self.figure.data[-len(new):]):

@@ -393,7 +393,7 @@ def make_steering(self:TrainingDashboard): # -> a widget
 def make_table(self:TrainingDashboard): # -> a widget
     "The runs, and in what they differ."
     self.table = RunsTable([{**run_row(run.folder), 'name': label} for label,run in self.runs.items()])
-    html = f'<div style="overflow-x: auto">{self.table._repr_html_()}</div>'
+    html = f'<div class="dwiml-table">{self.table._repr_html_()}</div>'
     if (made := getattr(self, 'table_html', None)) is None: made = self.table_html = W.HTML()
     made.value = html
     return made

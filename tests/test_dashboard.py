@@ -17,6 +17,8 @@ from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.models.learn2track import Learn2TrackModel
 from dwiml_nb.runs.watch import RunLog, WatchedRun
 from dwiml_nb.study.toy import toy_study
+from dwiml_nb.training.generation import DWIMLTrainerOneInputWithGVPhase
+from dwiml_nb.training.means import Logged
 from dwiml_nb.training.sinks import LogTail, read_rows
 from dwiml_nb.training.trainer import DWIMLTrainerOneInput
 from dwiml_nb.viz.curves import Curves, curves_of, lines_of, thinned
@@ -88,6 +90,26 @@ def test_every_value_of_a_phase_is_drawn_without_being_named():
     log.add_batch(row("training", 2, 0, loss=1., **{"<b>new</b>": 2.}))
     curves.draw()
     assert "<b>new</b>" in curves.shown and not any("<b>" in o.text for o in curves.figure.layout.annotations)
+
+
+class Talks(Learn2TrackModel):
+    "Tells two numbers more."
+    def compute_loss(self, outputs, target_streamlines):
+        loss, n = super().compute_loss(outputs, target_streamlines)
+        return loss, n, {"kl": .5, "temperature": Logged(3., how="last")}
+
+
+def test_values_of_a_model_and_of_a_phase(study, tmp_path):
+    model = Talks(study.nb_features["input"], step_size=2., rnn_layer_sizes=[4])
+    trainer = DWIMLTrainerOneInputWithGVPhase(model, tmp_path / "runs", "talks", DWIMLBatchIDSampler(study, "bundles", 60, 60), DWIMLBatchLoaderOneInput(study, model, "input", "bundles"),
+                                              device="cpu", max_epochs=1, add_a_tracking_validation_phase=True, tracking_phase_nb_batches=1, tracking_phase_max_length_mm=30.)
+    trainer.train_and_validate()
+    board = TrainingDashboard(trainer)
+    assert {"kl", "temperature", "generation_final_distance_mm", "generation_left_mask"} <= set(board.curves.switches)
+    kinds = {(o.phase, o.kind) for o in board.curves.lines if o.value == "kl"}
+    assert kinds == {(phase, kind) for phase in ("training", "validation") for kind in ("batch", "epoch")}
+    assert {o.kind for o in board.curves.lines if o.value == "generation_final_distance_mm"} == {"batch", "epoch"}
+    board.close()
 
 
 def test_a_figure_is_updated_in_place():

@@ -136,7 +136,7 @@ class TrainingDashboard(Panel):
         self.run_name,self.run = next(iter(self.runs.items()))           # the one that the buttons are about
         self.thread,self.trained,self.over = None,threading.Event(),threading.Event()
         self.closed,self.seconds,self.nb_orders,self.listeners = threading.Event(),seconds,0,[]
-        self.redraw,self.keep_at_times = Throttle(self.draw, seconds),Throttle(self.keep, 10*seconds)
+        self.redraw,self.keep_at_times = Throttle(self.draw, seconds),Throttle(self.keep, 20*seconds)
         self.tabulate = Throttle(self.make_table, 20*seconds)
         super().__init__()
         self.curves = Curves({label: run.log for label,run in self.runs.items()})

@@ -17,9 +17,8 @@ dashboard = TrainingDashboard(trainer); dashboard""", "import time; print('at', 
     widget.locator(".js-plotly-plot").wait_for(timeout=60_000)
     press("Start")
     wait_until(lambda: page.evaluate(POINTS) >= 3, 60)
-    seconds = [time_of_a_cell(page, 2) for _ in range(5)]
-    print("a cell answers in", [round(s, 2) for s in seconds])
-    assert any(word in output(page, 2).inner_text() for word in ("training", "validating", "saving")) and sorted(seconds)[2] < .5, seconds
+    print("a cell answers in", [round(time_of_a_cell(page, 2), 2) for _ in range(3)])  # benchmarks/dashboard.py measures it
+    assert any(word in output(page, 2).inner_text() for word in ("training", "validating", "saving")), "while it trains"
     shot(widget, "dashboard_running")
     wide = widget.locator(".main-svg").first.evaluate("o => o.clientWidth")
     page.set_viewport_size({"width": 1100, "height": 1000})

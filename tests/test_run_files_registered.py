@@ -10,16 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from dwiml_nb.batch.sampler import DWIMLBatchIDSampler
 from dwiml_nb.cli.common import run_command
 from dwiml_nb.cli.runs import dwiml_train
 from dwiml_nb.core import registry
 from dwiml_nb.core.config import read_toml
 from dwiml_nb.core.errors import DataProblem
+from dwiml_nb.core.options import seed_all
 from dwiml_nb.core.registry import trusting
-from dwiml_nb.models.registered import REGISTERED_MODELS
+from dwiml_nb.data.dataset import MultiSubjectDataset
+from dwiml_nb.models.base import load_model
+from dwiml_nb.models.items import RegisteredBatchLoader
+from dwiml_nb.models.registered import REGISTERED_MODELS, registered_model
 from dwiml_nb.runs.resume import trainer_from_folder
 from dwiml_nb.runs.run_files import run_config, run_parts, train, write_run_file
 from dwiml_nb.study.toy import toy_study
+from dwiml_nb.training.registered import RegisteredTrainer
+from dwiml_nb.widgets.training_dashboard import TrainingDashboard
 
 PACKAGE = (Path(__file__).parent / "bands.py").read_text().replace("Bands", "TheirBands")
 RUN = """seed = 5
@@ -56,6 +63,17 @@ def here(tmp_path_factory):
     return folder
 
 
+def by_hand(here):
+    "The objects, with the seeding line of the page."
+    dataset, groups = MultiSubjectDataset(here / "study.hdf5").load_data(), dict(input_group_name="input", streamline_group_name="bundles")
+    seed_all(5)
+    model = registered_model(REGISTERED_MODELS["TheirBands"], {"model": {"TheirBands": {"classes": 3}}, "criterion": {"label_smoothing": .1}}, dataset, **groups)
+    trainer = RegisteredTrainer(model, here / "experiments", "by hand", DWIMLBatchIDSampler(dataset, "bundles", seed=5), RegisteredBatchLoader(dataset, model, **groups, seed=5), seed=5,
+                                optimizer="SGD", learning_rates=[.05], optimizer_args={"momentum": .9}, max_epochs=2, max_batches_per_epoch_training=3, device="cpu")
+    trainer.train_and_validate()
+    return trainer
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_registered_model_of_a_package(here, monkeypatch):
     monkeypatch.syspath_prepend(here)
@@ -77,8 +95,13 @@ def test_a_registered_model_of_a_package(here, monkeypatch):
         stopped.train_and_validate()
         resumed = trainer_from_folder(here / "experiments", "stopped")
         resumed.train_and_validate()
-        for other in (again, made, resumed):
-            a, b = one.model.state_dict(), other.model.state_dict()
+        run_command(dwiml_train, [str(here / "run.toml"), "model.TheirBands.classes=3", "training.experiment_name=command"])
+        command = load_model(here / "experiments" / "command" / "checkpoint" / "model")
+        dashboard = TrainingDashboard(run_parts(run_config(here / "run.toml", "model.TheirBands.classes=3", "training.experiment_name=dashboard")).trainer)
+        dashboard.start()
+        assert dashboard.wait(60) == "ended"
+        for other in (again.model, made.model, resumed.model, command, dashboard.trainer.model, by_hand(here).model):
+            a, b = one.model.state_dict(), other.state_dict()
             assert all(torch.equal(a[k], b[k]) for k in a)
         assert read_toml(one.experiment_folder / "run.toml")["model"]["TheirBands"] == {"classes": 3}
         with pytest.raises(TypeError, match="model.TheirBands.classes"): one.model.net.config["model"]["TheirBands"]["classes"] = 9

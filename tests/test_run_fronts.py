@@ -8,6 +8,7 @@ from dwiml_nb.cli.runs import dwiml_train
 from dwiml_nb.cli.tracking import dwiml_track_from_model
 from dwiml_nb.cli.training import dwiml_resume_training_from_checkpoint
 from dwiml_nb.core.config import read_toml
+from dwiml_nb.core.errors import DataProblem
 from dwiml_nb.core.tractograms import load_tractogram
 from dwiml_nb.runs.run_files import track_run, train
 from dwiml_nb.runs.track import track_from_model
@@ -15,6 +16,8 @@ from dwiml_nb.study.toy import toy_study
 from dwiml_nb.training.checkpoints import read_checkpoint
 from dwiml_nb.training.loggers import archived
 from dwiml_nb.training.sinks import read_logs, read_rows
+from dwiml_nb.widgets.run_panel import RunPanel
+from dwiml_nb.widgets.viz import viz
 
 RUN = """seed = 3
 [data]
@@ -109,6 +112,18 @@ def test_what_may_change_on_resume(here, tmp_path, capsys):
     for words, says in ((["--sinks", "nobody"], "nobody"), (["--sinks", "{kye = 1}"], "key"), (["--max_hours", "0"], "above 0")):
         with pytest.raises(SystemExit) as e: run_command(dwiml_resume_training_from_checkpoint, [str(tmp_path), "on", "--new_max_epochs", "4", *words])
         assert says in f"{e.value.code}{capsys.readouterr().err}" and "fault of" not in str(e.value.code)
+
+
+def test_a_run_file_is_looked_at_as_widgets(here, tmp_path):
+    "Its groups are chosen, its options are the trainer's; what is no run file is one sentence."
+    with pytest.raises(DataProblem, match="the experiment exists already.*go on with"): viz(here / "run.toml")
+    (here / "new.toml").write_text(RUN.replace('"first"', '"new"'))
+    panel = viz(here / "new.toml")
+    try: assert isinstance(panel, RunPanel) and panel.browser.choice["input_group_name"] == "input" and panel.dashboard.trainer.max_epochs == 1 and list(panel.tabs.titles) == ["Study", "Batches", "Training"]
+    finally: panel.close()
+    for text, says in (("[tool]\nx = 1", "unknown key tool"), ("[data]\nhdf5_file = 'none.hdf5'\n", "missing"), (RUN.replace("study.hdf5", "none.hdf5"), "none.hdf5"), ("x", "no TOML")):
+        (tmp_path / "other.toml").write_text(text)
+        with pytest.raises(DataProblem, match=says): viz(tmp_path / "other.toml")
 
 
 def test_comet_options_of_the_fronts_write_an_archive(here, tmp_path):

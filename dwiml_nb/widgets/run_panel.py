@@ -44,21 +44,24 @@ class RunPanel(Panel):
         *values, # 'training.max_epochs=3', …
         trust=(), # Packages and .py files whose classes may be named
     ):
-        self.trust = trust
+        self.trust,self.browser,self.preview,self.dashboard = trust,None,None,None     # closed if this fails
+        super().__init__()
         with trusting(trust): self.config = run_config(source, *values)
         self.browser = StudyBrowser(self.config['data']['hdf5_file'])
         take_over(self.browser, self.config)
-        self.preview = self.dashboard = None
-        self.tabs = W.Tab(titles=['Study', 'Batches', 'Training'])
-        super().__init__()
+        self.tabs = W.Tab()
+        self.file = W.Text(f"{self.config['training']['experiment_name']}.toml", description='Run file')
+        self.write_button = W.Button(description='Write', icon='save', layout=W.Layout(width='7em'))
         self.make()
-        self.children = [self.tabs, self.message]
+        self.children = [self.tabs, W.HBox([self.file, self.write_button]), self.message]
+        self.write_button.on_click(self.guard(lambda _: self.write_clicked()))
         self.browser.observe(self.guard(lambda change: self.follow()), 'tables')
 
     def still(self) -> str: return ''.join(o.still() for o in (self.browser, self.preview, self.dashboard))
     def close(self):
         "Close the three widgets too."
-        for widget in (self.browser, self.preview, self.dashboard): widget.close()
+        for widget in (self.browser, self.preview, self.dashboard):
+            if widget is not None: widget.close()
         super().close()
     def __repr__(self):
         name = self.config['training']['experiment_name']
@@ -73,6 +76,7 @@ def make(self:RunPanel):
     self.preview,self.dashboard = BatchPreview(parts.loader, parts.sampler), TrainingDashboard(parts.trainer)
     for widget in (self.browser, self.preview, self.dashboard): widget.owner = self
     self.tabs.children = [self.browser, self.preview, self.dashboard]
+    self.tabs.titles = ['Study', 'Batches', 'Training']                       # cut to the number of children
     for widget in old: widget.close()
 
 @patch
@@ -92,3 +96,9 @@ def write_run(self:RunPanel,
 ) -> Path:
     "Write the run as it is chosen now."
     return write_run_file(self.config, path, overwrite=overwrite, trust=self.trust)
+
+@patch
+def write_clicked(self:RunPanel):
+    "Write the file that is named under the tabs, and say what to do with it."
+    path = self.write_run(self.file.value.strip())
+    self.say(f"{path} is written; dwiml_train {path} trains it.")

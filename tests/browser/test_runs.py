@@ -2,7 +2,7 @@
 import pytest
 
 from dwiml_nb.core.config import read_toml
-from test_widgets import errors, notebook, nothing_from_elsewhere, output, shot, wait_until
+from test_widgets import errors, nothing_from_elsewhere, output, shot, wait_until
 
 pytestmark = pytest.mark.browser
 

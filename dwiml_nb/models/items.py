@@ -318,7 +318,8 @@ def data_dict(self:RegisteredBatchLoader,
     "What `to_tensor` gets."
     def listed(make):
         made = make()
-        return [o.cpu().numpy() for o in made.unbind()] if isinstance(made, Ragged) else made
+        if not isinstance(made, Ragged): return made
+        return [o.cpu().numpy() for o in made.with_data(made.data.clone()).unbind()]   # theirs to change
     ids = object_ids(self, batch)
     own = Fields({k: lambda make=make: listed(make) for k,make in ragged_fields(self, batch).items()})
     return {'data': collated(own, ids, self.collate), **further_fields(self, ids), 'object_id': ids}

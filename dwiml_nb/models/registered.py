@@ -6,9 +6,9 @@
 __all__ = ['ALIASES', 'REGISTERED_MODELS', 'hyrax_model', 'CRITERIA', 'LOOKED_FOR', 'written_as', 'takes', 'problems_of',
            'dwiml_model', 'registered_at', 'registered_class', 'registered_parents', 'package_files', 'package_config',
            'torch_criteria', 'criterion_class', 'make_criterion', 'as_number', 'told_by_step', 'chance_kept',
-           'said_by_class', 'Weighed', 'build', 'RegisteredModel', 'target_of', 'longest_of', 'tried_validation',
-           'registered_model', 'text_of', 'hash_of', 'read_sample', 'load_own', 'plain_values', 'made_from',
-           'check_sample', 'last_points']
+           'said_by_class', 'Weighed', 'build', 'RegisteredModel', 'found_in', 'target_of', 'longest_of', 'copied',
+           'tried_validation', 'registered_model', 'text_of', 'hash_of', 'read_sample', 'load_own', 'plain_values',
+           'made_from', 'check_sample', 'last_points']
 
 # %% ../../nbs/05_models/17_registered.ipynb #e6932719
 import copy
@@ -199,6 +199,8 @@ def make_criterion(
     table:dict=None, # [criterion]: name, and arguments of the class
 ) -> nn.Module:
     "The loss that a configuration asks for."
+    if not isinstance(table or {}, Mapping):
+        raise DataProblem("[criterion] is a table", "a name, and arguments", repr(table)[:80])
     table = {k: v for k,v in dict(table or {}).items() if v is not None}
     name = table.pop('name', 'CrossEntropyLoss')
     cls = criterion_class(name)
@@ -207,8 +209,8 @@ def make_criterion(
         if k in known: continue
         raise DataProblem(f"unknown key criterion.{k}.{did_you_mean(k, known)}",
                           expected=f"criterion: name, {', '.join(known)}")
-    table = {k: torch.tensor(v) if isinstance(v, (list, tuple)) else v for k,v in table.items()}
-    with naming(f"the criterion {name} cannot be made", do="correct [criterion]."): return cls(**table)
+    with naming(f"the criterion {name} cannot be made", do="correct [criterion]."):
+        return cls(**{k: torch.tensor(v) if isinstance(v, (list, tuple)) else v for k,v in table.items()})
 
 # %% ../../nbs/05_models/17_registered.ipynb #f2191c35
 def as_number(
@@ -216,10 +218,11 @@ def as_number(
     value, # A number, a tensor, or a list of these
 ) -> float:
     "The mean of what was given."
+    plain = lambda o: o.detach().flatten().tolist() if isinstance(o, Tensor) else np.ravel(o).tolist()
     try:
-        flat = [float(v) for o in (value if isinstance(value, (list, tuple)) else [value])
-                for v in (o.detach().flatten().tolist() if isinstance(o, Tensor) else np.ravel(o).tolist())]
-        return sum(flat)/len(flat)
+        flat = [v for o in (value if isinstance(value, (list, tuple)) else [value]) for v in plain(o)]
+        if any(isinstance(v, (str, bytes)) for v in flat): raise TypeError("a word is no number")
+        return sum(map(float, flat))/len(flat)
     except (TypeError, ValueError, ZeroDivisionError):
         raise TypeError(f"{name!r} of a step is a number, a tensor or a list of numbers, "
                         f"found {value!r:.80}") from None
@@ -282,10 +285,19 @@ def build(
     "An object of the class."
     try:
         with Weighed(cls.__name__): net = cls(config, data_sample)
-    except KeyError as e:
-        if 'is not in the configuration' not in str(e): raise
-        raise DataProblem(f"{cls.__name__} asks for a value that nobody gave: {e.args[0]}",
-                          do=f"give it under [model.{cls.__name__}] in the file, or in the config.") from e
+    except (DataProblem, MemoryError): raise
+    except Exception as e:
+        name = cls.__name__
+        if 'the configuration of a run is read-only' in str(e): raise
+        if isinstance(e, KeyError) and 'is not in the configuration' in str(e):
+            raise DataProblem(f"{name} asks for a value that nobody gave: {e.args[0]}",
+                              do=f"give it under [model.{name}] in the file, or in the config.") from e
+        sizes = ', '.join(f'{k}{tuple(v.shape)}' for k,v in named_tensors(data_sample, 'data_sample'))
+        raise DataProblem(f"{name}.__init__ fails, {type(e).__name__}: {e}", found=sizes or "no tensor",
+                          do=f"correct it, or the values of [model.{name}]. What the run makes "
+                             "(criterion, optimizer, scheduler) is there after __init__.") from e
+    if '_modules' not in vars(net):
+        raise DataProblem(f"{cls.__name__}.__init__ does not begin with super().__init__()")
     for name in ('optimizer', 'scheduler'):
         if name not in vars(net): continue
         raise DataProblem(f"{cls.__name__}.__init__ makes self.{name}, and the run makes one from [{name}]",
@@ -307,6 +319,8 @@ class RegisteredModel(LooksAround):
         cls = registered_class(model_class)
         if items is None:
             raise ValueError("a registered model needs items: registered_model makes it from data.")
+        if not isinstance(config or {}, Mapping):
+            raise TypeError(f"the config of {cls.__name__} is nested tables, found {config!r:.80}")
         self.config = config if isinstance(config, Config) else Config(config or {})
         self.model_class,self.reads = cls,dict(reads or {})
         self.collate = collate_of(self.reads.get('collate_fn'))
@@ -366,7 +380,16 @@ def prepared(self:RegisteredModel,
     data = collated(own, data_dict['object_id'], self.collate)
     array = lambda o: o.numpy() if isinstance(o, Tensor) else o
     more = {name: each_tensor(array, o) for name,o in data_dict.items() if name != 'data'}
-    return each_tensor(lambda t: t.to(device), as_tensors(self.to_tensor({'data': data, **more})))
+    with naming(f"{self.model_class.__name__}.to_tensor fails", found_in(data_dict), "correct it."):
+        made = as_tensors(self.to_tensor({'data': data, **more}))
+    return each_tensor(lambda t: t.to(device), made)
+
+def found_in(
+    data_dict:dict, # As for `to_tensor`
+) -> str:
+    "What there is for a `to_tensor`, in words."
+    told = lambda o: f"{{{', '.join(map(repr, o))}}}" if isinstance(o, Mapping) else "ids"
+    return "no more than there is: " + ', '.join(f'{k}: {told(v)}' for k,v in data_dict.items())
 
 # %% ../../nbs/05_models/17_registered.ipynb #ff60c136
 @patch
@@ -405,6 +428,14 @@ def longest_of(
     fields = [v for v in items['data'].values() if len(v) and np.ndim(v[0]) > 1]
     return max((len(o) for v in fields for o in v), default=None)
 
+def copied(
+    it, # A model, or what it gets
+):
+    "A copy, to try something on."
+    with naming("the model cannot be copied, and so not be tried before the run",
+                do="open files, locks and generators when they are needed, not in __init__."):
+        return copy.deepcopy(it)
+
 @torch.no_grad()
 def tried_validation(
     own:RegisteredModel,
@@ -412,7 +443,7 @@ def tried_validation(
 ) -> str: # None: validation is possible
     "Why a class cannot be validated."
     if own.step('validate_step'): return None
-    net,batch = copy.deepcopy(own.net).eval(),copy.deepcopy(sample)
+    net,batch = copied(own.net).eval(),copied(sample)
     with chance_kept():
         try:
             if isinstance(batch, Mapping) and target_of(batch) is batch:

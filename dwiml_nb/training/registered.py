@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['RegisteredStep', 'no_step', 'before_step', 'Scheduler', 'said_in', 'own_numbers', 'RegisteredTrainer', 'Trace',
-           'plain_tensor', 'told_of_stage', 'check_finite', 'trace_model', 'in_numbers', 'check_rows']
+           'plain_tensor', 'told_of_stage', 'check_finite', 'trace_model', 'save_and_load', 'in_numbers', 'check_rows']
 
 # %% ../../nbs/07_training/12_registered.ipynb #92bef2a6
-import copy
 import hashlib
 import inspect
 import math
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 import torch
 from torch import Tensor
 from fastcore.basics import patch
@@ -22,7 +23,7 @@ from ..core.config import thawed
 from ..core.errors import DataProblem
 from ..core.ragged import Ragged
 from ..models.items import RegisteredBatchLoader, named_tensors
-from ..models.registered import RegisteredModel, chance_kept, check_sample, load_own
+from ..models.registered import RegisteredModel, chance_kept, check_sample, copied, load_own
 from .means import Logged, Row
 from .optimizers import optimizer_class
 from .schedules import Rates, schedule_said
@@ -251,14 +252,14 @@ def trace_model(
     with chance_kept():
         one,device = trainer.registered,trainer.device
         items = trainer.batch_loader.sample(n)
-        twin,made,name = copy.deepcopy(one),Trace(),one.model_class.__name__
+        twin,made,name = copied(one),Trace(),one.model_class.__name__
         twin.net.optimizer.register_step_pre_hook(before_step(norms := [], trainer.clip_grad))
         def stage(what, work, *args):
             began = time.perf_counter()
             try: out = work(*args)
             except Exception as e:
-                raise DataProblem(f"{name}: {what} fails on {n} items", found=f"{type(e).__name__}: {e}",
-                                  expected=f"an answer to what came before it:\n{made}") from e
+                raise DataProblem(f"{name}: {what} fails on {n} items, {type(e).__name__}: {e}",
+                                  do=f"correct it. Before it came\n{made}") from e
             made.append(told_of_stage(what, out, time.perf_counter() - began))
             check_finite(f'{name}: {what}', out)
             return out
@@ -270,7 +271,16 @@ def trace_model(
         stage('infer_step', twin.eval().infer, given)
         stage('train_step', in_numbers(twin.train().train_step), given)
         if not norms: raise no_step()
+        if twin.step('save'): stage('save', save_and_load, twin)
     return made
+
+def save_and_load(
+    own:RegisteredModel,
+):
+    "Let a class save and load what it keeps itself."
+    with tempfile.TemporaryDirectory() as folder:
+        own.step('save')(Path(folder)/'own')
+        load_own(own, Path(folder))
 
 def in_numbers(step): # -> the same, which gives tensors
     "A step whose values can be traced, and can be logged."

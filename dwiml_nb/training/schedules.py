@@ -216,11 +216,16 @@ class Rates:
         self.rates,self.lr_schedule,self.max_epochs = rates,lr_schedule,max_epochs
         self.of_torch,self.changed = None,None         # [rate asked for, the schedule's rate then]
         name,options = key_and_options(lr_schedule)
+        if isinstance(name, str) and name not in SCHEDULES and OF_TORCH + name in torch_schedulers():
+            name = OF_TORCH + name
         if name == 'plateau': name,options = OF_TORCH + 'ReduceLROnPlateau', {'mode': mode, **options}
         if not isinstance(name, str) or not name.startswith(OF_TORCH): schedule_of(lr_schedule, 1); return
         if len(set(rates)) > 1:
             raise ValueError(f"{name} begins with one learning rate, found several: {rates}")
         self.of_torch = TorchSchedule(name, rates[0], **options)
+        try: copy.deepcopy(self.of_torch).step(1.)
+        except (TypeError, AttributeError) as e:
+            raise ValueError(f"{name} cannot go on with {options}: {e}. Correct its arguments.") from e
 
     def planned(self, epoch, batch, per_epoch) -> float:
         "The rate of a step, if nobody had asked for another."

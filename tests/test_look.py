@@ -119,6 +119,18 @@ def test_another_face_and_another_scene_keep_traits_and_camera(viewer):
     assert 0 < viewer.scene.lines[0].shown.sum() < 10 and viewer.scene.look.opacity == .5
 
 
+def test_controls_are_one_row_and_the_rest_is_folded(viewer):
+    controls, shown = viewer.controls, lambda part: part.layout.display != "none"
+    assert not shown(controls.folded)
+    controls.more.value = True
+    assert shown(controls.folded) and all(map(shown, controls.folded.children))
+    viewer.rung = "browser"
+    hidden = [part for part in (*controls.row.children, *controls.folded.children) if not shown(part)]
+    assert hidden == controls.moves and len(hidden) == 5, "the browser has views and cuts of its own, and nothing else goes"
+    viewer.rung = "painter"
+    assert all(map(shown, controls.row.children))
+
+
 def test_the_page_says_whether_it_is_dark_and_how_wide_it_is(viewer):
     assert seen(viewer)[90, 2].mean() > 250
     viewer.message.dark = True

@@ -160,14 +160,14 @@ def dots_of(
     rows:np.ndarray, # First rows of the segments to draw
 ) -> tuple: # (D, 2) pixels, (D,) depth, (D,) the row that gives each dot its colour
     "The pixels under segments."
-    pixels,depth = frame.project(line_set.positions), frame.depth(line_set.positions)
-    a,b = pixels[rows], pixels[rows + 1]
+    begin,end = line_set.positions[rows], line_set.positions[rows + 1]
+    a,b,near,far = frame.project(begin), frame.project(end), frame.depth(begin), frame.depth(end)
     n = np.ceil(np.abs(b - a).max(1)).clip(1, 4*max(frame.size)).astype(np.int64)
     if (many := n.sum()) > MOST_DOTS: n = (n*(MOST_DOTS/many)).astype(np.int64).clip(1)
     segment = np.repeat(np.arange(len(rows)), n)
     share = (np.arange(len(segment)) - np.repeat(np.cumsum(n) - n, n))/n[segment]
     return (a[segment] + share[:, None]*(b - a)[segment],
-            depth[rows][segment] + share*(depth[rows + 1] - depth[rows])[segment], rows[segment])
+            near[segment] + share*(far - near)[segment], rows[segment])
 
 # %% ../../nbs/09_viz/02_painter.ipynb #89bcac63
 BEHIND = .3 # Share of its opacity that a line keeps behind an opaque slice
@@ -213,10 +213,10 @@ def chosen_rows(
     max_lines:int=3000, # The most lines to draw
 ) -> np.ndarray: # (n,) rows that begin a segment
     "First rows of the segments of a fixed random choice of lines, or of all lines if they are few."
-    chosen,candidates = np.zeros(len(line_set), dtype=bool), np.flatnonzero(line_set.shown)
-    chosen[np.random.default_rng(0).permutation(candidates)[:max_lines]] = True
-    shown = np.isfinite(line_set.positions).all(1) & np.repeat(chosen, np.diff(line_set.offsets))
-    return np.flatnonzero(shown[:-1] & shown[1:])
+    lines = np.sort(np.random.default_rng(0).permutation(np.flatnonzero(line_set.shown))[:max_lines])
+    starts = line_set.offsets[lines]
+    n = (line_set.offsets[lines + 1] - starts - 2).clip(0)              # a line of N points has N + 1 rows
+    return np.repeat(starts - (np.cumsum(n) - n), n) + np.arange(n.sum())
 
 # %% ../../nbs/09_viz/02_painter.ipynb #1c663a17
 def paint(

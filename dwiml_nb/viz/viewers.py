@@ -320,12 +320,13 @@ def slice_rows(self:Controls) -> list: # of widgets
     low,high = viewer.scene.slices[0].fitting
     greys = W.FloatRangeSlider(min=low - (high - low)/2, max=high + (high - low)/2, value=(low, high),
                                step=(high - low)/100, description='grey values', readout_format='.3g',
-                               layout=W.Layout(width='22em'), style={'description_width': '6em'})
+                               layout=W.Layout(width='25em'), style={'description_width': '6em'})
     def put(change):
         with viewer.hold_trait_notifications():
             viewer.window,viewer.level = change['new'][1] - change['new'][0],sum(change['new'])/2
     greys.observe(viewer.guard(put), 'value')
-    cuts = W.HBox([self.cut_control(axis, name) for axis,name in enumerate('xyz')], layout=wrap)
+    cuts = [self.cut_control(axis, name) for axis,name in enumerate('xyz')]
+    cuts = W.HBox(cuts, layout=W.Layout(flex_flow='row wrap'))              # its own: it may be hidden
     self.moves.append(cuts)
     self.fit_cuts()
     viewer.observe(lambda _: self.fit_cuts(), 'cut_mm')

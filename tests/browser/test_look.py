@@ -146,7 +146,7 @@ def test_picture_and_page_go_to_the_readers_disk(page):
     assert kept.value.suggested_filename == "300_arcs.png" and Image.open(kept.value.path()).width == 1200
     with page.expect_download(timeout=30_000) as kept: page.get_by_role("button", name="HTML").click()
     assert kept.value.suggested_filename == "300_arcs.html" and "<title>300 arcs</title>" in Path(kept.value.path()).read_text()
-    page.get_by_role("button", name="more").click()
+    page.locator(".dwiml-panel").get_by_role("button", name="more").last.click()
     page.locator(".dwiml-panel").get_by_text("opacity").wait_for()
     shot(page, "look_more")
     assert not page.wrong

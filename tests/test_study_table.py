@@ -173,7 +173,7 @@ def test_the_check_is_that_of_the_command(study, tmp_path):
         found = made.facts.overview.known["check", s]
         assert len(found) == len(problems) and all(p in f for p, f in zip(problems, found)) and bool(problems) == (s != "sub-01"), s
         assert cell(made, i, "problems") == (f"{len(found)}: {'; '.join(found)}" if found else "")
-    assert "4 of 4 subjects checked, 3 of them with problems" in made.message.value and made.check_button.description == "Check all"
+    assert "4 of 4 subjects measured, 4 checked, 3 of them with problems" in made.message.value and made.check_button.description == "Check all"
     made.subject = "sub-02"
     assert "NaN or infinite" in made.about.value
     made.close()

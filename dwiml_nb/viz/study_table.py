@@ -104,8 +104,10 @@ def progress(self:StudyFacts) -> str:
     "How far the check of all subjects has come, in words; once it is done, it is over."
     checked = [self.overview.known[k] for s in self.asked if (k := ('check', s)) in self.overview.known]
     self.checks_all = self.checks_all and len(checked) < len(self.asked)
-    bad = sum(map(bool, checked))
-    return f"{len(checked):,} of {len(self.asked):,} subjects checked, {bad or 'none'} of them with problems"
+    bad,measured = sum(map(bool, checked)), sum(('lengths', self.group, s) in self.overview.known
+                                                 for s in self.asked)
+    return (f"{measured:,} of {len(self.asked):,} subjects measured, {len(checked):,} checked, "
+            f"{bad or 'none'} of them with problems")
 
 @patch
 def count(self:StudyFacts,

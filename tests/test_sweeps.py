@@ -1,4 +1,6 @@
 """Sweeps: workers that are killed at every stage of a trial lose none and double none."""
+import errno
+import gc
 import importlib.util
 import json
 import multiprocessing
@@ -8,6 +10,7 @@ import sqlite3
 import traceback
 from pathlib import Path
 
+import h5py
 import optuna
 import pytest
 import torch
@@ -200,10 +203,40 @@ def test_another_run_is_not_gone_on_with(here):
     words, folder = ["training.experiment_name=same", "training.max_epochs=1"], here / "experiments" / "same"
     sweeps.sweep(here / "run.toml", *words, trials=1)
     for word, said in {"training.max_epochs=2": "training.max_epochs. Expected: 1. Found: 2", "seed=4": "another seed", "model.dg_key=sphere-classification": "model.dg_key",
-                       "loader.split_ratio=0.5": "loader.split_ratio", "data.streamline_group_name=other": "streamline_group_name"}.items():
+                       "loader.split_ratio=0.5": "loader.split_ratio", "data.streamline_group_name=other": "other", "data.hdf5_file=none.hdf5": "no such study"}.items():
         with pytest.raises(DataProblem, match=said): sweeps.sweep(here / "run.toml", *words, word, trials=2)
     study = sweeps.sweep(here / "run.toml", *words, "training.max_hours=1.0", "logging.sinks=['model_card']", "data.lazy=true", trials=2)
     assert len(study.trials) == 2 and [(folder / f"trial_000{i}" / "best_model" / "README.md").exists() for i in (0, 1)] == [False, True]
+
+
+def test_a_study_with_other_content_is_not_gone_on_with(here):
+    "The file is of the same name; the sweep looks into it."
+    words, study = ["training.experiment_name=content", "training.max_epochs=1", f"data.hdf5_file={here}/content.hdf5"], here / "content.hdf5"
+    shutil.copy(here / "study.hdf5", study)
+    sweeps.sweep(here / "run.toml", *words, trials=1)
+    gc.collect()  # its trainers have the file open
+    with h5py.File(study, "r+") as f: f["sub-01/input/data"][...] = f["sub-01/input/data"][...] + 1
+    with pytest.raises(DataProblem, match="another data.fingerprint"): sweeps.sweep(here / "run.toml", *words, trials=2)
+
+
+@pytest.mark.parametrize("fault", ["full", "study", "database"])
+def test_a_disk_fails_no_trial(here, monkeypatch, fault):
+    "It is full, or the study's is gone, or the database cannot be written: the sweep stops with a sentence, and goes on later."
+    study, words = here / f"disk_{fault}.hdf5", [f"training.experiment_name=disk_{fault}", "training.max_epochs=1", f"data.hdf5_file={here}/disk_{fault}.hdf5"]
+    shutil.copy(here / "study.hdf5", study)
+    def fails(*args, **kwargs):
+        if fault == "full":
+            try: raise OSError(errno.ENOSPC, "No space left on device")
+            except OSError as e: raise DataProblem("the checkpoint cannot be written") from e
+        if fault == "database": raise sqlite3.OperationalError("database or disk is full")
+        study.unlink()
+        raise DataProblem("no such study")
+    with monkeypatch.context() as patch:
+        patch.setattr(*((optuna.Study, "tell") if fault == "database" else (sweeps, "run_parts")), fails)
+        with pytest.raises(DataProblem, match="disk is full" if fault == "database" else "trial 0 cannot be trained here"): sweeps.sweep(here / "run.toml", *words, trials=2)
+    shutil.copy(here / "study.hdf5", study)
+    made = sweeps.sweep(here / "run.toml", *words, trials=2)
+    assert [t.state.name for t in made.trials] == ["COMPLETE"] * 2
 
 
 def test_a_run_file_that_is_edited_meanwhile(here, monkeypatch):

@@ -11,7 +11,7 @@ import copy
 import logging
 import re
 import warnings
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
@@ -187,10 +187,9 @@ def about_volumes(
     known=None, # The run's fingerprint; None: an earlier version kept none
 ) -> dict:
     "How the volumes of a study were prepared, if it is the study of a run."
-    study = MultiSubjectDataset(file, lazy=True)
-    study.load_data(load_testing=False)
-    if isinstance(known, dict):
-        for g,words in fingerprint(study, names, []).items():
+    with closing(MultiSubjectDataset(file, lazy=True)) as study:
+        study.load_data(load_testing=False)
+        for g,words in fingerprint(study, names, []).items() if isinstance(known, dict) else ():
             if words == known.get(g): continue
             raise DataProblem("the study holds other data than the run was trained on", group=g, file=file)
     config = study.config if isinstance(study.config, dict) else {}

@@ -8,12 +8,13 @@ __all__ = ['RANGE', 'MOST_WHOLE', 'MOST_CHOICES', 'NOT_VARIED', 'NO_PART', 'MOST
            'problems_of_space', 'sweep_table', 'nb_trials', 'values_in', 'grid_points', 'draw_values', 'as_typed',
            'typed', 'PruneEpochs', 'value_of', 'result', 'is_done', 'check_same_trial', 'train_trial', 'claim', 'alone',
            'next_trial', 'make_sampler', 'quiet_optuna', 'address', 'at_database', 'open_study', 'open_rows',
-           'enqueue_grid', 'make_pruner', 'checked_values', 'shared', 'check_same_sweep', 'check_same_place', 'work',
-           'of_disk', 'do_trial', 'check_importable', 'told_worker', 'start_workers', 'sweep_folder', 'check_draws',
-           'sweep', 'sweep_rows', 'short_name', 'sweep_figures', 'write_sweep_page']
+           'enqueue_grid', 'make_pruner', 'checked_values', 'word_of_study', 'shared', 'check_same_sweep',
+           'check_same_place', 'work', 'of_disk', 'do_trial', 'check_importable', 'told_worker', 'start_workers',
+           'sweep_folder', 'check_draws', 'sweep', 'sweep_rows', 'short_name', 'sweep_figures', 'write_sweep_page']
 
 # %% ../../nbs/08_runs/05_sweeps.ipynb #cc53df92
 import errno
+import hashlib
 import itertools
 import json
 import math
@@ -24,7 +25,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 import tomlkit
 import torch
@@ -34,6 +35,8 @@ from ..core.files import atomic_file
 from ..core.options import check_number, check_seed, need_extra
 from ..core.registry import SameTrust, trusting
 from ..study.config import raise_problems
+from ..data.dataset import MultiSubjectDataset
+from ..data.fingerprint import fingerprint
 from ..training.checkpoints import read_checkpoint
 from ..training.control import only_one
 from ..training.means import BestEpochMonitor
@@ -489,6 +492,21 @@ def checked_values(
 MAY_CHANGE = (*NO_PART, *NOT_VARIED, 'data.lazy', 'data.cache_size', 'data.read_mode', 'training.device',
               'training.max_hours', 'training.nb_cpu_processes', 'training.keep_last', 'training.keep_best')
 
+def word_of_study(
+    config:Config, # Of the run
+    space:dict, # As from `checked_space`
+) -> str: # None: it is varied
+    "What tells the data of a sweep from other data; a study that cannot be read is said."
+    data = thawed(config['data'])
+    names = flat({'': data.get('input_group_name') or []}).values()
+    volumes = [g for some in names for g in ([some] if isinstance(some, str) else some)]
+    for file in space.get('data.hdf5_file', [data['hdf5_file']]):
+        with closing(MultiSubjectDataset(file, lazy=True)) as study:
+            study.load_data(load_testing=False)
+            if any(k.startswith('data.') for k in space): continue
+            found = fingerprint(study, dict.fromkeys(volumes), [data['streamline_group_name']])
+            return hashlib.sha1(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12]
+
 def shared(
     config:Config, # Of the run
     space:dict, # As from `checked_space`
@@ -500,6 +518,7 @@ def shared(
     found = {k: None if said(k) else thawed(v) for k,v in flat(config).items() if left(k)}
     for k in PATHS:
         if isinstance(found.get(k), str): found[k] = os.path.relpath(found[k], folder)
+    found['data.fingerprint'] = word_of_study(config, space)
     return json.loads(json.dumps(found, default=str))
 
 def check_same_sweep(
@@ -582,9 +601,10 @@ def do_trial(study, trial, config, folder, table) -> bool: # As for `train_trial
     states = need_extra('optuna.trial', 'optuna').TrialState
     try: state,value = train_trial(trial, config, folder, table)
     except Exception as e:
-        if of_disk(e):
-            raise DataProblem(f"trial {trial.number} cannot be written", found=str(e)[:500], file=folder,
-                              do="make room, or let the folder be written to; the same call goes on.") from e
+        is_there = 'data.hdf5_file' in table['space'] or os.path.isfile(config['data']['hdf5_file'])
+        if of_disk(e) or not is_there:                                         # the disk of the study is gone
+            raise DataProblem(f"trial {trial.number} cannot be trained here", found=str(e)[:500], file=folder,
+                              do="see to the disk; the same call goes on with this trial.") from e
         trial.set_user_attr('error', printable(f'{type(e).__name__}: {e}', most=1000))
         study.tell(trial, state=states.FAIL)
         done = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
@@ -681,13 +701,16 @@ def sweep(
     "Train all trials of a run file, or those that are left of them."
     if trials is not None: overrides = (*overrides, f'sweep.trials={trials}')
     workers = check_number('workers', workers, least=1, most=1024, whole=True)
+    if not isinstance(storage, (str, type(None))):
+        raise DataProblem("storage is an address", "text", repr(storage))
     with trusting(trust), quiet_optuna():
         config = run_config(source, *overrides)
         table = sweep_table(config)
         check_draws(config, table['space'])
         if workers > 1: check_importable(classes_of(config))
         folder = sweep_folder(config)
-        study = open_study(folder, table, storage, shared(config, table['space'], folder))
+        run = shared(config, table['space'], folder)
+        study = open_study(folder, table, storage, run)
         if workers < 2: work(config, (), folder, storage)
         else: start_workers(workers, config, (), folder, storage)
     return study

@@ -105,7 +105,7 @@ def run_cell(page, i, wait=True, timeout=300):
 
 def face(page):
     "What is drawn on."
-    return page.locator(".jp-Notebook .jp-Cell").nth(1).locator("canvas.dwiml-picture, .dwiml-canvas img").first
+    return page.locator(".jp-Notebook .jp-Cell").nth(1).locator("canvas.dwiml-picture, .dwiml-canvas").first
 
 
 def drag(page, seconds):

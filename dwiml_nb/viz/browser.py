@@ -336,6 +336,7 @@ class Card {
 
 # %% ../../nbs/09_viz/06_browser.ipynb #3be34496
 LINES_JS = r"""
+const HALO = [.12, .16, .2, 1], LIT = [1, .83, 0, 1]
 class Lines {
   constructor(card) {
     Object.assign(this, {card, vao: card.gl.createVertexArray(), wide: card.gl.createVertexArray()})
@@ -393,10 +394,11 @@ class Lines {
     this.bind(this.wide, first, true)
     this.card.gl.drawArraysInstanced(this.card.gl.TRIANGLE_STRIP, 0, 4, end - first - 1)
   }
-  emphasise(values, number, ink, more) {
+  emphasise(values, number, more) {
     const i = this.place[number], all = {low: this.set.low, size: this.set.size, ...values, opacity: 1}
-    for (const [wider, only] of [[2*more + 1, ink], [more, [0, 0, 0, 0]]])
-      this.stretch({...all, width: values.width + wider, only}, this.offsets[i], this.offsets[i + 1])
+    const inner = values.width + (more - 1)*values.ratio
+    for (const [width, only] of [[inner + more*values.ratio, HALO], [inner, LIT]])
+      this.stretch({...all, width, only}, this.offsets[i], this.offsets[i + 1])
   }
 }
 """
@@ -586,12 +588,12 @@ class Picture {
     }
     gl.disable(gl.STENCIL_TEST)
     gl.disable(gl.DEPTH_TEST)
-    for (const number of look.selection.slice(0, 2000)) this.emphasise(number, values, look.ink, 1)
-    if (look.highlighted >= 0) this.emphasise(look.highlighted, values, look.ink, 2)
+    for (const number of look.selection.slice(0, 2000)) this.emphasise(number, values, 2)
+    if (look.highlighted >= 0) this.emphasise(look.highlighted, values, 3)
   }
-  emphasise(number, values, ink, more) {
+  emphasise(number, values, more) {
     const [o, own] = this.find(number)
-    if (o) o.emphasise(values, own, [...ink, 1], more)
+    if (o) o.emphasise(values, own, more)
   }
 }
 """
@@ -651,7 +653,7 @@ function mouse(canvas, camera, on) {
     canvas.focus({preventScroll: true})
     canvas.setPointerCapture(e.pointerId)
     last = at(e); moved = 0; loop = [last]
-    way = e.shiftKey ? "lasso" : e.button || e.ctrlKey || e.metaKey ? "shift" : "turn"
+    way = e.shiftKey || on.lassoing ? "lasso" : e.button || e.ctrlKey || e.metaKey ? "shift" : "turn"
     e.preventDefault()
   }
   const move = e => {
@@ -705,10 +707,14 @@ function bar(el, model, on) {
     slider.oninput = () => on.set("cut_mm", moved())
     return {row, box, slider, said}
   })
-  add("button", {textContent: "Whole screen", onclick: () => on.full()})
+  const lasso = add("button", {textContent: "lasso", title: "Draw around lines to select them"})
+  lasso.onclick = () => { on.lassoing = !on.lassoing; show() }
+  const clear = add("button", {textContent: "clear", title: "Select nothing"})
+  clear.onclick = () => on.set("selection", [])
+  add("button", {textContent: "full screen", title: "Escape comes back", onclick: () => on.full()})
   const save = {textContent: "PNG", title: "Download what is seen now", onclick: () => on.download()}
   if (model.get("page")) add("button", save)
-  const show = () => rows.forEach(({row, box, slider, said}, k) => {
+  const showCut = ({row, box, slider, said}, k) => {
     const volumes = model.get("volumes"), cut = model.get("cut_mm")[k]
     row.hidden = !volumes.length
     if (!volumes.length) return
@@ -716,7 +722,13 @@ function bar(el, model, on) {
     Object.assign(slider, {min: low[k], max: high[k], value: cut})
     said.textContent = `${cut.toFixed(1)} mm`
     box.checked = model.get("planes").includes("xyz"[k])
-  })
+  }
+  const show = () => {
+    rows.forEach(showCut)
+    lasso.className = on.lassoing ? "dwiml-on" : ""
+    lasso.hidden = !model.get("lines").length
+    clear.hidden = !model.get("selection").length
+  }
   show()
   return show
 }
@@ -734,6 +746,7 @@ STAGE_CSS = f"""
   gap: 4px 10px; padding: 4px 0 }}
 .dwiml-stage button {{ font: inherit; padding: 2px 8px; cursor: pointer; color: inherit;
   background: transparent; border: 1px solid {QUIET}; border-radius: 3px }}
+.dwiml-stage .dwiml-on {{ background: #ffd400; color: black }}
 .dwiml-stage .dwiml-cut {{ display: inline-flex; align-items: center; gap: 4px; color: inherit }}
 .dwiml-stage [hidden] {{ display: none }}
 .dwiml-stage .dwiml-cut input[type=range] {{ width: 8em }}
@@ -838,7 +851,7 @@ Object.assign(StageView.prototype, {
       this.tell(); this.redraw() })
     for (const [kind, Kind] of KINDS)
       hear(kind, () => { this.picture.take(kind, Kind, model.get(kind)); this.redraw() })
-    for (const name of ["volumes", "cut_mm", "planes"]) hear(name, this.show)
+    for (const name of ["volumes", "cut_mm", "planes", "selection", "lines"]) hear(name, this.show)
     hear("lines", () => {
       this.takeLines()
       this.tip.hidden = true
@@ -968,7 +981,9 @@ Object.assign(StageView.prototype, {
       const first = this.picture.count(set)
       for (const line of set.within(this.camera, ring, look)) chosen.add(first + line)
     }
+    this.lassoing = false
     this.set("selection", [...chosen].sort((a, b) => a - b))
+    this.show()
     this.loop([])
   },
 })

@@ -107,6 +107,15 @@ def test_the_mouse_turns_names_chooses_and_cuts(page):
     wait_until(lambda: (seen(opened) == coronal).all())
     opened.locator("input[type=range]").nth(1).fill("20")
     wait_until(lambda: (seen(opened) != coronal).any(2).mean() > .01)
+    opened.get_by_role("button", name="lasso").click()
+    opened.mouse.move(box["x"] + 5, box["y"] + 5)
+    opened.mouse.down()
+    for corner in ((box["width"] - 5, 5), (box["width"] - 5, box["height"] - 5), (5, box["height"] - 5)): opened.mouse.move(box["x"] + corner[0], box["y"] + corner[1], steps=3)
+    opened.mouse.up()
+    gold = lambda: (np.abs(seen(opened) - [255, 212, 0]).max(2) < 4).sum()
+    wait_until(lambda: gold() > 300)
+    opened.get_by_role("button", name="clear").click()
+    wait_until(lambda: gold() == 0)
     with opened.expect_download() as download: opened.get_by_role("button", name="PNG").click()
     assert download.value.suggested_filename == "known.png"
 

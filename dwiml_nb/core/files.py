@@ -277,6 +277,9 @@ def shows_bars() -> bool:
     return in_notebook() or sys.stderr.isatty()
 
 # %% ../../nbs/00_core/01_files.ipynb #dc013acc
+NO_OUTPUT = ('<style>.jp-OutputArea-child:has(.dwiml-nothing) { display: none }</style>'
+             '<span class="dwiml-nothing"></span>')                       # not even an empty line on the page
+
 class PageBar(tqdm):
     "A bar as a line of text on a notebook's page."
     shown = None
@@ -288,7 +291,7 @@ class PageBar(tqdm):
         "Write the line anew; with an empty message, nothing is left of it."
         from IPython.display import display
         line = str(self) if msg is None else msg
-        data = {'text/plain': line, 'text/html': line and f'<pre>{escape(line)}</pre>'}
+        data = {'text/plain': line, 'text/html': f'<pre>{escape(line)}</pre>' if line else NO_OUTPUT}
         if self.shown is None: self.shown = display(data, raw=True, display_id=True)
         else: self.shown.update(data, raw=True)
 

@@ -21,6 +21,7 @@ from dwiml_nb.training.generation import DWIMLTrainerOneInputWithGVPhase
 from dwiml_nb.training.means import Logged
 from dwiml_nb.training.sinks import LogTail, read_rows
 from dwiml_nb.training.trainer import DWIMLTrainerOneInput
+from dwiml_nb.viz import panel
 from dwiml_nb.viz.curves import Curves, curves_of, lines_of, thinned
 from dwiml_nb.widgets.training_dashboard import TrainingDashboard
 from dwiml_nb.widgets.viz import viz
@@ -263,3 +264,18 @@ def test_experiments_of_a_stranger(tmp_path):
     with pytest.raises(DataProblem, match="not the folder of an experiment"): TrainingDashboard(tmp_path / "none")
     os.mkdir(tmp_path / "empty")
     with pytest.raises(DataProblem, match="nor of several"): TrainingDashboard([tmp_path / "empty"])
+
+
+def test_a_page_that_is_loaded_again_is_told_its_still(monkeypatch):
+    log, sent = RunLog(), []
+    log.add_batch(row("training", 0, 0, loss=1.))
+    curves = Curves({"run": log})
+    monkeypatch.setattr(panel, "update_display", lambda *args, **kwargs: None)
+    monkeypatch.setattr(type(curves.message), "send", lambda self, content, buffers=None: sent.append(content))
+    curves.is_shown = True
+    curves.message.page = "first"
+    curves.renew()
+    assert not sent, "the page knows which output it is"
+    curves.message.page = "again"
+    curves.renewal.flush()
+    assert sent[-1]["mark"] == curves.mark and f'class="{curves.mark}"' in sent[-1]["still"] and "<img" in sent[-1]["still"]

@@ -10,7 +10,7 @@ from dwiml_nb.cli.training import dwiml_resume_training_from_checkpoint
 from dwiml_nb.core.config import read_toml
 from dwiml_nb.core.errors import DataProblem
 from dwiml_nb.core.tractograms import load_tractogram
-from dwiml_nb.runs.run_files import track_run, train
+from dwiml_nb.runs.run_files import run_config, track_run, train
 from dwiml_nb.runs.track import track_from_model
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.training.checkpoints import read_checkpoint
@@ -138,3 +138,13 @@ def test_comet_options_of_the_fronts_write_an_archive(here, tmp_path):
     rows = read_rows(folder / "logs" / "batches.jsonl")
     assert [metrics["training/loss", i] for i in range(2)] == [r["loss"] for r in rows if r["phase"] == "training"]
     assert read_toml(folder / "run.toml")["logging"]["sinks"] == [{"key": "comet", "workspace": "lab", "project": "lines"}]
+
+
+def test_values_as_people_type_them(here, tmp_path, capsys):
+    "A number is a name; a time that is over before the first batch; the word 'max'; one pattern that is none."
+    run_command(dwiml_train, [str(here / "run.toml"), f"training.experiments_path={tmp_path}", "training.experiment_name=7", "training.max_hours=1e-9"])
+    assert (tmp_path / "7" / "run.toml").is_file() and "stopped; " in capsys.readouterr().out
+    gv = ["training.name=DWIMLTrainerOneInputWithGVPhase", "training.experiment_name=1e3"]
+    assert run_config(here / "run.toml", *gv, "training.tracking_phase_eos_threshold=max")["training"]["tracking_phase_eos_threshold"] == "max"
+    assert run_config(here / "run.toml", *gv)["training"]["experiment_name"] == "1e3"
+    with pytest.raises(SystemExit, match="a pattern, or a list of them, found 3"): run_command(dwiml_train, [str(here / "run.toml"), "training.experiment_name=new", "training.frozen=3"])

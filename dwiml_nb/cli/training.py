@@ -27,8 +27,8 @@ def train_and_tell(
         raise KeyboardInterrupt(f"stopped at epoch {trainer.epoch + 1}, {trainer.phase} batch "
                                 f"{trainer.batch}; the checkpoint is written") from None
     best = trainer.monitor.best_epoch
-    value = f"{trainer.loop.monitor} {trainer.monitor.best_value:.6g}"
-    judged = '' if best is None else f"; best epoch {best + 1} with {value}"
+    judged = '' if best is None else \
+        f"; best epoch {best + 1} with {trainer.loop.monitor} {trainer.monitor.best_value:.6g}"
     print(f"{trainer.control.state}{judged}; {trainer.experiment_folder}")
 
 # %% ../../nbs/12_cli/04_training.ipynb #c7fe7052

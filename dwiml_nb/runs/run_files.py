@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['KIND_OF', 'LIBRARY', 'checked_layer', 'checked_table', 'sinks_refused', 'beside', 'paths_beside', 'layers_given',
-           'given_only', 'check_own_keys', 'missing', 'layers_of_class', 'placed', 'run_config', 'RunParts', 'of_table',
-           'check_size', 'changed', 'trainer_arguments', 'own_model', 'nb_features', 'run_parts', 'commit_of',
-           'made_with', 'comments_of', 'own_comments', 'as_written', 'write_resolved', 'train', 'tracking_said',
-           'track_run', 'model_tables', 'tables_of_run', 'run_text', 'write_run_file', 'without_defaults', 'flat',
-           'differing']
+           'typed_with_names', 'given_only', 'check_own_keys', 'missing', 'layers_of_class', 'placed', 'run_config',
+           'RunParts', 'of_table', 'check_size', 'changed', 'trainer_arguments', 'own_model', 'nb_features',
+           'run_parts', 'commit_of', 'made_with', 'comments_of', 'own_comments', 'as_written', 'write_resolved',
+           'train', 'tracking_said', 'track_run', 'model_tables', 'tables_of_run', 'run_text', 'write_run_file',
+           'without_defaults', 'flat', 'differing']
 
 # %% ../../nbs/08_runs/03_run_files.ipynb #fc4909a2
 import os
@@ -142,8 +142,19 @@ def layers_given(
     elif isinstance(source, Config): layers.append(('given', given_only(source), None))
     elif source is not None: layers.append(('call', thawed(Config(source)), None))
     if tables: layers.append(('call', thawed(Config(tables)), None))
-    if overrides: layers.append(('command line', typed_values(overrides), None))
+    if overrides: layers.append(('command line', typed_with_names(overrides), None))
     return layers
+
+def typed_with_names(
+    words, # 'training.experiment_name=7', …
+) -> dict: # As from `typed_values`
+    "What was typed; the name of an experiment is text, though it be a number."
+    values = typed_values(words)
+    for key,_,text in (str(word).partition('=') for word in words):
+        if key.strip() == 'training.experiment_name' and not \
+                isinstance(values['training']['experiment_name'], str):
+            values['training']['experiment_name'] = text.strip()
+    return values
 
 def given_only(
     config:Config, # As from `run_config`

@@ -246,7 +246,7 @@ class GenerationPhase(Phase):
 @with_parts
 class DWIMLTrainerOneInputWithGVPhase(DWIMLTrainerOneInput):
     "A `DWIMLTrainerOneInput` that also lets the model generate validation lines."
-    def __init__(self, model, experiments_path, experiment_name, batch_sampler, batch_loader, *,
+    def __init__(self, model, experiments_path, experiment_name:str, batch_sampler, batch_loader, *,
         add_a_tracking_validation_phase:bool=False, # Is there such a phase?
         tracking_phase_frequency:int=1, # Every so many epochs
         tracking_phase_start:int=0, # So many epochs pass first
@@ -254,7 +254,7 @@ class DWIMLTrainerOneInputWithGVPhase(DWIMLTrainerOneInput):
         tracking_phase_mask_group:str=None, # Lines end where this is below 1/2; None: with the volume
         tracking_phase_max_length_mm:float=200., # Longest line in mm, what was given included
         tracking_phase_theta_deg:float=180., # Largest turn between two steps in degrees; 180: any
-        tracking_phase_eos_threshold=.5, # Probability above which a model ends a line; or 'max'
+        tracking_phase_eos_threshold:float|str=.5, # Probability above which a model ends a line; or 'max'
         tracking_phase_step_mm:float=None, # mm; None: the model's step_size
         tracking_phase_nb_batches:int=None, # Of an epoch; None: as many as the validation has
         **kwargs, # Options of `DWIMLTrainer`

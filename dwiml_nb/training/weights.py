@@ -35,6 +35,8 @@ def patterns_of(
     match, # None, a pattern, or several
 ) -> list:
     "Patterns as a list."
+    if not isinstance(match, (str, list, tuple, type(None))):
+        raise ValueError(f"names of weights are a pattern, or a list of them, found {match!r:.80}")
     return [match] if isinstance(match, str) else list(match or ())
 
 def fits(

@@ -7,6 +7,7 @@ import multiprocessing
 import shutil
 import signal
 import sqlite3
+import sys
 import traceback
 from pathlib import Path
 
@@ -196,6 +197,23 @@ def test_said_before_anything_is_made(here, words):
     (here / "wrong.toml").write_text(text)
     with pytest.raises(ValueError, match=WRONG[words]): sweeps.sweep(here / "wrong.toml", "training.experiment_name=wrong", *words)
     assert not (here / "experiments" / "wrong").exists()
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", ".x", "x"*201])
+def test_a_name_leads_nowhere_else(here, name):
+    before = sorted(here.iterdir())
+    with pytest.raises(DataProblem, match="names the folder"): sweeps.sweep(here / "run.toml", f"training.experiment_name='{name}'")
+    assert sorted(here.iterdir()) == before
+
+
+def test_a_class_of_a_notebook_is_not_for_several_workers(monkeypatch):
+    "Other processes do not see it; those of a script they read."
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
+    own = type("Here", (), {"__module__": "__main__"})
+    with pytest.raises(DataProblem, match="a class of this notebook.*workers=1"): sweeps.check_importable([int, own])
+    sweeps.check_importable([int])
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "script.py", raising=False)
+    sweeps.check_importable([own])
 
 
 def test_another_run_is_not_gone_on_with(here):

@@ -32,7 +32,7 @@ import torch
 from ..core.config import Config, thawed
 from ..core.errors import DataProblem, did_you_mean, html_text, printable
 from ..core.files import atomic_file
-from ..core.options import check_number, check_seed, need_extra
+from ..core.options import check_number, check_seed, need_extra, wrong_name
 from ..core.registry import SameTrust, trusting
 from ..study.config import raise_problems
 from ..data.dataset import MultiSubjectDataset
@@ -671,6 +671,8 @@ def sweep_folder(
 ) -> Path:
     "Where the experiments of a sweep lie."
     training = run_config(source, *overrides)['training']
+    if wrong := wrong_name(training['experiment_name']):
+        raise DataProblem("training.experiment_name names the folder of the sweep", "a name", wrong)
     return Path(training['experiments_path'])/training['experiment_name']
 
 def check_draws(

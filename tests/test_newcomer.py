@@ -1,22 +1,32 @@
 """What stopped a newcomer with a model of his own, from a cell to a package to a sweep: each now goes on, or says how."""
+import json
 import re
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+import dwiml_nb.runs.sweeps as sweeps
+
 from dwiml_nb.cli.common import run_command
-from dwiml_nb.cli.runs import dwiml_config, dwiml_train
+from dwiml_nb.cli.runs import dwiml_config, dwiml_runs, dwiml_train
 from dwiml_nb.cli.sweeps import dwiml_sweep
 from dwiml_nb.cli.training import dwiml_visualize_logs
 from dwiml_nb.core import registry
 from dwiml_nb.core.config import read_toml
 from dwiml_nb.core.errors import DataProblem
+from dwiml_nb.core.files import is_alive
 from dwiml_nb.core.registry import class_named
 from dwiml_nb.models.base import MainModelAbstract
 from dwiml_nb.models.registered import registered_class
 from dwiml_nb.runs.resume import trainer_from_folder
 from dwiml_nb.runs.run_files import run_config, train, write_run_file
+from dwiml_nb.runs.table import state_of
 from dwiml_nb.study.toy import toy_study
+from dwiml_nb.training.sinks import read_rows
 
 RUN = """seed = 3
 data = {hdf5_file = "study.hdf5", input_group_name = "input", streamline_group_name = "bundles"}
@@ -161,3 +171,69 @@ def test_the_file_of_a_run_can_be_swept(here, tmp_path):
     again = train(file, "training.experiment_name=again")
     assert all((a == b).all() for a, b in zip(trainer.model.state_dict().values(), again.model.state_dict().values()))
     assert "lr" not in read_toml(write_run_file(train(here / "run.toml", "training.experiment_name=usual"), tmp_path / "usual.toml"))["optimizer"]
+
+
+def test_the_keys_of_a_sweep_are_said_everywhere(here, capsys):
+    new = said(capsys, dwiml_config, "new")
+    page = (Path(__file__).parent.parent / "nbs/08_runs/05_sweeps.ipynb").read_text()
+    for name, o in sweeps.SWEEP.items():
+        assert o.about.split(";")[0][:40] in new.replace("\n# ", " ") and f"| `{name}` |" in page, name
+    commented = new[new.index("# [sweep]"):]
+    (here / "begun.toml").write_text(RUN + re.sub(r"^# (?=[\[\"]|\w+ = )", "", commented, flags=re.M))
+    assert sweeps.sweep_table(run_config(here / "begun.toml")) == {**sweeps.TABLE, "trials": 20, "space": sweeps.checked_space({"optimizer.lr": dict(low=1e-4, high=.1, log=True), "sampler.batch_size_training": [50, 100, 200]})}
+
+
+@pytest.mark.parametrize("pruner, says", [('{key = "median", n_warmup_steps = 3}', None), ('{key = "median", n_warmup_step = 3}', "n_warmup_steps"), ('{key = "halving", reduction_factor = 0}', "cannot be made"), ('{key = "mean"}', "median")])
+def test_a_pruner_takes_options(here, pruner, says):
+    (here / "pruned.toml").write_text(RUN + f'[sweep]\npruner = {pruner}\n[sweep.space]\n"optimizer.lr" = [0.1, 0.01]\n')
+    if says is None: assert sweeps.make_pruner(sweeps.sweep_table(run_config(here / "pruned.toml")))._n_warmup_steps == 3
+    else:
+        with pytest.raises(ValueError, match=says): sweeps.sweep_table(run_config(here / "pruned.toml"))
+
+
+def test_a_sweep_tells_each_trial_and_its_table_each_option_once(here, monkeypatch, capsys, caplog):
+    (here / "told.toml").write_text(RUN.replace('"one"', '"told"').replace("max_epochs = 1", "max_epochs = 2") + '[sweep]\nsampler = "grid"\n[sweep.space]\n"optimizer.lr" = [0.123456789, 0.01]\n')
+    monkeypatch.setattr(sweeps.PruneEpochs, "epoch", lambda self, row: (self.report(row), setattr(self, "pruned", self.trial.number == 1), self.pruned and self.trainer.control.request_stop()))
+    with caplog.at_level("INFO", "dwiml_nb"): said(capsys, dwiml_sweep, here / "told.toml")
+    assert re.search(r"trial_0000 complete, valid_loss \S+ \(1 of 2\)\n.*trial_0001 pruned, valid_loss \S+ \(2 of 2\)", caplog.text.replace("INFO", ""), re.S)
+    table = said(capsys, dwiml_runs, here / "experiments/told")
+    assert " pruned " in table and "stopped" not in table and "experiment_name" not in table
+    assert "[0.123457]" in table and "0.123456789" not in table
+    assert table.count("learning_rates") + table.count("optimizer.lr") <= 1
+
+
+def test_a_killed_run_is_not_called_stopped(here, tmp_path):
+    folder = tmp_path / "one"
+    shutil.copytree(here / "experiments/one", folder)
+    rows = [json.loads(line) for line in (folder / "sessions.jsonl").read_text().splitlines()]
+    (folder / "sessions.jsonl").write_text(json.dumps({**rows[0], "process": 2**22 + 1}) + "\n")
+    state = lambda: state_of(folder, {"max_epochs": 5}, [], read_rows(folder / "logs/batches.jsonl"))[0]
+    assert state() == "died"
+    (folder / "sessions.jsonl").unlink()
+    assert state() == "stopped"                                                # of before sessions: its checkpoint is all that is known
+
+
+# Other processes
+
+SCRIPT = """import sys, time, multiprocessing
+from dwiml_nb.runs.sweeps import end_with_parent, sweep
+if sys.argv[1] == 'guarded':
+    def child(): end_with_parent(); print('here', flush=True); time.sleep(60)
+    if __name__ == '__main__':
+        p = multiprocessing.get_context('fork').Process(target=child); p.start(); print(p.pid, flush=True); p.join()
+else: sweep(sys.argv[1], workers=2)
+"""
+
+
+def test_workers_of_a_script_without_a_guard_and_of_a_dead_parent(here, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    (here / "guard.toml").write_text(RUN + '[sweep]\n[sweep.space]\n"optimizer.lr" = [0.1, 0.01]\n')
+    with subprocess.Popen([sys.executable, script, "guarded"], stdout=subprocess.PIPE, text=True) as parent:
+        child = {parent.stdout.readline().strip(), parent.stdout.readline().strip()} - {"here"}
+        parent.kill()
+    end = time.monotonic() + 20
+    while is_alive(int(*child)) and time.monotonic() < end: time.sleep(.05)
+    assert not is_alive(int(*child))
+    done = subprocess.run([sys.executable, script, here / "guard.toml", "training.experiment_name=guard"], capture_output=True, text=True)
+    assert "if __name__ == '__main__':" in done.stderr and done.stderr.count("Traceback") == 1 and "SpawnProcess" not in done.stderr

@@ -16,6 +16,7 @@ from .training import train_and_tell
 from ..core.errors import DataProblem
 from ..core.files import atomic_file
 from ..runs.run_files import differing, flat, run_config, run_parts, run_text
+from ..runs.sweeps import sweep_text
 from ..runs.table import SORTS, runs_table
 
 # %% ../../nbs/12_cli/08_runs.ipynb #0541f938
@@ -42,7 +43,7 @@ def need_files(
 def config_new(files, values):
     "A commented file with every key."
     need_files(files, 0, 'new')
-    return run_text(run_config({}, *values, complete=False))
+    return f'{run_text(run_config({}, *values, complete=False))}\n{sweep_text()}'
 
 def config_show(files, values):
     "All values of a file, each with its origin."

@@ -6,6 +6,7 @@
 __all__ = ['dwiml_sweep', 'dwiml_export']
 
 # %% ../../nbs/12_cli/10_sweeps.ipynb #d6cb0c34
+import logging
 from .arguments import count, positive, processes
 from .common import Param, call_parse, switch
 from .runs import VALUES
@@ -24,6 +25,8 @@ def dwiml_sweep(
     page:str=None, # The page of figures, .html; sweep.html in the folder of the sweep when not given
 ):
     "Train a run file again and again with other values, or go on with that."
+    logging.basicConfig(format='%(message)s')
+    logging.getLogger('dwiml_nb.runs.sweeps').setLevel(logging.INFO)
     study = sweep(run_file, *values, trials=trials, workers=workers, storage=storage)
     rows = sweep_rows(study)
     for row in rows[:10]: print('  '.join(f'{k}={v}' for k,v in row.items()))

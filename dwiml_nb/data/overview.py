@@ -180,5 +180,5 @@ class Overview(Background):
     def close(self):
         "Forget what waits, and close the file."
         self.cancel()
-        self.wait()
+        self.wait(1.)                                 # a long job ends with an error, which nobody reads
         self.file.close()

@@ -144,7 +144,7 @@ def test_of_a_progress_bar_nothing_is_left(page):
     during = []
     assert sum(i for i in files.progress(range(4), "counting") if during.append(dict(page[0])) is None) == 6
     assert during[0]["text/plain"].startswith("counting:") and not any(WIDGET in output for output in page)
-    assert page == [{"text/plain": "", "text/html": ""}]
+    assert page == [{"text/plain": "", "text/html": files.NO_OUTPUT}]
 
 
 # ---- choices

@@ -205,6 +205,7 @@ trainer = DWIMLTrainerOneInput(model=model, experiments_path=folder, experiment_
     pictures = page.locator("[class^=dwiml-still] img")
     assert pictures.count() == 3 and all(picture.is_visible() and picture.evaluate("o => o.naturalWidth") > 300 for picture in pictures.all())
     assert output(page, 4).inner_text().strip() == "", "nothing is left of the progress bar"
+    assert output(page, 4).locator(".jp-OutputArea-child:visible").count() == 0, "nor a blank line in its place"
     assert output(page, 6).locator("img, svg.main-svg").first.is_visible(), "a figure of plotly's (its extension keeps a picture)"
     page.close()
 

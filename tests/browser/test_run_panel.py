@@ -2,7 +2,7 @@
 import pytest
 
 from dwiml_nb.core.config import read_toml
-from test_widgets import errors, nothing_from_elsewhere, output, shot, wait_until
+from test_widgets import errors, notebook, nothing_from_elsewhere, output, shot, wait_until  # noqa: F401  (a fixture, too)
 
 pytestmark = pytest.mark.browser
 
@@ -52,7 +52,7 @@ def test_a_run_file_as_widgets(notebook, lab):
     shot(widget, "run_panel_trained")
     tab("Study")
     widget.locator("select", has_text="seed_mask").first.select_option("seed_mask")
-    wait_until(lambda: "begun with other groups" in widget.inner_text(), said=widget.inner_text)
+    wait_until(lambda: "this run was begun with" in widget.inner_text(), said=widget.inner_text)
     run(page, 2)
     table = output(page, 2)
     wait_until(lambda: "first" in table.inner_text() and "3 of 3" in table.inner_text(), said=table.inner_text)

@@ -29,8 +29,8 @@ device = "cpu"
 """
 
 
-def test_a_run_file_as_widgets(notebook, lab):
-    page = notebook("runs.ipynb", SETUP, "panel = viz(folder/'run.toml'); panel", "viz(folder/'experiments') if panel.dashboard.trainer.epoch else None", "panel.config['data']['input_group_name'], str(folder)")
+def test_a_run_file_as_widgets(notebook, lab):  # noqa: F811 - a fixture
+    page = notebook("runs.ipynb", SETUP, "panel = viz(folder/'run.toml'); panel", "from dwiml_nb.runs.table import runs_table; runs_table(folder/'experiments') if panel.dashboard.trainer.epoch else None", "panel.config['data']['input_group_name'], str(folder)")
     widget = output(page, 1)
     assert "wm_mask" in widget.inner_text()
     shot(widget, "run_panel_study")

@@ -102,7 +102,7 @@ def test_study_browser(notebook, lab):
     for subject in ("sub-02", "sub-01", "sub-02"): widget.locator("table.dataTable td", has_text=subject).click()
     page.wait_for_function("() => document.body.innerText.includes('lines of bundles of sub-02, over input of sub-02')")
     page.wait_for_timeout(500)  # the last of the quick choices is drawn
-    with page.expect_download(timeout=30_000) as kept: widget.get_by_title("Download what is seen now").click()
+    with page.expect_download(timeout=30_000) as kept: widget.get_by_role("button", name="PNG").click()
     assert kept.value.suggested_filename.startswith("120_of_120_lines_of_bundles_of_sub") and Path(kept.value.path()).stat().st_size > 10_000
     shot(widget, "study_browser_chosen")
     assert not errors(page)

@@ -7,10 +7,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from bands import Bands
 
 import dwiml_nb.runs.sweeps as sweeps
 
+from dwiml_nb.batch.sampler import DWIMLBatchIDSampler
 from dwiml_nb.cli.common import run_command
 from dwiml_nb.cli.runs import dwiml_config, dwiml_runs, dwiml_train
 from dwiml_nb.cli.sweeps import dwiml_sweep
@@ -20,12 +23,15 @@ from dwiml_nb.core.config import read_toml
 from dwiml_nb.core.errors import DataProblem
 from dwiml_nb.core.files import is_alive
 from dwiml_nb.core.registry import class_named
+from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.models.base import MainModelAbstract
-from dwiml_nb.models.registered import registered_class
+from dwiml_nb.models.items import ITEM_DATASETS, RegisteredBatchLoader
+from dwiml_nb.models.registered import dwiml_model, registered_class, registered_model
 from dwiml_nb.runs.resume import trainer_from_folder
 from dwiml_nb.runs.run_files import run_config, train, write_run_file
 from dwiml_nb.runs.table import state_of
 from dwiml_nb.study.toy import toy_study
+from dwiml_nb.training.registered import RegisteredTrainer
 from dwiml_nb.training.sinks import read_rows
 
 RUN = """seed = 3
@@ -146,6 +152,50 @@ def test_a_file_says_what_a_class_and_its_package_say(here, package, capsys):
     (package / "default_config.toml").write_text("")
     new = said(capsys, dwiml_config, "new", "model.name=Ones", "--trust", "pair")
     assert "[model.Ones]" in new and "size_average" not in new and "# Ones =" not in new
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_wrong_option_or_field_is_answered_with_the_right_one(here):
+    dataset = MultiSubjectDataset(here / "study.hdf5").load_data()
+    groups = dict(streamline_group_name="bundles", input_group_name="input")
+    model = registered_model(Bands, {"model": {"Bands": {"classes": 3}}}, dataset, **groups)
+    parts = model, here / "experiments", "never", DWIMLBatchIDSampler(dataset, "bundles"), RegisteredBatchLoader(dataset, model, **groups)
+    with pytest.raises(TypeError, match="^RegisteredTrainer takes no 'learning_rate'. Did you mean 'learning_rates'"): RegisteredTrainer(*parts, learning_rate=.1)
+    @dwiml_model
+    class Singular(Bands):
+        @staticmethod
+        def to_tensor(data_dict): return np.stack([line.mean(0) for line in data_dict["data"]["bundle"]])
+    with pytest.raises(DataProblem, match="Singular.to_tensor fails.*there is no field 'bundle'.*Did you mean 'bundles'"): registered_model(Singular, {"model": {"Bands": {"classes": 3}}}, dataset, **groups)
+    assert not (here / "experiments/never").exists()
+
+
+class Ages:
+    def __init__(self, years=30): self.years = years
+    def __getitem__(self, object_id): return {"age": np.array([float(self.years)])}
+
+
+class WithAges(Bands):
+    @staticmethod
+    def to_tensor(data_dict): return np.concatenate([Bands.to_tensor(data_dict), np.stack(data_dict["people"]["age"])], 1)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("people, age", [('"ages_of_test"', 30.), ('{key = "ages_of_test", years = 41}', 41.), ('"ages_of_tests"', None)])
+def test_a_run_file_has_further_datasets(here, tmp_path, monkeypatch, people, age):
+    "A table [loader.datasets]: a registered name, with options; in the run, its record and the file that it writes."
+    monkeypatch.setattr(ITEM_DATASETS, "entries", {**ITEM_DATASETS.entries, "ages_of_test": Ages})
+    dwiml_model(WithAges)
+    file = here / "people.toml"
+    file.write_text(OWN.replace('{name = "Ones"}', '{name = "WithAges", Bands = {classes = 3}}') + f"[loader.datasets]\npeople = {people}\n")
+    if age is None:
+        with pytest.raises(DataProblem, match="Did you mean 'ages_of_test'"): train(file)
+        return
+    trainer = train(file, f"training.experiment_name=people{age:g}")
+    batch = trainer.batch_loader.load_batch_streamlines(next(trainer.batch_sampler.batches()))
+    assert trainer.model.net.layer.in_features == 16 and set(batch.given[:, -1].tolist()) == {age}
+    made = read_toml(write_run_file(trainer, tmp_path / "made.toml"))["loader"]["datasets"]["people"]
+    assert made == read_toml(file)["loader"]["datasets"]["people"]
+    again = trainer_from_folder(here / "experiments", f"people{age:g}", new_max_epochs=2)
+    assert again.batch_loader.params["datasets"] == {"people": made}
 
 
 # Sweeps

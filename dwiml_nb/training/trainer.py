@@ -646,7 +646,7 @@ def running(self:DWIMLTrainer):
     again = self.load_state if self.control.state == 'failed' else None
     within = self.experiment.entered(self.known, lambda: self.params, self.save_checkpoint, self.resume_call,
                                      again)
-    with within as record, stop_on_signals(self.control):
+    with stop_on_signals(self.control), within as record:   # the session ends before the signal
         done = self.batch if self.phase == 'training' else per_epoch
         self.control.begin(self.epoch*per_epoch + done, self.max_epochs*per_epoch, self.loop.max_hours)
         names = [phase.name for phase in self.phases]

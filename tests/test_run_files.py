@@ -304,7 +304,8 @@ def test_a_file_does_not_say_where_rows_are_sent(here, monkeypatch):
     (["optimizer.lr=0.1"], "both given"), (["model.dg_args.add_eso=true"], "add_eos"), (["data.input_group_name=inptu"], "input"), (["loader.beyond_mm=5"], "beyond_mm"),
     (["model=Learn2TrackModel"], "model is a table"), (["data.hdf5_file=5"], "data.hdf5_file"), (['data.hdf5_file="a\\u0000"'], "zero byte"),
     (["data.input_group_name=5"], "a name, or names"), (["optimizer.betas=[0.9]"], "optimizer_args"), (['training.experiments_path="a\\u0000"'], "zero byte"),
-    (["training.checkpoint=x"], "unknown key"), (["training.max_epochs=0x" + "f"*4500], "below 2**64"), (["trust.a=1"], "--trust")])
+    (["training.checkpoint=x"], "unknown key"), (["training.max_epochs=0x" + "f"*4500], "below 2**64"), (["trust.a=1"], "--trust"),
+    (["model.dg_args.add_eos=yes"], "true or false"), (["model.dg_args.eos_weight=much"], "a number"), (["extra=5"], "extra is a table"), (["made_with=me"], "made_with is a table")])
 def test_a_value_that_makes_no_run_is_one_sentence(here, values, says, capsys):
     with pytest.raises(SystemExit) as e: run_command(dwiml_train, [str(here / "run.toml"), "training.experiment_name=bad", *values])
     assert isinstance(e.value.code, str) and says in e.value.code and "fault of dwiml_nb" not in e.value.code, e.value.code

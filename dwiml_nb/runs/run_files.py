@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['KIND_OF', 'LIBRARY', 'checked_layer', 'checked_table', 'sinks_refused', 'beside', 'paths_beside', 'layers_given',
-           'typed_with_names', 'given_only', 'check_own_keys', 'missing', 'layers_of_class', 'placed', 'run_config',
-           'RunParts', 'of_table', 'check_size', 'changed', 'trainer_arguments', 'own_model', 'nb_features',
-           'run_parts', 'commit_of', 'made_with', 'comments_of', 'own_comments', 'as_written', 'write_resolved',
-           'train', 'tracking_said', 'track_run', 'model_tables', 'tables_of_run', 'run_text', 'write_run_file',
-           'without_defaults', 'flat', 'differing']
+           'typed_with_names', 'given_only', 'check_own_keys', 'wrong_for_getter', 'missing', 'layers_of_class',
+           'placed', 'run_config', 'RunParts', 'of_table', 'check_size', 'changed', 'trainer_arguments', 'own_model',
+           'nb_features', 'run_parts', 'commit_of', 'made_with', 'comments_of', 'own_comments', 'as_written',
+           'write_resolved', 'train', 'tracking_said', 'track_run', 'model_tables', 'tables_of_run', 'run_text',
+           'write_run_file', 'without_defaults', 'flat', 'differing']
 
 # %% ../../nbs/08_runs/03_run_files.ipynb #fc4909a2
 import os
@@ -28,6 +28,7 @@ from ..core.registry import class_named, trusting
 from ..core.sizes import need_memory
 from ..study.config import raise_problems
 from ..data.dataset import MultiSubjectDataset
+from ..directions.base import DIRECTION_GETTERS
 from ..batch.sampler import DWIMLBatchIDSampler
 from ..batch.loader import DWIMLBatchLoader
 from ..models.base import MainModelAbstract
@@ -52,14 +53,15 @@ def checked_layer(
     "A layer with its paths resolved and `none` as None, and what is wrong with it."
     made,bad,top = {},[],tables['']
     for name,table in values.items():
-        if name == 'sweep' and file and isinstance(table, dict):
-            made[name] = {k: paths_beside(v, file) if k == 'space' else v for k,v in table.items()}
-        elif name in FREE: made[name] = table
+        if name in FREE and isinstance(table, dict):
+            made[name] = {k: paths_beside(v, file) if (name, k) == ('sweep', 'space') and file else v
+                          for k,v in table.items()}
         elif name in top: made |= checked_table('', {name: table}, top, file, bad)
         elif name == 'trust':
             bad.append(DataProblem("a file cannot say what may be trusted", found="a table [trust]",
                                    file=file, do="say it yourself: --trust NAME, or trust=… in Python."))
-        elif name not in tables: bad.append(unknown_key(name, [*top, *filter(None, tables), *FREE], file))
+        elif name not in (*tables, *FREE):
+            bad.append(unknown_key(name, [*top, *filter(None, tables), *FREE], file))
         elif not isinstance(table, dict):
             bad.append(DataProblem(f"{name} is a table", expected=f"[{name}] and its keys",
                                    found=repr(table)[:80], file=file))
@@ -188,6 +190,17 @@ def check_own_keys(
 
 KIND_OF = {bool: bool, int: float, float: float, str: str, list: list}   # of a package's value: of another
 
+def wrong_for_getter(
+    config:Config,
+) -> list: # of `DataProblem`
+    "What is wrong with the arguments of the model's direction getter."
+    cls,given = DIRECTION_GETTERS.get(config.get('model.dg_key')), config.get('model.dg_args')
+    if cls is None or not isinstance(given, Config): return []
+    options = options_told(cls)
+    found = (problem_with(f'model.dg_args.{k}', v, options[k]) if k in options else
+             unknown_key(f'model.dg_args.{k}', list(options)) for k,v in thawed(given).items())
+    return [problem for problem in found if problem]
+
 def missing(
     config:Config,
     tables:dict, # As from `tables_of`
@@ -251,6 +264,7 @@ def run_config(
         k: source.layers.get(k, v) for k,v in config.layers.items() if v == 'given'}})
     bad = [placed(p, name, classes.model) for (name,*_),(_,found) in zip(layers, checked) for p in found]
     what = f"the run file {source}" if isinstance(source, (str, os.PathLike)) else "the run"
+    if not is_registered(classes.model): bad += wrong_for_getter(config)
     raise_problems(bad + (missing(config, known) if complete and not bad else []), what)
     return config
 

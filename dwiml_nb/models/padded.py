@@ -120,7 +120,12 @@ class PaddedForm(nn.Module):
         every = outputs, *self.read(outputs)
         return tuple(o.reshape(*lines.shape[:2], -1).masked_fill(~there, 0.) for o in every)
 
-    def rows(self, inputs, lines, lengths): # -> (b·t, features) that the direction getter reads
+    def rows(self,
+        inputs, # (b, t, K·F), zeros where there is no point; a tuple of these if the inputs have names
+        lines:Tensor, # (b, t, 3) of the streamlines, in the model's space, zeros where there is no point
+        lengths:Tensor, # (b,) int64, points of each line
+    ) -> Tensor: # (b·t, D) what the direction getter reads at each place, line by line; padding is not read
+        "What the model computes of its inputs, before its direction getter; a child writes it."
         raise NotImplementedError(f"{self._get_name()} has no rows(inputs, lines, lengths)")
 
     def read(self,
@@ -138,7 +143,8 @@ def padded_form(
     "The module that is exported for a model."
     raise DataProblem(f"{class_path(model)} has no form for padded lines, so it cannot be exported",
                       expected="a Learn2TrackModel, a Transformer, a ModelAE or a registered model",
-                      do="write a child of PaddedForm, and register it with padded_form.register(Class).")
+                      do="write a child of PaddedForm, and register it with padded_form.register(Class): "
+                         "nbs/05_models/16_padded.ipynb shows one in four lines.")
 
 @padded_form.register(AbstractTransformerModel)
 class TransformerForm(PaddedForm):

@@ -131,6 +131,29 @@ def test_several_inputs_and_the_auto_encoder(name, tmp_path):
     with pytest.raises(DataProblem, match="nothing was written"): export.compare(tmp_path / "model.onnx", form)
 
 
+class Peeks(ModelWithDirectionGetter):
+    accepts_ragged = True
+    def __init__(self):
+        super().__init__()
+        self.input_specs = {"t1": InputSpec(5)}
+        self.instantiate_direction_getter(5)
+    def forward(self, t1, streamlines): return t1.with_data(self.direction_getter(t1.data))
+
+
+@padded_form.register(Peeks)
+class PeeksForm(PaddedForm):
+    def rows(self, inputs, lines, lengths): return inputs[0][:, :int(lengths.max())].flatten(0, 1)
+
+
+def test_what_torch_says_is_one_sentence_with_the_line_of_the_model(tmp_path, capfd, caplog):
+    "No codes of a terminal, no advice about torch, nothing printed beside it."
+    with pytest.raises(DataProblem) as e: export.export_onnx(Peeks(), tmp_path / "model")
+    told, said = str(e.value), capfd.readouterr()
+    assert told.startswith("a PeeksForm cannot be written as ONNX.") and "int(lengths.max())" in told and "test_export.py, line " in told and "x.shape" in told
+    assert not any(word in told for word in ("x1b", "\x1b", "\n", "torch.export.export", "http")) and len(told) < 600
+    assert not said.out and not said.err and not caplog.records and not list(tmp_path.iterdir())
+
+
 def test_no_file_that_is_wrong(tmp_path, monkeypatch):
     "A mismatch leaves nothing; what is there is not replaced; a model without a form says so."
     torch.manual_seed(0)

@@ -16,6 +16,7 @@ from dwiml_nb.study.toy import toy_study
 from dwiml_nb.training.registered import RegisteredTrainer
 from dwiml_nb.training.sinks import read_rows
 from dwiml_nb.training.trainer import DWIMLTrainer, DWIMLTrainerOneInput
+from dwiml_nb.widgets.batch_preview import BatchPreview
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +99,60 @@ def test_a_model_that_cannot_be_judged_says_so(study):
     batch = loader.load_batch_streamlines(next(iter(DWIMLBatchIDSampler(study, "bundles", 20, 20).batches())))
     with pytest.raises(ValueError, match="Bands cannot be validated, so it gives no loss of a batch"):
         losses_of_batch(model, ready(loader, batch))
+
+
+# ---- the preview
+
+def bits(model): return {k: v.clone() for k, v in model.state_dict().items()}
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def preview_of():
+    "A function that makes a preview of a trainer's batches."
+    made = []
+    def make(trainer):
+        made.append(BatchPreview(trainer.batch_loader, trainer.batch_sampler))
+        return made[-1]
+    yield make
+    for preview in made: preview.close()
+
+
+def test_that_very_batch_opens_in_the_colours_of_its_loss(trainer_of, preview_of):
+    trainer = trainer_of(augment={"reverse_ratio": .5, "segment_mm": 20., "off_track_mm": 1.})
+    preview, before = preview_of(trainer), bits(trainer.model)
+    preview.show_batch("training", 3, 1, loss=2.5, model=trainer.model)
+    ids = next(iter(trainer.batch_sampler.batches("training", epoch=3, start=1)))
+    batch = trainer.batch_loader.load_batch_streamlines(ids)
+    losses = losses_of_batch(trainer.model, ready(trainer.batch_loader, batch))
+    assert torch.equal(preview.batch.lines.data, batch.lines.data) and preview.error == ""
+    assert torch.equal(preview.losses.per_line, losses.per_line) and preview.viewer.colour == "loss"
+    assert f"logged loss 2.5, now {losses.loss:.4g}" in preview.told.value
+    assert same(bits(trainer.model), before) and trainer.model.training
+
+    shown = [line for _, line in preview.worst.options]
+    assert shown == losses.per_line.argsort(descending=True, stable=True)[:20].tolist()
+    assert all(word in preview.worst.options[0][0] for word in ("1. ", "sub-", "id in the study", " mm", "loss"))
+    preview.worst.value = shown[2]
+    assert preview.viewer.highlighted == shown[2] and preview.viewer.selection == (shown[2],)
+
+    preview.subject = preview.subject_options[-1]
+    which, scene = list(batch.ids_per_subj.values())[-1], preview.viewer.scene
+    assert which.start > 0
+    assert torch.equal(torch.from_numpy(scene.lines[0].data_per_line["mean loss"]), losses.per_line[which])
+    points = losses.per_point[batch.lines.offsets[which.start]:batch.lines.offsets[which.stop]]
+    assert torch.allclose(torch.from_numpy(scene.lines[0].data_per_point["loss"]), points, rtol=0, atol=0, equal_nan=True)
+
+    preview.next_batch()
+    assert "now" in preview.info and "logged" not in preview.info
+    preview.augmented = False
+    assert preview.losses is None and preview.viewer.colour == "direction" and preview.worst.layout.display == "none"
+
+
+def test_a_batch_that_does_not_exist_or_has_no_losses(trainer_of, preview_of, study):
+    preview = preview_of(trainer_of())
+    with pytest.raises(ValueError, match="there is no batch 1001"): preview.show_batch("training", 0, 1000)
+    assert (preview.epoch, preview.index) == (0, 0)
+    preview.show_batch("validation", 1, 0, loss=float("nan"), model=bands(study, Bands))
+    assert preview.context == "validation" and preview.losses is None
+    assert "Losses cannot be shown" in preview.info and "logged" not in preview.info

@@ -386,6 +386,15 @@ def own_store(
     "The address of the SQLite file of a folder of experiments."
     return f"sqlite:///{Path(experiments_path).absolute()}/mlflow.db"
 
+def check_text(
+    name:str, # Of an option of a logger
+    value, # What was given
+) -> str:
+    "The text that was given, if it is one."
+    if isinstance(value, str) and value.strip(): return value
+    raise ValueError(f"{name} of a logger is text, found {value!r:.80}")
+
+# %% ../../nbs/07_training/14_loggers.ipynb #7d1fb00c
 STATUS = {'ended': 'FINISHED', 'stopped': 'KILLED', 'failed': 'FAILED', 'running': 'RUNNING'} # -> MLflow's
 
 class MLflowBook(Book):
@@ -429,14 +438,6 @@ class MLflowBook(Book):
     def ended(self, state): self.status = STATUS[state]
     def close(self):
         if self.status != 'RUNNING': self.client.set_terminated(self.run, self.status or 'FINISHED')
-
-def check_text(
-    name:str, # Of an option of a logger
-    value, # What was given
-) -> str:
-    "The text that was given, if it is one."
-    if isinstance(value, str) and value.strip(): return value
-    raise ValueError(f"{name} of a logger is text, found {value!r:.80}")
 
 # %% ../../nbs/07_training/14_loggers.ipynb #f72f9b6b
 @patch

@@ -14,6 +14,7 @@ from dwiml_nb.study.toy import toy_study
 from dwiml_nb.runs.resume import trainer_from_folder
 from dwiml_nb.runs.run_files import train
 from dwiml_nb.core.errors import DataProblem
+from dwiml_nb.core.options import need_extra
 from dwiml_nb.batch.spec import InputSpec
 from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.models.autoencoder import ModelAE
@@ -152,6 +153,25 @@ def test_what_torch_says_is_one_sentence_with_the_line_of_the_model(tmp_path, ca
     assert told.startswith("a PeeksForm cannot be written as ONNX.") and "int(lengths.max())" in told and "test_export.py, line " in told and "x.shape" in told
     assert not any(word in told for word in ("x1b", "\x1b", "\n", "torch.export.export", "http")) and len(told) < 600
     assert not said.out and not said.err and not caplog.records and not list(tmp_path.iterdir())
+
+
+TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)", "bool": "tensor(bool)"}
+
+
+def test_the_note_of_a_registered_model_says_what_to_feed(tmp_path):
+    "Shapes and types are those of the file itself; preparation and fields are those of the class and its loader."
+    class Steps(Both): step_size, nb_previous_dirs, neighborhood_type, neighborhood_radius = 2., 3, "axes", 1.
+    torch.manual_seed(0)
+    dataset = MultiSubjectDataset(toy_study(tmp_path)).load_data()
+    model = registered_model(Steps, {}, dataset, "bundles", "input", collate_fn="pad").eval()
+    note = export.export_onnx(model, tmp_path / "model")
+    told = json.loads((tmp_path / "model.json").read_text())["preparation"]
+    assert told == note["preparation"] and (told["step_size_mm"], told["nb_previous_dirs"], told["collate_fn"]) == (2., 3, "pad")
+    session = need_extra("onnxruntime", "onnx").InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert [(o["name"], o["shape"], TYPES[o["dtype"]]) for o in told["inputs"]] == [(o.name, o.shape, o.type) for o in session.get_inputs()]
+    assert told["inputs"][0]["shape"] == ["items", "points", 7*15] and told["inputs"][0]["comes_from"] == "to_tensor(data_dict)['rows']"
+    assert told["fields"]["input"]["nb_features"] == 15 and len(told["fields"]["input"]["neighborhood_vectors_vox"]) == 7
+    assert set(told["fields"]) == {"input", "bundles", "input_lengths", "bundles_lengths"} and 'data_dict["data"]["input"]' in told["to_tensor"]
 
 
 def test_no_file_that_is_wrong(tmp_path, monkeypatch):

@@ -27,12 +27,13 @@ from ..core.files import atomic_file, check_outputs, write_json
 from ..core.options import need_extra
 from ..core.ragged import Ragged
 from ..core.registry import class_path, trusting
+from ..batch.spec import spec_of
 from ..data.dataset import MultiSubjectDataset
 from ..data.fingerprint import fingerprint
 from ..models.base import load_model
 from ..models.items import each_tensor, made_up, named_tensors
-from ..models.padded import PaddedForm, padded_form
-from ..models.registered import RegisteredModel
+from ..models.padded import SPACES, PaddedForm, padded_form, preparation_of
+from ..models.registered import RegisteredModel, text_of
 from .track import experiment_model, read_experiment
 
 # %% ../../nbs/08_runs/06_export.ipynb #7ab2c302
@@ -160,7 +161,9 @@ class RegisteredForm(nn.Module):
     ):
         super().__init__()
         self.net,self.batch = own.net,made_up(own.told['sample'])
-        self.name,self.space = class_path(own.model_class), own.streamline_space
+        self.name,self.spec,self.reads = class_path(own.model_class), spec_of(own), own.reads
+        self.text = text_of(own.to_tensor)
+        self.paths = {plain_name(k, 'batch'): k for k,_ in named_tensors(self.batch)}
         self.tensors = {plain_name(k, 'batch'): t for k,t in named_tensors(self.batch)}
         if not self.tensors or any(isinstance(t, Ragged) or t.ndim == 0 for t in self.tensors.values()):
             raise DataProblem(f"{self.name}.to_tensor gives no tensor of items, so it cannot be exported",
@@ -187,7 +190,6 @@ class RegisteredForm(nn.Module):
 
     @torch.no_grad()
     def expected(self, fed, found): return self.read(self.net(self.rebuilt([fed[k] for k in self.axes])))
-    def preparation(self): return {'to_tensor_of': self.name, 'streamline_space': self.space}
     def reading(self): return {k: f'what {self.name}.forward gives' for k in self.outputs}
 
 # %% ../../nbs/08_runs/06_export.ipynb #6a872e39
@@ -204,6 +206,33 @@ def sample(self:RegisteredForm, lengths:list, seed:int=0) -> dict: # As for `Pad
         if 'length' in name and like.ndim == 1: return lengths.to(like.dtype)
         return torch.ones(shape, dtype=like.dtype)
     return {k: made(k, t) for k,t in self.tensors.items()}
+
+# %% ../../nbs/08_runs/06_export.ipynb #7ab2c305
+@patch
+def fields(self:RegisteredForm) -> dict: # name of a field -> what it is
+    "What `to_tensor` finds of the study in `data_dict['data']`; data per streamline may be there besides."
+    around = self.spec.inputs[''].vectors.tolist()
+    each = {k: {'means': "the volume at each point, neighbour by neighbour", 'nb_features': n,
+                'neighborhood_vectors_vox': around} for k,n in (self.reads.get('inputs') or {}).items()}
+    words = f"the points of each line, {SPACES[self.spec.streamline_space]}"
+    lines = {self.reads['lines']: {'means': words}} if 'lines' in self.reads else {}
+    beside = {f'{k}_lengths': {'means': f"how many points each item of {k} has"} for k in (*each, *lines)}
+    return {**each, **lines, **(beside if self.reads.get('collate_fn') == 'pad' else {})}
+
+@patch
+def preparation(self:RegisteredForm) -> dict:
+    "How lines are prepared, what `to_tensor` reads, and what each input of the file is."
+    fields,about = self.fields(), []
+    for name,like in self.tensors.items():
+        free,path = self.axes[name], self.paths[name]
+        shape = [free.get(i, n) for i,n in enumerate(like.shape)]
+        told = {'name': name, 'shape': shape, 'dtype': str(like.dtype).removeprefix('torch.'),
+                'comes_from': f'to_tensor(data_dict){path}'}
+        about.append({**told, **({'field_of_that_name': fields[name]['means']} if name in fields else {})})
+    every = {k: v for k,v in preparation_of(self.spec).items() if k != 'inputs'}
+    collate = self.reads.get('collate_fn')
+    return {'to_tensor_of': self.name, **every, 'collate_fn': repr(collate) if callable(collate) else collate,
+            'fields': fields, 'inputs': about, 'to_tensor': self.text}
 
 # %% ../../nbs/08_runs/06_export.ipynb #99dd510d
 def about_data(

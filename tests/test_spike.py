@@ -1,6 +1,9 @@
 """A clicked batch: its losses per point and line under the model as it is now, and the widget that shows them."""
-import torch
+import threading
+import time
+
 import pytest
+import torch
 from bands import Bands
 
 from dwiml_nb.batch.loader import DWIMLBatchLoader, DWIMLBatchLoaderOneInput
@@ -17,6 +20,7 @@ from dwiml_nb.training.registered import RegisteredTrainer
 from dwiml_nb.training.sinks import read_rows
 from dwiml_nb.training.trainer import DWIMLTrainer, DWIMLTrainerOneInput
 from dwiml_nb.widgets.batch_preview import BatchPreview
+from dwiml_nb.widgets.training_dashboard import TrainingDashboard, between_batches
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,7 @@ def learn2track(study, **options):
 
 
 MODELS = {
-    "regression": lambda study: learn2track(study),
+    "regression": learn2track,
     "sphere": lambda study: learn2track(study, dg_key="sphere-classification"),
     "end": lambda study: learn2track(study, dg_args={"add_eos": True}),
     "own": lambda study: Guess(study.nb_features["input"], step_size=2.),
@@ -60,14 +64,14 @@ MODELS = {
 @pytest.fixture
 def trainer_of(study, tmp_path):
     "A function that makes a small trainer of a kind of model."
-    def make(kind="regression", augment=None, **options):
+    def make(kind="regression", augment=None, model_options=None, folder=tmp_path, **options):
         torch.manual_seed(0)
-        model, groups = MODELS[kind](study), {"streamline_group_name": "bundles", **(augment or {})}
+        model, groups = MODELS[kind](study, **(model_options or {})), {"streamline_group_name": "bundles", **(augment or {})}
         cls, loader = {"auto-encoder": (DWIMLTrainer, DWIMLBatchLoader), "registered": (RegisteredTrainer, RegisteredBatchLoader)}.get(
             kind, (DWIMLTrainerOneInput, DWIMLBatchLoaderOneInput))
         if loader is not DWIMLBatchLoader: groups["input_group_name"] = "input"
         most = dict(max_batches_per_epoch_training=3, max_batches_per_epoch_validation=1, max_epochs=1)
-        return cls(model, tmp_path, kind, DWIMLBatchIDSampler(study, "bundles", 20, 20), loader(study, model, **groups), device="cpu",
+        return cls(model, folder, kind, DWIMLBatchIDSampler(study, "bundles", 20, 20), loader(study, model, **groups), device="cpu",
                    **{**most, **options})
     return make
 
@@ -156,3 +160,56 @@ def test_a_batch_that_does_not_exist_or_has_no_losses(trainer_of, preview_of, st
     preview.show_batch("validation", 1, 0, loss=float("nan"), model=bands(study, Bands))
     assert preview.context == "validation" and preview.losses is None
     assert "Losses cannot be shown" in preview.info and "logged" not in preview.info
+
+
+# ---- a click in the dashboard
+
+def click(board, phase, i):
+    key = board.run_name, "loss", phase, "batch"
+    board.curves.pick(key, board.curves.traces[key], type("Points", (), {"point_inds": [i]}), None)
+
+
+def test_clicks_while_it_trains_change_no_bit(trainer_of, tmp_path):
+    looked = []
+    for name in ("alone", "watched"):
+        trainer = trainer_of(model_options={"dropout": .5}, folder=tmp_path / name, max_epochs=3, max_batches_per_epoch_training=4)
+        board = TrainingDashboard(trainer, seconds=0.)
+        if name == "watched": trainer.control.on_batch_end.append(lambda row: time.sleep(.05))
+        board.start()
+        while name == "watched" and board.is_running:
+            if not board.curves.traces.get((board.run_name, "loss", "training", "batch")): time.sleep(.01); continue
+            running = trainer.control.is_running
+            click(board, "training", 0)
+            assert board.error == "" and "now" in board.preview.info, board.preview.info
+            looked.append(running)
+        assert board.wait(60) == "ended" and board.exception is None
+        made = bits(trainer.model), [o["loss"] for o in read_rows(trainer.experiment_folder / "logs" / "batches.jsonl")]
+        if name == "alone": alone = made
+        board.close()
+    assert any(looked) and same(made[0], alone[0]) and made[1] == alone[1]
+
+
+def test_a_function_that_fails_between_batches_fails_where_it_was_asked_for(trainer_of):
+    control, threads = trainer_of().control, []
+    assert between_batches(control, lambda: 7) == 7 and control.on_batch_end == []
+    with pytest.raises(ZeroDivisionError): between_batches(control, lambda: 1/0)
+    control.state = "training"
+    with pytest.raises(TimeoutError, match="no batch within 0.05 s"): between_batches(control, lambda: 7, seconds=.05)
+    ender = threading.Timer(.1, lambda: control.tell(control.on_batch_end, {}))
+    ender.start()
+    assert between_batches(control, lambda: threads.append(threading.current_thread())) is None
+    assert threads == [ender] and control.on_batch_end == []
+
+
+def test_a_folder_says_where_its_batches_open(trainer_of):
+    trainer = trainer_of()
+    trainer.train_and_validate()
+    board = TrainingDashboard(trainer.experiment_folder)
+    click(board, "training", 1)
+    assert board.preview is None and "opens where its trainer is" in board.message.value
+    board.close()
+    board = TrainingDashboard(trainer)
+    click(board, "validation", 0)
+    row = [o for o in read_rows(trainer.experiment_folder / "logs" / "batches.jsonl") if o["phase"] == "validation"][0]
+    assert f"logged loss {row['loss']:.4g}, now {row['loss']:.4g}" in board.preview.info and "validation batch 1" in board.still()
+    board.close()

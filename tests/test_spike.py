@@ -28,11 +28,11 @@ def study(tmp_path_factory): return MultiSubjectDataset(toy_study(tmp_path_facto
 
 
 class Guess(MainModelAbstract):
-    "A loss without average_results."
-    def __init__(self, nb_features, **kwargs):
+    "A loss without average_results, and a model that draws numbers in evaluation too."
+    def __init__(self, nb_features, dropout=0., **kwargs):
         super().__init__(**kwargs)
-        self.layer = torch.nn.Linear(nb_features, 3)
-    def forward(self, inputs, streamlines): return [self.layer(x) for x in inputs]
+        self.layer, self.drop = torch.nn.Linear(nb_features, 3), torch.nn.Dropout(dropout)
+    def forward(self, inputs, streamlines): return [self.drop(self.layer(x)) + 0*torch.rand(1) for x in inputs]
     def compute_loss(self, outputs, targets):
         errors = torch.cat([o[:-1] - s.diff(dim=0) for o, s in zip(outputs, targets)]).square().sum(1)
         return errors.mean(), len(errors)
@@ -55,7 +55,7 @@ MODELS = {
     "regression": learn2track,
     "sphere": lambda study: learn2track(study, dg_key="sphere-classification"),
     "end": lambda study: learn2track(study, dg_args={"add_eos": True}),
-    "own": lambda study: Guess(study.nb_features["input"], step_size=2.),
+    "own": lambda study, **options: Guess(study.nb_features["input"], step_size=2., **options),
     "auto-encoder": lambda study: ModelAE(),
     "registered": bands,
 }
@@ -170,15 +170,16 @@ def click(board, phase, i):
 
 
 def test_clicks_while_it_trains_change_no_bit(trainer_of, tmp_path):
-    looked = []
+    looked, clicking = [], threading.Event()
     for name in ("alone", "watched"):
-        trainer = trainer_of(model_options={"dropout": .5}, folder=tmp_path / name, max_epochs=3, max_batches_per_epoch_training=4)
+        trainer = trainer_of("own", model_options={"dropout": .5}, folder=tmp_path / name, max_epochs=3, max_batches_per_epoch_training=4)
         board = TrainingDashboard(trainer, seconds=0.)
-        if name == "watched": trainer.control.on_batch_end.append(lambda row: time.sleep(.05))
+        if name == "watched": trainer.control.on_batch_end.append(lambda row: clicking.wait(30))
         board.start()
         while name == "watched" and board.is_running:
             if not board.curves.traces.get((board.run_name, "loss", "training", "batch")): time.sleep(.01); continue
             running = trainer.control.is_running
+            clicking.set()
             click(board, "training", 0)
             assert board.error == "" and "now" in board.preview.info, board.preview.info
             looked.append(running)

@@ -4,6 +4,7 @@ import copy
 import json
 import multiprocessing
 import os
+import random
 import signal
 import threading
 import warnings
@@ -732,6 +733,32 @@ def test_a_killed_run_goes_on_to_the_same_bits(make, tmp_path):
     for which in ("epochs", "batches"):
         a, b = ({k: v for k, v in read_logs(o.experiment_folder, which).items() if "second" not in k} for o in (whole, again))
         assert a == b, which
+
+
+def test_what_a_class_draws_belongs_to_its_batch(make, tmp_path):
+    "In to_tensor and in a step, from Python, numpy and torch: after a kill, in workers; outside nothing is noticed."
+    @dwiml_model
+    class Draws(Bands):
+        def train_step(self, batch): return Bands.train_step(self, batch*(1 + .1*random.random() + .1*np.random.rand()))
+        @staticmethod
+        def to_tensor(data_dict): return Bands.to_tensor(data_dict)*(1 + np.random.rand() + random.random() + torch.rand(1).item())
+    def run(seed, trainer):
+        seed_all(seed)
+        trainer.train_and_validate()
+        return weights(trainer), np.random.rand(), random.random()
+    def killed():
+        trainer = make(Draws, name="drawn", max_epochs=3)
+        trainer.control.on_batch_end.append(lambda row: (row["epoch"], row["batch"]) == (1, 2) and os.kill(os.getpid(), signal.SIGKILL))
+        run(1, trainer)
+    child = multiprocessing.get_context("fork").Process(target=killed)
+    child.start(); child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    again, whole, worker = run(2, trainer_from_folder(tmp_path, "drawn")), run(3, make(Draws, max_epochs=3)), run(4, make(Draws, name="worker", max_epochs=3, nb_cpu_processes=1))
+    assert same(again[0], whole[0]) and same(whole[0], worker[0])
+    for seed, found in ((2, again), (3, whole), (4, worker)):
+        seed_all(seed)
+        assert found[1:] == (np.random.rand(), random.random())
+    assert not same(whole[0], run(3, make(Draws, name="other", max_epochs=3, seed=77))[0])
 
 
 OPTIONS = {"bf16": dict(autocast="bf16"), "ema": dict(ema_decay=.5), "frozen": dict(frozen=["*bias"]), "cosine": dict(lr_schedule="cosine"),

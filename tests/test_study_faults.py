@@ -38,6 +38,7 @@ from dwiml_nb.study.schema import INDEX_KEYS
 from dwiml_nb.study.grow import add_subjects, repack_study
 from dwiml_nb.study.lists import SUBSETS
 from dwiml_nb.study.schema import attr_words, open_study
+from unchecked import save_unchecked
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 CONFIG = {"fa": {"type": "volume", "files": "fa.nii.gz", "standardization": "all"}, "lines": {"type": "streamlines", "files": "*.trk", "dps_keys": "weight"}}
@@ -502,8 +503,7 @@ def test_parts_of_other_sources_are_never_taken(tmp_path):
     sources, study = make_sources(tmp_path / "in"), tmp_path / "study.hdf5"
     good = (sources / "b" / "all.trk").read_bytes()
     def attempt(**options):
-        lines = Ragged.from_list([torch.full((3, 3), torch.nan)])
-        save_tractogram(Tractogram(lines, Grid(np.eye(4), (4, 4, 4)), {"weight": np.ones((1, 1))}), sources / "b" / "all.trk")
+        save_unchecked([np.full((3, 3), np.nan)], Grid(np.eye(4), (4, 4, 4)), sources / "b" / "all.trk", {"weight": np.ones((1, 1))})
         with pytest.raises(DataProblem, match="NaN"): create(sources, study, **options)
         (sources / "b" / "all.trk").write_bytes(good)
         return [p.name for p in (tmp_path / ".study.parts").glob("*.hdf5")]

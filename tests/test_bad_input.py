@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from dwiml_nb.core.errors import DataProblem
-from dwiml_nb.core.ragged import Ragged
 from dwiml_nb.core.space import grid_of
 from dwiml_nb.core.tractograms import Tractogram, load_tractogram, save_tractogram
 from dwiml_nb.data.dataset import MultiSubjectDataset

@@ -89,7 +89,7 @@ def said(capsys, command, *words):
 # Words and options
 
 def test_options_may_stand_before_values(here, tmp_path, capsys):
-    name, mine = "training.experiment_name=between", tmp_path / "mine.py"
+    name, mine = "training.experiment_name=between", tmp_path / "between.py"
     mine.write_text("")
     assert "ended" in said(capsys, dwiml_train, here / "run.toml", "--trust", mine, name, "training.max_epochs=1")
     assert "max_epochs = 7" in said(capsys, dwiml_config, "new", "--out", tmp_path / "new.toml", "training.max_epochs=7") + (tmp_path / "new.toml").read_text()

@@ -165,7 +165,7 @@ def recording(base, name, calls):
     def method(self, *args, **kwargs):
         calls.append(args)
         return getattr(super(cls, self), name)(*args, **kwargs)
-    cls = type(base.__name__, (base,), {name: method})
+    cls = type(f"Recording{base.__name__}", (base,), {name: method})
     return cls
 
 

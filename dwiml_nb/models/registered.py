@@ -277,6 +277,7 @@ class Weighed(TorchFunctionMode):
                         f"choose smaller layers in [model.{self.name}].")
         return function(*args, **kwargs)
 
+# %% ../../nbs/05_models/17_registered.ipynb #f78c22b2
 def build(
     cls:type, # A registered class
     config:Config,

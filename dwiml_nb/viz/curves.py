@@ -148,6 +148,7 @@ class Line:
     @property
     def key(self): return self.run, self.value, self.phase, self.kind
 
+# %% ../../nbs/09_viz/10_curves.ipynb #a41b19c5
 def lines_of(
     runs:dict, # label -> `RunLog`
     smoothing:float=0., # As for `smoothed`

@@ -1,5 +1,6 @@
 """What widgets say and leave behind is so: stills, choices, interrupted waits, errors, epochs, files and contrast."""
 import asyncio
+import gc
 import html
 import itertools
 import re
@@ -374,3 +375,13 @@ def test_text_keeps_its_contrast_in_both_themes():
             assert theme.contrast(colour, paper) >= 4.5, (selector, colour, paper)
     style, font = theme.matplotlib_style(), theme.plotly_style()["font"]["color"]
     for colour in (style["text.color"], style["axes.labelcolor"], style["xtick.color"], style["ytick.color"], font): assert theme.contrast(colour, theme.PAPER) >= 4.5
+
+
+def test_a_widget_that_could_not_be_made_is_silent_when_it_goes(tmp_path, monkeypatch):
+    (tmp_path/"study.hdf5").write_bytes(b"no study")
+    told = []
+    monkeypatch.setattr("sys.unraisablehook", lambda e: told.append(e))
+    for make in (StudyBrowser, BatchPreview):
+        with pytest.raises(Exception): make(tmp_path/"study.hdf5")
+        gc.collect()
+    assert not told

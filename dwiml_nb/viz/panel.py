@@ -162,6 +162,8 @@ class Panel(W.VBox):
             if self.is_reloaded: self.message.send({'mark': self.mark, 'still': data['text/html']})
         if self.owner is not None: self.owner.renewal()
     def close(self): self.is_shown = False; self.message.close(); super().close()
+    def __del__(self):
+        if self.comm is not None: super().__del__()                # else its making failed: nothing to close
     def _repr_mimebundle_(self, **kwargs) -> dict:
         if in_notebook(): return super()._repr_mimebundle_(**kwargs)
         return {'text/plain': repr(self), 'text/html': self.still()}

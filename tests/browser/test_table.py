@@ -41,7 +41,8 @@ def test_the_study_as_a_table(notebook):  # noqa: F811 - a fixture
     shot(widget, "table_searched")
     rows.nth(7).locator("td").nth(1).click()  # sub-012
     wait_until(lambda: "120 of 120 lines of bundles of sub-012, over input of sub-012" in widget.inner_text(), said=widget.inner_text)
-    wait_until(lambda: widget.get_by_alt_text("sub-012 from three sides").count() == 1 and "Found: 1 of 1280 voxels" in widget.inner_text())
+    pictures = widget.get_by_alt_text("sub-012 from three sides")  # one is in the still, which is hidden
+    wait_until(lambda: pictures.filter(visible=True).count() == 1 and "Found: 1 of 1280 voxels" in widget.inner_text(), said=widget.inner_text)
     shot(widget, "table_looked")
     widget.get_by_role("button", name="Leave out").click()
     wait_until(lambda: "dwiml-off" in (rows.nth(7).get_attribute("class") or ""))

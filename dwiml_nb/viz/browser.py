@@ -7,7 +7,7 @@ __all__ = ['SMALLEST_BEND', 'MOST_VOXELS', 'CAMERA_JS', 'SHADERS_JS', 'CARD_JS',
            'PICTURE_JS', 'LABELS_JS', 'MOUSE_JS', 'BAR_JS', 'STAGE_CSS', 'LOOK_JS', 'VIEW_JS', 'HEAR_JS', 'PAINT_JS',
            'HAND_JS', 'PARTS_JS', 'STAGE_JS', 'SHARED', 'PAGE_JS', 'points_to_send', 'varies_along', 'line_state',
            'colour_bytes', 'volume_state', 'scene_state', 'legend_state', 'as_css', 'look_state', 'as_sent',
-           'BrowserStage', 'camera_of', 'frame_of_camera', 'BrowserFace', 'turning_page']
+           'BrowserStage', 'camera_of', 'frame_of_camera', 'BrowserFace', 'turning_part', 'turning_page']
 
 # %% ../../nbs/09_viz/06_browser.ipynb #a3410eba
 import base64
@@ -22,6 +22,7 @@ from ..core.lines import mark_bends
 from .painter import Frame, VIEWS, frame_of, view_from
 from .scene import LineSet, Scene, Slices
 from .theme import DARK_INK, DARK_PAPER, DARK_QUIET, INK, PAPER, QUIET, rgba, value_colours
+from .panel import Part, page_of
 from .faces import Face
 
 # %% ../../nbs/09_viz/06_browser.ipynb #d5abbb96
@@ -777,6 +778,7 @@ function lookOf(model) {
 # %% ../../nbs/09_viz/06_browser.ipynb #21a42aed
 VIEW_JS = r"""
 const KINDS = [["volumes", Volume], ["points", Points]]
+const STAGES = (window.dwimlStages ??= new Set())     // on this page, whoever made them
 class StageView {
   constructor(model, el) {
     const add = (tag, className, to) =>
@@ -796,6 +798,7 @@ class StageView {
     this.watch.observe(this.frame)
     this.theme = new MutationObserver(() => this.redraw())
     this.theme.observe(document.body, {attributes: true, attributeFilter: ["data-jp-theme-light"]})
+    STAGES.add(this)
     this.frame.addEventListener("pointerenter", () => { if (this.lost) this.begin() })
   }
   begin() {
@@ -828,6 +831,7 @@ class StageView {
     this.model.save_changes()
   }
   close() {
+    STAGES.delete(this)
     for (const [name, f] of this.heard) this.model.off(name, f)
     this.watch?.disconnect()
     this.theme?.disconnect()
@@ -889,7 +893,22 @@ Object.assign(StageView.prototype, {
     this.save()
   },
   save() { this.saving ??= setTimeout(() => { this.saving = null; this.model.save_changes() }, 100) },
-  set(name, value) { this.model.set(name, value); this.save() },
+  set(name, value) {
+    const all = ["cut_mm", "planes"].includes(name) ? [this, ...this.peers()] : [this]
+    for (const o of all) { o.model.set(name, value); o.save() }
+  },
+  peers() {
+    const own = this.model.get("together")
+    return own ? [...STAGES].filter(o => o !== this && o.sized && o.model.get("together") === own) : []
+  },
+  lead(rests = false) {
+    for (const o of this.peers()) {
+      o.camera.state = this.camera.state
+      o.fast = !rests
+      o.redraw()
+      if (rests) o.tell()
+    }
+  },
 })
 """
 
@@ -916,12 +935,16 @@ Object.assign(StageView.prototype, {
     if (!this.tip.hidden) this.tip.hidden = true
     clearTimeout(this.resting)
     this.redraw()
+    this.lead()
   },
   rest() {
     clearTimeout(this.resting)
-    this.resting = setTimeout(() => { this.fast = false; this.redraw(); this.tell() }, 150)
+    this.resting = setTimeout(() => { this.fast = false; this.redraw(); this.tell(); this.lead(true) }, 150)
   },
-  look(name) { this.camera.state = [...VIEWS[name], 0, 0, 0, 0, 1, 1]; this.tell(); this.redraw() },
+  look(name) {
+    this.camera.state = [...VIEWS[name], 0, 0, 0, 0, 1, 1]
+    this.tell(); this.redraw(); this.lead(true)
+  },
   full() { document.fullscreenElement ? document.exitFullscreen() : this.root.requestFullscreen() },
   download(ratio = 2) {
     const {canvas, camera} = this, look = this.get_look(), title = this.model.get("title")
@@ -1025,6 +1048,7 @@ class BrowserStage(AnyWidget):
     background = T.Unicode('auto', help="'light', 'dark', or 'auto': as the page.").tag(sync=True)
     highlighted = T.Int(-1, help="The line under the mouse, counted through all sets.").tag(sync=True)
     selection = T.List(help="The lines that were chosen, counted through all sets.").tag(sync=True)
+    together = T.Unicode('', help="Stages of a page with the same word turn together.").tag(sync=True)
     missing = T.Bool(False, help="The browser said that it cannot draw.").tag(sync=True)
     next_rung = T.Unicode('', help="What comes in a browser that cannot draw.").tag(sync=True)
 
@@ -1130,18 +1154,27 @@ class BrowserFace(Face):
 
 # %% ../../nbs/09_viz/06_browser.ipynb #984716c5
 PAGE_JS = r"""
-const fed = Uint8Array.from(atob(document.getElementById("data").textContent.trim()), c => c.charCodeAt(0))
-const opened = new Response(new Blob([fed]).stream().pipeThrough(new DecompressionStream("gzip")))
-const whole = new Uint8Array(await opened.arrayBuffer()), size = new DataView(whole.buffer).getUint32(0, true)
-const values = JSON.parse(new TextDecoder().decode(whole.subarray(4, 4 + size)), (_, v) =>
-  v?.bytes ? whole.slice(4 + size + v.bytes[0], 4 + size + v.bytes[1]) : v)
-const heard = {}
-const model = {
-  get: name => values[name],
-  set: (name, value) => { values[name] = value; (heard[`change:${name}`] ?? []).forEach(f => f()) },
-  on: (name, f) => (heard[name] ??= []).push(f), off() {}, save_changes() {}, send() {},
+async function unpack(text) {
+  const fed = Uint8Array.from(atob(text.trim()), c => c.charCodeAt(0))
+  const opened = new Response(new Blob([fed]).stream().pipeThrough(new DecompressionStream("gzip")))
+  const whole = new Uint8Array(await opened.arrayBuffer())
+  const size = new DataView(whole.buffer).getUint32(0, true)
+  return JSON.parse(new TextDecoder().decode(whole.subarray(4, 4 + size)), (_, v) =>
+    v?.bytes ? whole.slice(4 + size + v.bytes[0], 4 + size + v.bytes[1]) : v)
 }
-new StageView(model, document.getElementById("stage"))
+function modelOf(values) {
+  const heard = {}
+  return {
+    get: name => values[name],
+    set: (name, value) => { values[name] = value; (heard[`change:${name}`] ?? []).forEach(f => f()) },
+    on: (name, f) => (heard[name] ??= []).push(f), off() {}, save_changes() {}, send() {},
+  }
+}
+for (const el of document.querySelectorAll(".dwiml-turns")) {
+  const values = await unpack(el.querySelector("script").textContent)
+  new StageView(modelOf(values), el)
+}
+document.dispatchEvent(new Event("dwiml-ready"))
 """
 
 # %% ../../nbs/09_viz/06_browser.ipynb #6cf11505
@@ -1161,13 +1194,13 @@ def packed(
     return gzip.compress(len(text).to_bytes(4, 'little') + text + b''.join(chunks), 6, mtime=0)
 
 # %% ../../nbs/09_viz/06_browser.ipynb #cc9d03b7
-def turning_page(
+def turning_part(
     scene:Scene,
     camera=None, # As `BrowserStage.camera`; None: obliquely, all of it
     height:int=600, # Of the picture, pixels; it is as wide as the page
-    **traits, # Other traits of `BrowserStage`: background, selection, …
-) -> str: # HTML
-    "One page that shows a scene and turns it, without a network or a kernel."
+    **traits, # Other traits of `BrowserStage`: background, selection, together, …
+) -> Part:
+    "A scene that turns, as a part of a page."
     sent = [line_state(s, varies_along(s)) for s in scene.lines]
     defaults = {name: trait.default() for name,trait in BrowserStage.class_own_traits(sync=True).items()}
     state = {**defaults, **scene_state(scene), **look_state(scene), 'lines': [o for o,_ in sent],
@@ -1175,12 +1208,16 @@ def turning_page(
              'camera': camera or [30, 30, 0, 0, 0, 0, 600, 450], 'page': True, **traits}
     lists = {name: list(v) for name,v in state.items() if isinstance(v, tuple)}
     data = base64.b64encode(packed(state | lists)).decode()
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{escape(scene.title)}</title>
-<meta name="viewport" content="width=device-width"><style>{STAGE_CSS}
-body {{ margin: 1em; font: 14px system-ui, sans-serif }}</style></head><body>
-<div>{escape(scene.title)}</div><div id="stage"></div>
+    return Part(f"""<div class="dwiml-turns"><div>{escape(scene.title)}</div>
 <noscript>This page needs JavaScript to show its picture.</noscript>
-<script type="text/plain" id="data">{data}</script>
-<script type="module">{PARTS_JS}{PAGE_JS}</script></body></html>
-"""
+<script type="text/plain">{data}</script></div>""",
+                f'<style>{STAGE_CSS}</style><script type="module">{PARTS_JS}{PAGE_JS}</script>', scene.title)
+
+def turning_page(
+    scene:Scene,
+    camera=None, # As `BrowserStage.camera`; None: obliquely, all of it
+    height:int=600, # Of the picture, pixels; it is as wide as the page
+    **traits, # Other traits of `BrowserStage`: background, selection, …
+) -> str: # HTML
+    "One page that shows a scene and turns it, without a network or a kernel."
+    return page_of([turning_part(scene, camera, height, **traits)])

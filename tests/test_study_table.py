@@ -238,11 +238,59 @@ def test_a_filter_is_looked_at_and_told(browser):
     browser.look()
     kept = len(LineFilter("weight > 0.5")(browser.dataset.training.streamlines_of(0, "bundles")))
     assert browser.viewer.caption.value.startswith(f"{kept} of 120 lines") and "bundle" not in browser.error
-    text = next(w for w in browser.children[1].children[0].children if type(w).__name__ == "Text")
+    text = next(w for w in browser.children[1].children[0].children if getattr(w, "description", "") == "lines with")
     text.value = "wieght > 1"
     assert "Did you mean 'weight'" in browser.error and browser.line_filter == "weight > 0.5"
     text.value = ""
     assert browser.line_filter == "" and not browser.error and browser.viewer.caption.value.startswith("120 of 120")
+
+
+def test_two_numbers_are_the_range_of_lengths(browser):
+    low, high = browser.length_boxes
+    browser.line_filter = "weight > 0.2, length_mm > 22"
+    assert (low.value, high.value) == ("22", "")
+    high.value = "26.5"
+    assert browser.line_filter == "length_mm >= 22, length_mm <= 26.5, weight > 0.2"
+    for wrong, said in (("30", "goes up, found 30 to 26.5 mm"), ("1 cm", "such as 20, or nothing; found '1 cm'"), ("nan", "found 'nan'")):
+        low.value = wrong
+        assert said in browser.error and browser.line_filter == "length_mm >= 22, length_mm <= 26.5, weight > 0.2"
+    low.value = ""
+    assert browser.line_filter == "length_mm <= 26.5, weight > 0.2" and not browser.error
+    browser.line_filter = "length_mm == 25"
+    assert (low.value, high.value) == ("", "")
+    low.value = "20"
+    assert browser.line_filter == "length_mm >= 20, length_mm == 25"
+
+
+def test_a_study_of_volumes_alone(study, tmp_path):
+    path = tmp_path / "volumes.hdf5"
+    with h5py.File(study) as old, h5py.File(path, "w") as new:
+        for key, value in old.attrs.items(): new.attrs[key] = value
+        for subject in old:
+            for group in ("input", "wm_mask"): old.copy(old[subject][group], new.require_group(subject), group)
+        for attr in list(new.attrs):
+            if "headers" in attr: del new.attrs[attr]
+    browser = StudyBrowser(path)
+    assert browser.choice == {"input_group_name": "input"} and browser.lengths_button.disabled
+    browser.input_group_name = ["input", "wm_mask"]
+    exec(browser.code, {}, made := {})
+    assert made["volume"].shape[-1] == 1 and "choose a streamlines group" in browser.code
+    browser.look()
+    browser.code_button.click()
+    assert not browser.error and "get_volume" in browser.code_box.value
+    browser.input_group_name = ""
+    exec(browser.code, {}, made := {})
+    assert list(made) == ["MultiSubjectDataset", "dataset"]
+    for o in (browser.dataset, made["dataset"], browser): o.close()
+
+
+def test_many_subjects_are_cut_where_they_are_shown(dataset):
+    many = MultiSubjectDataset(dataset.path, lazy=True).load_data()
+    many.subsets["training"].data = many.subsets["training"].data[:1] * 3000
+    html = many._repr_html_()
+    assert html.count("<tr>") == 51 and html.endswith("<p>… and 2,952 more</p>") and repr(many).endswith("… and 2,952 more")
+    assert dataset._repr_html_().count("<tr>") == 5 and "more" not in repr(dataset) and len(many.table()) == 3003
+    many.close()
 
 
 def test_a_page_that_is_turned_forgets_the_one_before(browser):

@@ -86,14 +86,28 @@ def make_loader(self:StudyChoice,
     return cls(dataset or self.make_dataset(), model, **(self.groups | options))
 
 # %% ../../nbs/03_batch/08_choice.ipynb #76bfc92b
+def code_of_volumes(
+    dataset:str, # The line that makes the dataset
+    groups, # Volume group, or a list of several
+) -> str:
+    "Python for a choice without lines."
+    names = [groups] if isinstance(groups, str) and groups else list(groups or ())
+    read = [f"volume = dataset.training.get_volume(0, {g!r})  # (X, Y, Z, features) of the first subject\n"
+            for g in names]
+    return (f"from dwiml_nb.all import MultiSubjectDataset\n{dataset}{''.join(read)}"
+            "# Sampler and loader make batches of lines: choose a streamlines group for them.")
+
+# %% ../../nbs/03_batch/08_choice.ipynb #2128edfe
 @patch(as_prop=True)
 def code(self:StudyChoice) -> str:
     "Python that makes the dataset, the sampler and the loader; `model` is yours."
     f,given = self.dataset.file, lambda **d: ''.join(f', {k}={v!r}' for k,v in d.items() if v)
     data = given(lazy=self.dataset.lazy, allow_links=f.allow_links, leave_out=self.without)
+    dataset = (f"dataset = MultiSubjectDataset({self.tables['data']['hdf5_file']!r}{data})"
+               ".load_data()\n")
+    if not self.streamline_group_name: return code_of_volumes(dataset, self.input_group_name)
     loader = 'DWIMLBatchLoaderOneInput' if self.input_group_name else 'DWIMLBatchLoader'
     lines = given(streamline_group_name=self.streamline_group_name, line_filter=self.conditions)
-    return (f"from dwiml_nb.all import MultiSubjectDataset, DWIMLBatchIDSampler, {loader}\n"
-            f"dataset = MultiSubjectDataset({self.tables['data']['hdf5_file']!r}{data}).load_data()\n"
+    return (f"from dwiml_nb.all import MultiSubjectDataset, DWIMLBatchIDSampler, {loader}\n{dataset}"
             f"sampler = DWIMLBatchIDSampler(dataset{lines})\n"
             f"loader = {loader}(dataset, model{given(**self.groups)})")

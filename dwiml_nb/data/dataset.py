@@ -317,7 +317,8 @@ def headline(self:MultiSubjectDataset) -> str:
 # %% ../../nbs/02_data/04_dataset.ipynb #5b7f24bd
 @patch
 def __repr__(self:MultiSubjectDataset):
-    return f"MultiSubjectDataset({printable(self.headline())})\n{columns(self.table())}"
+    return f"MultiSubjectDataset({printable(self.headline())})\n{columns(self.table(), most=50)}"
 @patch
 def _repr_html_(self:MultiSubjectDataset):
-    return f"<p><b>MultiSubjectDataset</b> {html_text(self.headline())}</p>{html_table(self.table())}"
+    table = html_table(self.table(), most=50)
+    return f"<p><b>MultiSubjectDataset</b> {html_text(self.headline())}</p>{table}"

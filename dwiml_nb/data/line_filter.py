@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIGNS', 'OF_EVERY_LINE', 'CONDITION', 'Condition', 'condition_of', 'conditions_of', 'LineFilter', 'column_of',
-           'check_filter']
+           'length_range', 'with_length_range', 'check_filter']
 
 # %% ../../nbs/02_data/07_line_filter.ipynb #151142de
 import math
@@ -91,6 +91,28 @@ def column_of(
                       else f"'{condition}' is of a column that is not there",
                       expected=f"{condition.key}[0] to {condition.key}[{width - 1}]", found=str(condition),
                       subject=subject, group=group)
+
+# %% ../../nbs/02_data/07_line_filter.ipynb #c6c13ecc
+def length_range(
+    line_filter, # As `conditions_of` takes it
+) -> tuple: # low, high in mm; None: no such limit
+    "The range of lengths that a filter asks for."
+    found = [c for c in conditions_of(line_filter) if c.key == 'length_mm']
+    low = max((c.value for c in found if c.sign in ('>', '>=')), default=None)
+    return low, min((c.value for c in found if c.sign in ('<', '<=')), default=None)
+
+def with_length_range(
+    line_filter, # As `conditions_of` takes it
+    low:float=None, # mm; None: no such limit
+    high:float=None, # mm; None: no such limit
+) -> str:
+    "The filter with another range of lengths."
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"a range of lengths goes up, found {low:g} to {high:g} mm")
+    others = [c for c in conditions_of(line_filter) if c.key != 'length_mm' or c.sign in ('==', '!=')]
+    limits = [Condition('length_mm', None, sign, float(v)) for sign,v in (('>=', low), ('<=', high))
+              if v is not None]
+    return ', '.join(map(str, limits + others))
 
 # %% ../../nbs/02_data/07_line_filter.ipynb #9b93f635
 def check_filter(

@@ -6,6 +6,7 @@
 __all__ = ['StudyBrowser', 'take_over']
 
 # %% ../../nbs/11_widgets/01_study_browser.ipynb #cfe1c2de
+import math
 from html import escape
 import ipywidgets as W
 import traitlets as T
@@ -14,7 +15,7 @@ from fastcore.basics import patch
 from ..core.errors import html_text
 from ..data.dataset import MultiSubjectDataset
 from ..data.fingerprint import some_of
-from ..data.line_filter import LineFilter
+from ..data.line_filter import LineFilter, length_range, with_length_range
 from ..batch.choice import StudyChoice, checked_filter
 from ..study.describe import html_table
 from ..study.lists import SUBSETS
@@ -81,10 +82,40 @@ class StudyBrowser(Panel):
         super().close()
     def __repr__(self): return f"StudyBrowser({self.dataset.path.name}, {self.subset}, {self.choice})"
 
+# %% ../../nbs/11_widgets/01_study_browser.ipynb #5a29da29
+def mm_of(
+    words:str, # As people write it; '': no limit
+) -> float:
+    "A length, or None."
+    if not words.strip(): return None
+    try: mm = float(words)
+    except ValueError: mm = math.nan
+    if math.isfinite(mm): return mm
+    raise ValueError(f"a length is a number of mm, such as 20, or nothing; found {words!r:.80}")
+
+def length_fields(
+    browser, # `StudyBrowser`
+) -> list: # of two `Text`
+    "The range of lengths, shown and set."
+    fields = [W.Text(description=d, placeholder=p, continuous_update=False, layout=W.Layout(width=w),
+                     style={'description_width': 'initial'})
+              for d,p,w in (('lines from', 'any', '9.5em'), ('to', 'any mm', '7em'))]
+    shows = lambda: ['' if v is None else f'{v:.15g}' for v in length_range(browser.line_filter)]
+    def show(change=None):
+        for field,words in zip(fields, shows()): field.value = words
+    def write(change):
+        if change['new'] == shows()[fields.index(change['owner'])]: return
+        limits = [mm_of(field.value) for field in fields]
+        browser.line_filter = with_length_range(browser.line_filter, *limits)
+    browser.observe(show, 'line_filter')
+    for field in fields: field.observe(browser.guard(write), 'value')
+    browser.length_boxes = fields
+    return fields
+
 # %% ../../nbs/11_widgets/01_study_browser.ipynb #a158c59d
 BUTTONS = {'look': ('Look', 'eye', "The selected subject in 3-D"),
            'out': ('Leave out', 'ban', "The selected subjects; again: take them back"),
-           'lengths': ('Lengths', 'bar-chart', "A histogram of lengths"),
+           'lengths': ('Lengths', 'bar-chart', "A histogram of lengths, of 200 subjects if there are more"),
            'check': ('Check all', 'check', "Lengths and check of every subject; again: stop"),
            'code': ('Code', 'code', "The code of this choice")}
 
@@ -101,12 +132,13 @@ def controls_of(
     subsets = W.ToggleButtons(options=browser.subset_options, style={'button_width': '6.5em'})
     W.link((subsets, 'value'), (browser, 'subset'))
     text = W.Text(placeholder='length_mm >= 20, …', description='lines with', continuous_update=False,
-                  style={'description_width': 'initial'}, layout=W.Layout(width='28em'))
+                  style={'description_width': 'initial'}, layout=W.Layout(width='22em'))
     T.dlink((browser, 'line_filter'), (text, 'value'))
     text.observe(browser.guard(lambda change: setattr(browser, 'line_filter', change['new'])), 'value')
     browser.code_box,wrap = W.HTML(), W.Layout(flex_flow='row wrap', align_items='flex-start')
     groups = [several_chooser(browser, 'input_group_name', 'inputs'),
-              chooser(browser, 'streamline_group_name', 'streamlines'), text]
+              chooser(browser, 'streamline_group_name', 'streamlines'),
+              *length_fields(browser), text]
     buttons = [getattr(browser, f'{name}_button') for name in BUTTONS]
     return W.VBox([W.HBox(groups, layout=wrap), W.HBox([subsets, *buttons], layout=wrap), browser.code_box])
 
@@ -137,6 +169,7 @@ def fill(self:StudyBrowser):
     self.subject_options = tuple(dict.fromkeys(subject for _,subject in inside))
     if self.subject not in self.row_of: self.subject = next(iter(self.subject_options), '')
     for button in (self.look_button, self.lengths_button, self.out_button): button.disabled = not inside
+    if not self.streamline_group_name: self.lengths_button.disabled = True
 
 @patch
 def heard(self:StudyBrowser,
@@ -217,6 +250,7 @@ def plot_lengths(self:StudyBrowser,
     of = f", {len(some)} of {len(inside):,} subjects" if len(some) < len(inside) else ''
     self.lengths = figure_png(histogram_picture(lengths, f"length of {group} (mm), {self.subset}{of}"))
     self.put_below('plot_lengths', W.Image(value=self.lengths, layout=W.Layout(width='max-content')))
+    if of: self.say(f"lengths{of}, evenly spread; browser.plot_lengths(most=…) reads those of more")
     return Image(self.lengths)
 
 # %% ../../nbs/11_widgets/01_study_browser.ipynb #0566d374

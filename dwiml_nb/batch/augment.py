@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Augmentation', 'draw_splits', 'split_lengths', 'draw_reverse', 'draw_segments', 'draw_to_ends', 'go_on',
-           'draw_shifts', 'draw_off_track', 'displaced', 'Draws', 'draw', 'augment', 'points_left', 'real_ends']
+           'draw_shifts', 'draw_off_track', 'displaced', 'Draws', 'draw', 'silent', 'augment', 'points_left',
+           'real_ends']
 
 # %% ../../nbs/03_batch/06_augment.ipynb #324d3921
 from dataclasses import dataclass
@@ -208,6 +209,12 @@ def draw(
     return d
 
 # %% ../../nbs/03_batch/06_augment.ipynb #68ae07dd
+def silent(
+    stage:str, # Its name
+    lines:Ragged, # As they are then
+):
+    "Nobody listens."
+
 def augment(
     lines:Ragged, # (P, 3) mm, equidistant where off-track noise is asked for
     draws:Draws,
@@ -215,20 +222,22 @@ def augment(
     step_mm:float=None, # Distance between points, for the targets of off-track lines
     prepare=None, # Function that gives the lines their points, called once they are cut in two
     beyond:Tensor=None, # (S',) points added behind the last one of each cut line, straight on
+    note=silent, # Function that is told each stage: its name and its lines
 ) -> tuple: # Ragged: the lines walked; Ragged: the target lines
     "The lines cut, turned, moved and pushed off track; white noise comes later, after sampling the volume."
-    if draws.split is not None: lines,_ = split(lines, draws.split)
-    if prepare is not None: lines = prepare(lines)
-    if draws.start is not None: lines = cut(lines, draws.start, draws.kept)
-    if draws.turned is not None: lines = reverse(lines, draws.turned)
-    if beyond is not None: lines = go_on(lines, beyond)
+    if draws.split is not None: note('split', lines := split(lines, draws.split)[0])
+    if prepare is not None: note('resampled', lines := prepare(lines))
+    if draws.start is not None: note('segment', lines := cut(lines, draws.start, draws.kept))
+    if draws.turned is not None: note('reversed', lines := reverse(lines, draws.turned))
+    if beyond is not None: note('beyond', lines := go_on(lines, beyond))
     if draws.shift_mm is not None:
         lines = lines.with_data(
             lines.data + draws.shift_mm.to(lines.data).repeat_interleave(lines.lengths, dim=0))
+        note('widened', lines)
     if draws.sigma_mm is None: return lines, lines
     drift = wandering_noise(lines, draws.sigma_mm, options.off_track_corr_mm,
                             torch.Generator().manual_seed(draws.noise_seed))
-    walked = lines.with_data(lines.data + drift.data)
+    note('off track', walked := lines.with_data(lines.data + drift.data))
     return walked, lead_back_targets(lines, walked, step_mm, options.lead_mm or 5.)
 
 # %% ../../nbs/03_batch/06_augment.ipynb #4b6a145c

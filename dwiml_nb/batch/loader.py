@@ -26,7 +26,7 @@ from .spec import spec_of
 from .inputs import InputsAt, groups_of_inputs, known_group, model_scale
 from .order import keyed_rng
 from .sampler import BatchIds, batch_words
-from .augment import Augmentation, Draws, augment, displaced, draw, points_left
+from .augment import Augmentation, Draws, augment, displaced, draw, points_left, silent
 
 # %% ../../nbs/03_batch/07_loader.ipynb #da02c903
 class Place(NamedTuple):
@@ -140,6 +140,8 @@ def tensors(self:Batch) -> list:
 # %% ../../nbs/03_batch/07_loader.ipynb #4bf8886b
 class DWIMLBatchLoader(NamesOfDwiml):
     "Loads the streamlines of a batch as the model wants them."
+    listen = staticmethod(silent) # Told each stage that lines go through: `batch_in_stages` listens
+
     def __init__(self,
         dataset, # `MultiSubjectDataset`, loaded
         model, # The model, or its `ModelSpec`
@@ -285,7 +287,8 @@ def load_batch_streamlines(self:DWIMLBatchLoader,
     subset,cut_first = self.dataset.subset(ids_per_subj.subset), spec.nb_points or spec.compress_lines
     parts = [self.load_lines_voxmm(subset, s, ids) for s,ids in batch_ids]
     lines = parts[0] if len(parts) == 1 else Ragged.cat(parts)
-    if not cut_first: lines = self.as_model_wants(lines)
+    self.listen('as stored', lines)
+    if not cut_first: self.listen('resampled', lines := self.as_model_wants(lines))
     if draws is None: draws = self.draw_batch(lines.lengths, ids_per_subj)
     history = dict(ids=batch_ids, draws=draws, made_by=self.made_by(batch_ids, ids_per_subj.subset, draws),
                    to_rasmm={s: self.space_of(subset, s)[1] for s in ids_per_subj})
@@ -296,7 +299,7 @@ def load_batch_streamlines(self:DWIMLBatchLoader,
         left[:, 1] -= beyond
     if draws.split is not None: ids_per_subj = slices_after_split(ids_per_subj, draws.split)
     walked,targets = augment(lines, draws, self.augmentation, spec.step_size,
-                             self.as_model_wants if cut_first else None, beyond)
+                             self.as_model_wants if cut_first else None, beyond, self.listen)
     same,walked = targets is walked, self.to_model_space(walked, ids_per_subj)
     return Batch(walked, ids_per_subj, walked if same else self.to_model_space(targets, ids_per_subj),
                  history, ends=ends, left=left)

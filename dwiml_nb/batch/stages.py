@@ -24,7 +24,7 @@ from .loader import (Batch, DWIMLBatchLoader, DWIMLBatchLoaderOneInput, IdsPerSu
 @dataclass
 class Stage:
     "The lines of a batch at one stage, and what has happened to each of them so far."
-    name:str # 'as stored', 'resampled', 'split', 'segment', 'reversed', 'beyond', 'widened', 'off track', 'noise'
+    name:str # 'as stored', 'resampled', or what was done: a key of `DOES`
     batch:Batch # With the lines of this stage, and its targets from 'off track' on
     origin:np.ndarray # (S,) rank of each line among those that were chosen
     part:np.ndarray # (S,) 0: it is whole; 1 or 2: the first or second part of one
@@ -98,8 +98,9 @@ def of_noise(loader, draws, before, lines):
     return Done('noise, SD (mm)', mm, lambda i: ', '.join(said))
 
 # %% ../../nbs/03_batch/09_stages.ipynb #ae197d01
+# stage -> what it did
 DOES = {'split': of_split, 'segment': of_segment, 'reversed': of_reversed, 'beyond': of_beyond,
-        'widened': of_widened, 'off track': of_off_track, 'noise': of_noise}  # stage -> what it did; else nothing
+        'widened': of_widened, 'off track': of_off_track, 'noise': of_noise}
 
 def after_stage(
     stage:Stage, # The one before
@@ -141,7 +142,8 @@ def with_noise(
     if who.subset != 'training' or not (loader.noise_mm_forward or loader.noise_mm_loss): return batch
     seen = loader.spec.seen(batch.lines)
     if loader.noise_mm_forward: seen = as_ragged(loader.add_noise_streamlines_forward(seen, who))
-    return replace(batch, lines=seen, targets=as_ragged(loader.add_noise_streamlines_loss(batch.targets, who)))
+    targets = as_ragged(loader.add_noise_streamlines_loss(batch.targets, who))
+    return replace(batch, lines=seen, targets=targets)
 
 # %% ../../nbs/03_batch/09_stages.ipynb #aed776d4
 def batch_in_stages(

@@ -31,7 +31,8 @@ class Stage:
     numbers:dict # what happened -> (S,) how much; NaN for lines to which it did not happen
     words:list # (S,) lists of words, what happened to each line
     def __len__(self): return len(self.batch)
-    def __repr__(self): return f"Stage({self.name}: {len(self)} lines, {', '.join(self.numbers) or 'untouched'})"
+    def __repr__(self):
+        return f"Stage({self.name}: {len(self)} lines, {', '.join(self.numbers) or 'untouched'})"
 
 # %% ../../nbs/03_batch/09_stages.ipynb #d31b652d
 def same_lines(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from ..core.ragged import Ragged, as_ragged
+from ..core.ragged import as_ragged
 from ..core.space import apply_affine, to_vox_matrix
 from .augment import Draws
 from .loader import (Batch, DWIMLBatchLoader, DWIMLBatchLoaderOneInput, IdsPerSubject,
@@ -111,7 +111,7 @@ def after_stage(
     draws:Draws, # Of the batch
 ) -> Stage:
     "The next stage, with what it did added to what was done before."
-    of,n = np.arange(len(stage)), len(batch)
+    of = np.arange(len(stage))
     if name == 'split': of = np.repeat(of, 1 + (draws.split.numpy() > 0))
     numbers,words = {k: v[of] for k,v in stage.numbers.items()}, [list(stage.words[i]) for i in of]
     part = stage.part[of]

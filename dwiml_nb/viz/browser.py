@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SMALLEST_BEND', 'MOST_VOXELS', 'CAMERA_JS', 'SHADERS_JS', 'CARD_JS', 'LINES_JS', 'PICK_JS', 'VOLUMES_JS',
-           'PICTURE_JS', 'LABELS_JS', 'MOUSE_JS', 'BAR_JS', 'STAGE_CSS', 'LOOK_JS', 'VIEW_JS', 'HEAR_JS', 'PAINT_JS',
-           'HAND_JS', 'PARTS_JS', 'STAGE_JS', 'SHARED', 'PAGE_JS', 'points_to_send', 'varies_along', 'line_state',
-           'colour_bytes', 'volume_state', 'scene_state', 'legend_state', 'as_css', 'look_state', 'as_sent',
-           'BrowserStage', 'camera_of', 'frame_of_camera', 'BrowserFace', 'turning_part', 'turning_page']
+           'PICTURE_JS', 'LABELS_JS', 'MOUSE_JS', 'BAR_JS', 'PLAY_JS', 'STAGE_CSS', 'LOOK_JS', 'VIEW_JS', 'HEAR_JS',
+           'PAINT_JS', 'HAND_JS', 'PARTS_JS', 'STAGE_JS', 'SHARED', 'PAGE_JS', 'points_to_send', 'varies_along',
+           'line_state', 'colour_bytes', 'volume_state', 'scene_state', 'legend_state', 'as_css', 'look_state',
+           'as_sent', 'BrowserStage', 'camera_of', 'frame_of_camera', 'BrowserFace', 'turning_part', 'turning_page']
 
 # %% ../../nbs/09_viz/06_browser.ipynb #a3410eba
 import base64
@@ -39,13 +39,17 @@ def points_to_send(
     if not every and len(data):
         mark_bends(data, np.ascontiguousarray(offsets), kept, np.empty(len(offsets) - 1, np.int64),
                    SMALLEST_BEND, 20.)
+        if line_set.starts is not None:                               # there steps are counted the other way
+            there = np.diff(offsets) > 0
+            kept[offsets[:-1][there] + np.asarray(line_set.starts)[there]] = True
     return kept & finite
 
 def varies_along(
     line_set:LineSet,
 ) -> bool:
-    "Whether the lines are coloured by numbers that vary along them."
-    return line_set.colour in line_set.data_per_point
+    "Whether the lines are coloured by numbers or labels that vary along them."
+    if not isinstance(line_set.colour, str): return False
+    return line_set.colour in line_set.data_per_point or line_set.colour in line_set.labels_per_point
 
 # %% ../../nbs/09_viz/06_browser.ipynb #c0a05bd7
 def box_of(
@@ -88,7 +92,9 @@ def line_facts(
     s = line_set
     words = {name: {str(c): str(s.legends[name][c]) for c in np.unique(codes).tolist()}
              for name,codes in s.labels.items() if name in s.legends and len(codes)}
+    starts = np.zeros(len(s)) if s.starts is None else np.asarray(s.starts)
     return {'counts': np.diff(s.lines.offsets.numpy())[order].astype(np.uint32).tobytes(),
+            'starts': starts[order].astype(np.uint32).tobytes(),
             'lengths': s.lengths_mm[order].astype(np.float32).tobytes(), 'words': words,
             'labels': {n: np.asarray(v)[order].astype(np.int32).tobytes() for n,v in s.labels.items()},
             'values': {n: np.asarray(v, np.float32)[order].tobytes() for n,v in s.data_per_line.items()},
@@ -125,7 +131,7 @@ def scene_state(
     scene:Scene,
 ) -> dict:
     "What the browser needs to know of a scene, apart from the lines."
-    return {'title': scene.title, 'bounds': scene.bounds.tolist(),
+    return {'title': scene.title, 'bounds': scene.bounds.tolist(), 'steps': scene.nb_steps,
             'volumes': [volume_state(s) for s in scene.slices],
             'points': [{'name': p.name, 'positions': p.positions.tobytes(), 'size': float(p.size),
                         'colour': rgba(p.colour).tolist()} for p in scene.points]}
@@ -160,8 +166,10 @@ def look_state(
 
 def as_sent(
     value, # Of a trait
-): # -> the same, lists for tuples
+    name:str='', # Of the trait
+): # -> the same, lists for tuples, -1 for lines that are whole
     "A value as it looks after a journey to the page."
+    if name == 'grown': return -1. if value is None else value
     return list(value) if isinstance(value, tuple) else value
 
 # %% ../../nbs/09_viz/06_browser.ipynb #8bc71f78
@@ -231,22 +239,22 @@ class Camera {
 # %% ../../nbs/09_viz/06_browser.ipynb #50578c2a
 SHADERS_JS = r"""
 const LINE = `
-layout(location = 0) in vec4 at; layout(location = 1) in vec4 colour; layout(location = 2) in vec2 line;
+layout(location = 0) in vec4 at; layout(location = 1) in vec4 colour; layout(location = 2) in vec3 line;
 uniform mat4 m; uniform vec3 low, size; out vec4 tint; out float along, across;
 void main() {
-  tint = colour; along = at.w*65535.; across = 0.;
+  tint = colour; along = abs(at.w*65535. - line.z); across = 0.;
   bool hidden = line.y < .5;
   gl_Position = hidden ? vec4(2., 2., 2., 1.) : m*vec4(low + at.xyz*size, 1.);
 }`
 const RIBBON = `
-layout(location = 0) in vec4 at; layout(location = 1) in vec4 colour; layout(location = 2) in vec2 line;
-layout(location = 3) in vec4 at_b; layout(location = 4) in vec4 colour_b; layout(location = 5) in vec2 line_b;
+layout(location = 0) in vec4 at; layout(location = 1) in vec4 colour; layout(location = 2) in vec3 line;
+layout(location = 3) in vec4 at_b; layout(location = 4) in vec4 colour_b; layout(location = 5) in vec3 line_b;
 uniform mat4 m; uniform vec3 low, size; uniform vec2 half_size; uniform float width;
 out vec4 tint; out float along, across;
 void main() {
   bool last = gl_VertexID > 1, hidden = line.x != line_b.x || line.y < .5;
   across = gl_VertexID % 2 == 0 ? -1. : 1.;
-  tint = last ? colour_b : colour; along = (last ? at_b.w : at.w)*65535.;
+  tint = last ? colour_b : colour; along = abs((last ? at_b.w : at.w)*65535. - line.z);
   vec4 a = m*vec4(low + at.xyz*size, 1.), b = m*vec4(low + at_b.xyz*size, 1.);
   vec2 d = (b.xy - a.xy)*half_size;
   d = length(d) > 1e-4 ? normalize(d) : vec2(1., 0.);
@@ -346,7 +354,7 @@ class Lines {
     const {gl} = this.card
     this.set = set
     this.q = bytes(set.vertices, Uint16Array)
-    for (const name of ["offsets", "numbers", "counts"]) this[name] = bytes(set[name], Uint32Array)
+    for (const name of ["offsets", "numbers", "counts", "starts"]) this[name] = bytes(set[name], Uint32Array)
     this.lengths = bytes(set.lengths, Float32Array)
     this.n = this.numbers.length
     this.place = new Uint32Array(this.n)
@@ -358,10 +366,11 @@ class Lines {
     this.index = this.card.buffer(index, this.index, gl.ELEMENT_ARRAY_BUFFER)
   }
   only(shown) {
-    const lines = new Float32Array(this.q.length/2), all = bytes(shown, Uint8Array)
+    const lines = new Float32Array(this.q.length*3/4), all = bytes(shown, Uint8Array)
     this.on = this.numbers.map(number => all[number])
     for (let i = 0; i < this.n; i++)
-      for (let v = this.offsets[i]; v < this.offsets[i + 1]; v++) lines.set([i, this.on[i]], 2*v)
+      for (let v = this.offsets[i]; v < this.offsets[i + 1]; v++)
+        lines.set([i, this.on[i], this.starts[i]], 3*v)
     this.line = this.card.buffer(lines, this.line)
   }
   recolour(colours) {
@@ -372,7 +381,8 @@ class Lines {
     const {gl} = this.card
     gl.bindVertexArray(vao)
     for (let end = 0; end < (wide ? 2 : 1); end++)
-      [[this.at, 4, gl.UNSIGNED_SHORT, 8], [this.colour, 4, gl.UNSIGNED_BYTE, 4], [this.line, 2, gl.FLOAT, 8]]
+      [[this.at, 4, gl.UNSIGNED_SHORT, 8], [this.colour, 4, gl.UNSIGNED_BYTE, 4],
+       [this.line, 3, gl.FLOAT, 12]]
         .forEach(([buffer, n, type, stride], k) => {
           gl.bindBuffer(gl.ARRAY_BUFFER, buffer)
           gl.enableVertexAttribArray(k + 3*end)
@@ -431,7 +441,7 @@ Object.assign(Lines.prototype, {
         if (found && away > best && near <= found.near) continue
         if (found && best <= 9 && away <= 9 && near <= found.near) continue
         const step = q[4*v + 3] + (lone ? 0 : t*(q[4*v - 1] - q[4*v + 3]))
-        if (look.grown >= 0 && step > look.grown + .5) continue
+        if (look.grown >= 0 && Math.abs(step - this.starts[i]) > look.grown + .5) continue
         best = away
         found = {away, near, line: this.numbers[i], point: Math.round(step), i}
       }
@@ -447,7 +457,8 @@ Object.assign(Lines.prototype, {
       if (!this.on[i]) continue
       for (let v = this.offsets[i]; v < this.offsets[i + 1]; v++) {
         const at = row => q[4*v]*row[0] + q[4*v + 1]*row[1] + q[4*v + 2]*row[2]
-        if (look.grown >= 0 && q[4*v + 3] > look.grown) break
+        const step = Math.abs(q[4*v + 3] - this.starts[i])
+        if (look.grown >= 0 && step > look.grown) continue
         if (crossed(f.x + at(f.right), f.y + at(f.down))) { inside.push(this.numbers[i]); break }
       }
     }
@@ -735,6 +746,49 @@ function bar(el, model, on) {
 }
 """
 
+# %% ../../nbs/09_viz/06_browser.ipynb #04102118
+PLAY_JS = r"""
+const SPEEDS = [[5, "5 steps/s"], [10, "10 steps/s"], [20, "20 steps/s"], [50, "50 steps/s"]]
+function player(row, model, on) {
+  const add = (tag, more, to = row) => to.appendChild(Object.assign(document.createElement(tag), more))
+  const play = add("button", {title: "Let the lines grow from where they start"})
+  const slider = add("input", {type: "range", min: 0, step: 1, title: "Steps"})
+  const said = add("output", {})
+  const speed = add("select", {title: "How fast"})
+  for (const [value, words] of SPEEDS) add("option", {value, textContent: words}, speed)
+  speed.value = 20
+  const steps = () => model.get("steps")
+  const at = () => { const g = model.get("grown"); return g < 0 ? steps() : Math.min(g, steps()) }
+  const show = () => {
+    row.hidden = !steps()
+    Object.assign(slider, {max: steps(), value: at()})
+    said.textContent = `step ${Math.round(at())} of ${steps()}`
+    play.textContent = on.playing ? "pause" : "play"
+  }
+  const go = grown => on.set("grown", grown >= steps() ? -1 : grown)
+  let before = null
+  const tick = now => {
+    if (!on.playing) return
+    const passed = before === null ? 0 : Math.min(now - before, 250)
+    before = now
+    go(at() + passed*speed.value/1000)
+    on.playing = model.get("grown") >= 0
+    if (on.playing) requestAnimationFrame(tick)
+    show()
+  }
+  play.onclick = () => {
+    on.playing = !on.playing
+    if (on.playing && at() >= steps()) go(0)
+    before = null
+    requestAnimationFrame(tick)
+    show()
+  }
+  slider.oninput = () => { on.playing = false; go(+slider.value); show() }
+  show()
+  return show
+}
+"""
+
 # %% ../../nbs/09_viz/06_browser.ipynb #8bbef8d6
 STAGE_CSS = f"""
 .dwiml-stage {{ font: 13px system-ui, sans-serif; width: 100%; background: inherit }}
@@ -750,6 +804,11 @@ STAGE_CSS = f"""
 .dwiml-stage .dwiml-on {{ background: #ffd400; color: black }}
 .dwiml-stage .dwiml-cut {{ display: inline-flex; align-items: center; gap: 4px; color: inherit }}
 .dwiml-stage [hidden] {{ display: none }}
+.dwiml-stage .dwiml-play input {{ flex: 1 1 12em }}
+.dwiml-stage .dwiml-play select {{ font: inherit; color: inherit; background: transparent;
+  border: 1px solid {QUIET}; border-radius: 3px; padding: 1px }}
+.dwiml-stage .dwiml-play option {{ color: {INK}; background: {PAPER} }}
+.dwiml-stage .dwiml-play output {{ min-width: 8em }}
 .dwiml-stage .dwiml-cut input[type=range] {{ width: 8em }}
 .dwiml-stage output {{ min-width: 4.6em; font-variant-numeric: tabular-nums }}
 .dwiml-stage:fullscreen {{ background: {PAPER}; color: {INK} }}
@@ -788,11 +847,13 @@ class StageView {
     this.frame = add("div", "dwiml-frame", this.root)
     this.over = add("canvas", "dwiml-labels", this.frame)
     this.tip = add("div", "dwiml-hover", this.frame)
+    const reel = add("div", "dwiml-bar dwiml-play", this.root)
     this.foot = add("div", "dwiml-bar", this.root)
     this.tip.hidden = true
     this.frame.style.height = `${model.get("height")}px`
     if (!this.begin()) return this.missing()
     this.show = bar(this.foot, model, this)
+    this.showReel = player(reel, model, this)
     this.listen()
     this.watch = new ResizeObserver(() => this.resize())
     this.watch.observe(this.frame)
@@ -832,6 +893,7 @@ class StageView {
   }
   close() {
     STAGES.delete(this)
+    this.playing = false
     for (const [name, f] of this.heard) this.model.off(name, f)
     this.watch?.disconnect()
     this.theme?.disconnect()
@@ -861,6 +923,7 @@ Object.assign(StageView.prototype, {
       this.tip.hidden = true
       if (this.picture.share < 1) { this.fast = true; this.rest() } })
     for (const name of ["colours", "shown"]) hear(name, () => this.takeLines())
+    for (const name of ["steps", "grown"]) hear(name, this.showReel)
     hear("height", () => { this.frame.style.height = `${model.get("height")}px` })
     for (const name of ["cut_mm", "planes", "opacity", "slice_opacity", "line_width", "grey", "grown",
                         "legend", "background", "highlighted", "selection"]) hear(name, () => this.redraw())
@@ -1014,7 +1077,7 @@ Object.assign(StageView.prototype, {
 
 # %% ../../nbs/09_viz/06_browser.ipynb #370d811b
 PARTS_JS = '\n'.join([CAMERA_JS, SHADERS_JS, CARD_JS, LINES_JS, PICK_JS, VOLUMES_JS, PICTURE_JS, LABELS_JS,
-                      MOUSE_JS, BAR_JS, LOOK_JS, VIEW_JS, HEAR_JS, PAINT_JS, HAND_JS])
+                      MOUSE_JS, BAR_JS, PLAY_JS, LOOK_JS, VIEW_JS, HEAR_JS, PAINT_JS, HAND_JS])
 STAGE_JS = PARTS_JS + """
 function render({ model, el }) {
   const view = new StageView(model, el)
@@ -1043,7 +1106,8 @@ class BrowserStage(AnyWidget):
     line_width = T.Float(1., help="Pixels; above 3 lines are shaded as tubes.").tag(sync=True)
     grey = T.List(help="Values that are black and white, of each volume.").tag(sync=True)
     shown = T.List(help="Which lines of each set are drawn, (S,) bytes.").tag(sync=True)
-    grown = T.Float(-1., help="Lines end at this point number; -1: they are whole.").tag(sync=True)
+    grown = T.Float(-1., help="Lines end so many steps from their starts; -1: they are whole.").tag(sync=True)
+    steps = T.Int(0, help="Steps until all lines are whole; 0: there is nothing to play.").tag(sync=True)
     legend = T.Dict(help="What the colours mean, see `legend_state`.").tag(sync=True)
     background = T.Unicode('auto', help="'light', 'dark', or 'auto': as the page.").tag(sync=True)
     highlighted = T.Int(-1, help="The line under the mouse, counted through all sets.").tag(sync=True)
@@ -1080,9 +1144,9 @@ def refresh(self:BrowserStage):
 # %% ../../nbs/09_viz/06_browser.ipynb #306eaee5
 @patch
 def grow_to(self:BrowserStage,
-    step:float=None, # Number of a point, from 0; a share of the next stretch, too. None: whole lines
+    step:float=None, # Steps from where a line grows; a share of the next one, too. None: whole lines
 ):
-    "Draw each line up to a point."
+    "Draw each line up to a step."
     self.grown = -1. if step is None else float(max(step, 0))
 
 # %% ../../nbs/09_viz/06_browser.ipynb #f6cbf053
@@ -1107,7 +1171,7 @@ def frame_of_camera(
     return Frame(view, np.array(centre), scale, size) if scale > 0 else frame_of(scene, view, size)
 
 # %% ../../nbs/09_viz/06_browser.ipynb #52a2a84b
-SHARED = 'cut_mm', 'planes', 'background', 'highlighted', 'selection' # Traits of the viewer and of the page
+SHARED = 'cut_mm', 'planes', 'background', 'highlighted', 'selection', 'grown' # Traits here and in the page
 
 class BrowserFace(Face):
     "The reader's browser draws."
@@ -1119,7 +1183,7 @@ class BrowserFace(Face):
     def make_widget(self):
         stage = BrowserStage(height=self.viewer.size[1], next_rung="The painter takes its place.")
         stage.set_scene(self.scene)
-        for name in SHARED: setattr(stage, name, as_sent(getattr(self.viewer, name)))
+        for name in SHARED: setattr(stage, name, as_sent(getattr(self.viewer, name), name))
         stage.observe(self.heard, [*SHARED, 'camera'])
         stage.observe(self.cannot, 'missing')
         stage.on_msg(self.viewer.guard(self.pressed))
@@ -1128,8 +1192,8 @@ class BrowserFace(Face):
     def set_scene(self): self.widget.set_scene(self.scene)
     def refresh(self): self.widget.refresh()
     def apply(self, name:str):
-        if name in SHARED: setattr(self.widget, name, as_sent(getattr(self.viewer, name)))
-        self.refresh()
+        if name in SHARED: setattr(self.widget, name, as_sent(getattr(self.viewer, name), name))
+        if name != 'grown': self.refresh()
     def stand(self, frame:Frame): self.widget.camera = camera_of(frame)
     def frame(self) -> Frame: return frame_of_camera(self.widget.camera, self.scene)
 
@@ -1137,7 +1201,8 @@ class BrowserFace(Face):
         "The page or the viewer has changed something."
         name,value = change['name'],change['new']
         if name == 'camera': self.viewer.renewal()
-        elif as_sent(getattr(self.viewer, name)) != value:
+        elif as_sent(getattr(self.viewer, name), name) != value:
+            if name == 'grown': value = None if value < 0 else value
             setattr(self.viewer, name, tuple(value) if isinstance(value, list) else value)
 
     def cannot(self, change):
@@ -1150,6 +1215,7 @@ class BrowserFace(Face):
         line,point = int(message['line']),int(message['point'])
         there = 0 <= line < sum(map(len, self.scene.lines))
         self.viewer.picked = self.scene.info_of(line, point) if there else ''
+        self.viewer.clicked = (line, point) if there else (-1, -1)
         self.viewer.say(self.viewer.picked)
 
 # %% ../../nbs/09_viz/06_browser.ipynb #984716c5

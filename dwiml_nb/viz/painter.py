@@ -12,7 +12,7 @@ import io
 from dataclasses import dataclass
 import numpy as np
 from ..core.errors import printable
-from .scene import LineSet, Look, Scene, Slices
+from .scene import LineSet, Look, Scene, Slices, has_grown
 from .theme import INK, PAPER, rgba, value_colours
 
 # %% ../../nbs/09_viz/02_painter.ipynb #9a37162d
@@ -211,12 +211,14 @@ def paint_dots(
 def chosen_rows(
     line_set:LineSet,
     max_lines:int=3000, # The most lines to draw
+    grown:float=None, # Up to so many steps from the starts of lines that grow; None: whole lines
 ) -> np.ndarray: # (n,) rows that begin a segment
     "First rows of the segments of a fixed random choice of lines, or of all lines if they are few."
     lines = np.sort(np.random.default_rng(0).permutation(np.flatnonzero(line_set.shown))[:max_lines])
     starts = line_set.offsets[lines]
     n = (line_set.offsets[lines + 1] - starts - 2).clip(0)              # a line of N points has N + 1 rows
-    return np.repeat(starts - (np.cumsum(n) - n), n) + np.arange(n.sum())
+    rows = np.repeat(starts - (np.cumsum(n) - n), n) + np.arange(n.sum())
+    return rows[has_grown(line_set, rows, grown) & has_grown(line_set, rows + 1, grown)]
 
 # %% ../../nbs/09_viz/02_painter.ipynb #1c663a17
 def paint(
@@ -236,7 +238,7 @@ def paint(
     pixels,nearest = np.tile(rgba(look.paper)[:3], (w*h, 1)), np.full(w*h, -np.inf)
     for s in scene.slices: paint_slices(pixels, nearest, s, fine, look.slice_opacity)
     for s in scene.lines:
-        at,depth,rows = dots_of(s, fine, chosen_rows(s, max_lines))
+        at,depth,rows = dots_of(s, fine, chosen_rows(s, max_lines, look.grown))
         paint_dots(pixels, nearest, at, depth, s.colours[rows]*[1, 1, 1, look.opacity], fine,
                    look.line_width*smooth*times, 1 - (1 - BEHIND)*look.slice_opacity)
     for p in scene.points:

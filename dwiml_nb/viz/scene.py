@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUNDLE_KEYS', 'pen_rows', 'pen_positions', 'LineSet', 'check_lengths', 'colours_by', 'Slices', 'PointSet', 'Look',
-           'Scene', 'Pick', 'distances_to_segments', 'pick', 'batch_in_world', 'said_of', 'first_group', 'ids_of_batch',
-           'scene_of_batch', 'data_to_colour', 'scene_of_subject']
+           'Scene', 'steps_from_start', 'has_grown', 'Pick', 'distances_to_segments', 'pick', 'batch_in_world',
+           'said_of', 'first_group', 'ids_of_batch', 'scene_of_batch', 'data_to_colour', 'scene_of_subject']
 
 # %% ../../nbs/09_viz/01_scene.ipynb #000d48f0
 from dataclasses import dataclass
@@ -50,22 +50,28 @@ class LineSet:
         data_per_line:dict=None, # name -> (S,) numbers
         data_per_point:dict=None, # name -> (P,) numbers
         info:dict=None, # name -> (S,) what else to tell of a line
+        labels_per_point:dict=None, # name -> (P,) whole numbers
+        starts=None, # (S,) number of the point that each line grows from, both ways; None: it does not grow
     ):
         self.lines,self.name = as_ragged(lines).to('cpu'),name
         self.labels,self.legends,self.info = labels or {},legends or {},info or {}
         self.data_per_line,self.data_per_point = data_per_line or {},data_per_point or {}
+        self.labels_per_point,self.starts = labels_per_point or {}, starts
+        given = {} if starts is None else {'starts': starts}
         for known,n in ((self.labels, len(self)), (self.data_per_line, len(self)), (self.info, len(self)),
-                        (self.data_per_point, len(self.lines.data))):
+                        (given, len(self)), (self.data_per_point, len(self.lines.data)),
+                        (self.labels_per_point, len(self.lines.data))):
             check_lengths(name, known, n)
         self.positions,self.rows = pen_positions(self.lines),pen_rows(self.lines)
         self.offsets = self.lines.offsets.numpy() + np.arange(len(self.lines) + 1)
         self.shown = np.ones(len(self), dtype=bool)        # which lines are drawn: see `Scene.show_only`
+        self.chosen = self.shown                           # which lines may be drawn at all
         self.colour_by(colour)
     def __len__(self): return len(self.lines)
     def __repr__(self): return f"LineSet('{self.name}', {len(self)} lines, by {self.colour})"
     @property
     def colourings(self) -> list:
-        return ['direction', *self.labels, *self.data_per_line, *self.data_per_point]
+        return ['direction', *self.labels, *self.labels_per_point, *self.data_per_line, *self.data_per_point]
     @cached_property
     def lengths_mm(self) -> np.ndarray: # (S,)
         "How long each line is."
@@ -107,6 +113,7 @@ def colours_by(
         return np.broadcast_to(rgba(colour), (len(s.lines.data), 4))
     if colour == 'direction': return direction_colours(s.lines)
     if colour in s.labels: return category_colours(s.labels[colour])[each]
+    if colour in s.labels_per_point: return category_colours(s.labels_per_point[colour])
     if colour in s.data_per_line: return value_colours(s.data_per_line[colour], **scale)[each]
     if colour in s.data_per_point: return value_colours(s.data_per_point[colour], **scale)
     raise ValueError(f"'{s.name}' has nothing called '{colour}' to colour by. "
@@ -177,6 +184,7 @@ class Look:
     opacity:float=1. # Of lines, 0 to 1
     line_width:float=1. # Pixels; above 3 lines become tubes
     slice_opacity:float=1. # Of slices, 0 to 1. Lines behind a slice are drawn faintly, never hidden
+    grown:float=None # Lines that grow are drawn up to so many steps from their starts; None: whole
     dark:bool=False # Light on a dark ground
     @property
     def paper(self) -> str: return DARK_PAPER if self.dark else PAPER
@@ -270,10 +278,11 @@ def legend(self:Scene,
     "What the colours of a colouring mean."
     if colour == 'direction':
         return [('left-right', (1., 0, 0, 1)), ('front-back', (0, 1., 0, 1)), ('up-down', (0, 0, 1., 1))]
-    sets = [s for s in self.lines if colour in s.labels]
+    sets = [(s, known[colour]) for s in self.lines for known in (s.labels, s.labels_per_point)
+            if colour in known]
     if not sets: return (*self.range_of(colour), '', 'viridis')
     names = {int(k): str(s.legends[colour][int(k)] if colour in s.legends else int(k))
-             for s in sets for k in np.unique(s.labels[colour])}
+             for s,labels in sets for k in np.unique(labels)}
     return [(name, tuple(category_colours([k])[0].tolist())) for k,name in sorted(names.items())]
 
 # %% ../../nbs/09_viz/01_scene.ipynb #3f3cee57
@@ -286,8 +295,33 @@ def show_only(self:Scene,
     low,high = length_mm or (0., np.inf)
     for s in self.lines:
         s.shown = np.full(len(s), targets or s.name != 'targets')
+        s.shown &= s.chosen
         if length_mm is not None: s.shown &= (low <= s.lengths_mm) & (s.lengths_mm <= high)
     return self
+
+# %% ../../nbs/09_viz/01_scene.ipynb #e2bb926b
+def steps_from_start(
+    line_set:LineSet, # Its lines grow
+) -> np.ndarray: # (P,)
+    "How many steps each point is away from where its line grows."
+    lines = line_set.lines
+    return np.abs(lines.point_index.numpy() - np.asarray(line_set.starts)[lines.line_index.numpy()])
+
+def has_grown(
+    line_set:LineSet,
+    rows, # (n,) rows of `positions`
+    grown:float=None, # Steps; None: lines are whole
+) -> np.ndarray: # (n,) bool
+    "Which points are there after so many steps."
+    if grown is None or line_set.starts is None: return np.ones(len(rows), dtype=bool)
+    steps = np.full(len(line_set.positions), np.inf)
+    steps[line_set.rows] = steps_from_start(line_set)
+    return steps[rows] <= grown
+
+@patch(as_prop=True)
+def nb_steps(self:Scene) -> int: # 0: no line grows
+    "How many steps it takes until all lines are whole."
+    return max([0, *(int(steps_from_start(s).max(initial=0)) for s in self.lines if s.starts is not None)])
 
 # %% ../../nbs/09_viz/01_scene.ipynb #d543b0ae
 @patch

@@ -17,7 +17,7 @@ from threading import RLock
 import numpy as np
 from fastcore.basics import patch
 from .painter import BEHIND, Frame, disc, frame_of, planes_seen, view_from
-from .scene import LineSet, Look, PointSet, Scene, Slices
+from .scene import LineSet, Look, PointSet, Scene, Slices, has_grown
 from .theme import rgba
 
 # %% ../../nbs/09_viz/03_stage.ipynb #6c5e3a96
@@ -83,6 +83,7 @@ class LineBuffer:
                              np.zeros((self.capacity, 4), dtype=np.float32))
         positions[:2],self.nb_rows = 0,0
         self.geometry = buffer_to_geometry(positions, colors=colours)
+        self.grown = None
         self.fill(line_set)
 
     def fits(self, line_set:LineSet) -> bool: return len(line_set.positions) <= self.capacity
@@ -96,14 +97,16 @@ class LineBuffer:
         before,self.nb_rows = self.nb_rows, len(self.order)
         data = self.geometry.positions.data
         data[:self.nb_rows] = line_set.positions[self.order]
+        data[:self.nb_rows][~has_grown(line_set, self.order, self.grown)] = np.nan
         data[self.nb_rows:max(before, self.nb_rows)] = np.nan
         self.geometry.positions.update_range(0, max(before, self.nb_rows, 1))
-        self.recolour(line_set)
+        self.recolour(line_set, self.grown)
         self.show_lines(None)
 
-    def recolour(self, line_set:LineSet):
-        "Rewrite the colours alone, unless other lines are to be shown."
-        if not np.array_equal(self.mask, line_set.shown): return self.fill(line_set)
+    def recolour(self, line_set:LineSet, grown:float=None):
+        "Rewrite the colours alone, unless other lines or more of them are to be shown."
+        before,self.grown = self.grown,grown
+        if before != grown or not np.array_equal(self.mask, line_set.shown): return self.fill(line_set)
         self.geometry.colors.data[:self.nb_rows] = line_set.colours[self.order]
         self.geometry.colors.update_range(0, max(self.nb_rows, 1))
 
@@ -284,7 +287,7 @@ def set_scene(self:Stage,
 def refresh(self:Stage):
     "Show the scene's changed colours, look and slice positions."
     for a,s in zip(self.lines, self.scene.lines):
-        a.buffer.recolour(s)
+        a.buffer.recolour(s, self.scene.look.grown)
         a.recolour()
     for s,a in self.slices: place_slices(a, s, self.scene.look.slice_opacity, planes_seen(s, self.frame.view))
     self.fury_scene.background = tuple(rgba(self.scene.look.paper).tolist())

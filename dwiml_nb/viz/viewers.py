@@ -63,9 +63,13 @@ class Viewer(Panel):
     length_mm = T.Tuple(T.Float(), T.Float(), default_value=None, allow_none=True,
                         help="Only lines of a length between these two are shown; None: all.")
     show_targets = T.Bool(True, help="Show the lines of the loss beside those that the model walks along.")
+    grown = T.Float(None, allow_none=True,
+                    help="Lines that grow are drawn up to so many steps; None: they are whole.")
     background = T.Enum(['auto', 'light', 'dark'], 'auto', help="'auto' follows the page.")
     highlighted = T.Int(-1, help="Number in the scene of the line under the mouse; -1: none.")
     picked = T.Unicode('', help="The line that was pointed at last, in words.")
+    clicked = T.Tuple(T.Int(), T.Int(), default_value=(-1, -1),
+                      help="Number in the scene of the line that was clicked last, and of the point on it.")
     selection = T.Tuple(help="Numbers in the scene of the lines that were clicked or lassoed.")
 
     def __init__(self,
@@ -98,8 +102,8 @@ class Viewer(Panel):
                 f"{len(self.scene.slices)} volumes, by {self.colour}, {self.view}, {self.rung})")
 
 FOLLOWED = ['colour', 'view', 'azimuth', 'elevation', 'zoom', 'cut_mm', 'planes', 'slice_opacity', 'window',
-            'level', 'opacity', 'line_width', 'length_mm', 'show_targets', 'background', 'highlighted',
-            'selection', 'rung']
+            'level', 'opacity', 'line_width', 'length_mm', 'show_targets', 'grown', 'background',
+            'highlighted', 'selection', 'rung']
 
 # %% ../../nbs/09_viz/07_viewers.ipynb #6a5157e3
 @patch
@@ -141,6 +145,7 @@ def tell_scene(self:Viewer,
             s.planes,s.low,s.high = self.planes,level - window/2,level + window/2
     elif name in ('length_mm', 'show_targets'): scene.show_only(self.length_mm, self.show_targets)
     look.opacity,look.line_width,look.slice_opacity = self.opacity,self.line_width,self.slice_opacity
+    look.grown = self.grown
     look.dark = self.background == 'dark' or self.background == 'auto' and self.message.dark
 
 @patch
@@ -180,6 +185,7 @@ def put_on(self:Viewer,
 def lay_out(self:Viewer):
     "Put the parts on the page."
     for part in self.controls.moves: part.layout.display = 'none' if self.face.moves_itself else None
+    self.controls.fit_play()
     self.children = [self.caption, self.face.widget, self.controls.widget,
                      W.HTML(f'<div class="dwiml-quiet">{self.limits}</div>'), self.message]
 
@@ -197,6 +203,7 @@ def point_at(self:Viewer,
         return self.projected[id(positions)]
     hit = pick(self.scene, project, pixel, depth=frame.depth)
     line = self.scene.number_of(hit.line_set, hit.line) if hit else -1
+    self.point_hit = hit.point if hit else -1
     if hit: self.picked = self.scene.info_of(line, hit.point)
     self.highlighted = line
     return line
@@ -206,6 +213,7 @@ def click(self:Viewer, pixel) -> int:
     "Select the line under a pixel, or no longer; say its name."
     line = self.point_at(pixel)
     self.say(self.picked if line >= 0 else '')
+    self.clicked = line, self.point_hit
     if line >= 0: self.selection = tuple(sorted({line} ^ set(self.selection)))
     return line
 
@@ -246,10 +254,11 @@ class Controls:
         self.folded = W.VBox([*self.slice_rows(), *self.line_rows()], layout=W.Layout(display='none'))
         def unfold(change): self.folded.layout.display = '' if change['new'] else 'none'
         self.more.observe(unfold, 'value')
+        self.play = self.play_row()
         self.row = W.HBox([*views, self.colours, self.rungs, self.saver, self.pager,
                            self.more],
                           layout=W.Layout(flex_flow='row wrap'))
-        self.widget = W.VBox([self.row, self.folded])
+        self.widget = W.VBox([self.play, self.row, self.folded])
 
     def button(self, words:str, icon:str, tooltip:str, do, width='5.5em'):
         "A button that shows its errors."
@@ -363,6 +372,31 @@ def fit_cuts(self:Controls):
         slider.min,slider.value = min(low, slider.min),self.viewer.cut_mm[axis]
         slider.min,slider.max = low,high
 
+# %% ../../nbs/09_viz/07_viewers.ipynb #fc3d7a61
+@patch
+def play_row(self:Controls): # -> a widget
+    "Play, and a slider through the steps."
+    most,viewer = 1, self.viewer
+    self.player = W.Play(min=0, max=most, interval=250, show_repeat=False)
+    self.steps = W.IntSlider(min=0, max=most, value=most, description='step',
+                             layout=W.Layout(flex='1 1 20em'), style={'description_width': '3em'})
+    W.link((self.player, 'value'), (self.steps, 'value'))
+    def put(change):
+        if not self.viewer.face.moves_itself:
+            viewer.grown = None if change['new'] >= self.steps.max else float(change['new'])
+    self.steps.observe(viewer.guard(put), 'value')
+    return W.HBox([self.player, self.steps])
+
+@patch
+def fit_play(self:Controls):
+    "Let the steps be those of the scene at hand."
+    viewer = self.viewer
+    most,now = max(1, viewer.scene.nb_steps), viewer.grown
+    mine = viewer.scene.nb_steps and not viewer.face.moves_itself
+    self.play.layout.display = None if mine else 'none'
+    for part in (self.player, self.steps): part.max = most
+    self.steps.value = most if now is None else int(now)
+
 # %% ../../nbs/09_viz/07_viewers.ipynb #253c1ca8
 def free_name(
     title:str, # What the picture shows
@@ -417,6 +451,7 @@ def replace(self:Viewer,
         self.set_state_from_scene()
     self.controls.colours.options = scene.colourings
     if scene.slices: self.controls.fit_cuts()
+    self.controls.fit_play()
     self.face.set_scene()
     if fit: self.look()
     self.renewal()

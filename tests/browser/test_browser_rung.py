@@ -105,7 +105,7 @@ def test_the_mouse_turns_names_chooses_and_cuts(page):
     wait_until(lambda: (seen(opened) != coronal).any(2).mean() > .05)
     opened.get_by_role("button", name="coronal").click()
     wait_until(lambda: (seen(opened) == coronal).all())
-    opened.locator("input[type=range]").nth(1).fill("20")
+    opened.locator(".dwiml-cut input[type=range]").nth(1).fill("20")
     wait_until(lambda: (seen(opened) != coronal).any(2).mean() > .01)
     opened.get_by_role("button", name="lasso").click()
     opened.mouse.move(box["x"] + 5, box["y"] + 5)
@@ -165,7 +165,7 @@ def test_a_busy_kernel_keeps_nobody_waiting(notebook, lab):  # noqa: F811
     opened.mouse.move(box["x"] + 400, box["y"] + 165, steps=8)
     opened.mouse.up()
     wait_until(lambda: (pixels(canvas) != axial).any(2).mean() > .02)
-    output(opened, 1).locator("input[type=range]").nth(2).fill("12")
+    output(opened, 1).locator(".dwiml-cut input[type=range]").nth(2).fill("12")
     wait_until(lambda: "12.0 mm" in output(opened, 1).inner_text())
     assert busy(), "all this while the kernel runs a cell"
     (lab.folder / "go on").touch()

@@ -158,10 +158,15 @@ def row_position(
 class Sink:
     "What receives the rows of a training; a child writes the methods that it needs."
     beside = None                       # the `Sinks` that it is one of: `self.beside.send('picture', …)`
+    paths = ()                          # names of its options that are paths: in a run file, beside it
     def begin(self, record): "A training starts or goes on: the run's record, with its `experiment_folder`."
     def rewind(self, place):
         "Rows from this (epoch, number of the phase, batch) on will come again: forget them."
+    def meet(self, trainer): "What trains, as a training starts or goes on; to be looked at, not changed."
     def batch(self, row): "A batch was done."
+    def measure(self, trainer, epoch) -> dict:
+        "More columns of an epoch's row, of the weights that validation saw; None: not measured this time."
+        return {}
     def epoch(self, row): "An epoch was done."
     def picture(self, name, png, epoch): "A picture of an epoch, as the bytes of a PNG file."
     def generated(self, parts, epoch): "Lines that the model made of a batch, as `Generation.generate`."
@@ -173,7 +178,7 @@ class Sink:
         "Why options that only a file names are not used; None: they are."
 
 SINKS = Registry('sink', Sink, more=('dwiml_nb.training.loggers', 'dwiml_nb.runs.cards',
-                                     'dwiml_nb.viz.pictures'))
+                                     'dwiml_nb.viz.pictures', 'dwiml_nb.evaluation.epoch_tracks'))
 
 # %% ../../nbs/07_training/01_sinks.ipynb #2c57d020
 class ExperimentLogs(Sink):
@@ -217,17 +222,28 @@ class Sinks:
         for sink in self.others: sink.beside = self
 
     def send(self,
-        what:str, # 'begin', 'rewind', 'batch', 'epoch', 'picture', 'generated', 'ended' or 'close'
-        *news, # A record, a place or a row; or name, PNG and epoch
+        what:str, # 'begin', 'rewind', 'meet', 'batch', 'epoch', 'picture', 'generated', 'ended' or 'close'
+        *news, # A record, a place, a trainer or a row; or name, PNG and epoch
     ):
         "Call a method of every sink."
         getattr(self.logs, what)(*news)
-        for sink in list(self.others):
-            try: getattr(sink, what)(*news)
-            except Exception as e:
-                self.others.remove(sink)
-                warnings.warn(f"the sink {type(sink).__name__} raised {type(e).__name__} in {what}: {e}. "
-                              "It gets no more rows; the training goes on.", stacklevel=2)
+        for sink in list(self.others): self.call(sink, what, *news)
+
+    def measured(self,
+        trainer, # That has done an epoch
+        row:dict, # Of the epoch, so far
+    ) -> dict: # name -> number or None, without the names of the row
+        "What the sinks measure of an epoch."
+        found = [self.call(sink, 'measure', trainer, row['epoch']) or {} for sink in list(self.others)]
+        return {name: value for more in found for name,value in more.items() if name not in row}
+
+    def call(self, sink:Sink, what:str, *news):
+        "Call a method of a sink; one that fails is told and dropped."
+        try: return getattr(sink, what)(*news)
+        except Exception as e:
+            self.others.remove(sink)
+            warnings.warn(f"the sink {type(sink).__name__} raised {type(e).__name__} in {what}: {e}. "
+                          "It gets no more rows; the training goes on.", stacklevel=3)
 
 def list_of_sinks(
     sinks=(), # `Sink`s, names of `SINKS`, or dicts of a name (its `key`) and options; or one of them

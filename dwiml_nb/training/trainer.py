@@ -559,6 +559,7 @@ def monitored(
     "The value by which an epoch is judged."
     if monitor == 'valid_loss' and row['valid_loss'] is None: return row['train_loss']
     if isinstance(row.get(monitor), (int, float)): return float(row[monitor])
+    if monitor in row and row[monitor] is None: return None
     silent = [p for p in phases if p.name not in ('training', 'validation') and not sums.of(p.name)]
     if any(monitor.startswith(p.column('')) for p in silent): return None
     raise DataProblem(f"no epoch has a value '{monitor}' to be judged by.{did_you_mean(monitor, row)}",
@@ -571,6 +572,7 @@ def end_epoch(self:DWIMLTrainer) -> dict: # its row
     "Judge the epoch, keep the best model, send the row, step to the next epoch."
     self.experiment.check_held()
     row = epoch_row(self.epoch, self.phases, self.sums)
+    with self.average.used(): row |= self.sinks.measured(self, row)
     monitor,value = self.loop.monitor,monitored(row, self.loop.monitor, self.phases, self.sums)
     row['is_best'] = value is not None and self.monitor.update(value, self.epoch)
     with self.average.used():
@@ -656,6 +658,7 @@ def running(self:DWIMLTrainer):
         tell_busy()
         self.sinks.send('begin', {**record, 'experiment_folder': str(self.experiment_folder)})
         self.sinks.send('rewind', place)
+        self.sinks.send('meet', self)
         with self.average.used(): self.experiment.mend(self.model, self.monitor, place, self.loop.monitor)
         if self.epoch and not any(place[1:]):            # killed before this, perhaps
             self.experiment.keep_checkpoint(self.epoch - 1, self.loop.keep_last)

@@ -1,8 +1,9 @@
-"""How fast viewers are, in a JupyterLab with a real browser and a real mouse: `python benchmarks/viewers.py`.
+"""How fast viewers are, in a JupyterLab with a real browser and a real mouse: `python benchmarks/viewers.py` (`--quick`: in five minutes).
 
-For each rung and number of lines (of 100 points, over a volume): frames a second while dragging, with a free kernel and with a busy one, and
-seconds from the beginning of `replace` to the first frame of the new scene. Then, for 1,000 lines, how memory grows over 100 replacements: of the kernel,
-and of all processes of the browser. A frame counts if something new was drawn between two calls of `requestAnimationFrame`.
+For each rung and number of lines (of 100 points, over a volume): frames a second while dragging, with a free kernel and with a busy one; seconds from the mouse on a line to its name
+(answer), from running the cell to pixels (run), and from the beginning of `replace` to the new scene's first frame, with the processor time that it took; the longest time without any
+picture (slab) while the cell runs, while another rung takes over and while the page is loaded again. Then the next batch of a preview: from the loader's end to the batch's first frame.
+Last, for 1,000 lines, how memory grows over many replacements. A frame counts if something new was drawn between two calls of `requestAnimationFrame`.
 Nothing is asserted: the figures depend on the machine and on who else uses it, so the load is printed beside them. Drawing is done by the processor, in the browser too
 (--gpu: as the browser likes).
 """
@@ -23,28 +24,34 @@ sys.path.insert(0, str(ROOT / "tests"))
 import conftest  # noqa: E402
 
 COUNT = """(() => {
-  const seen = window.__seen = {raf: 0, drawn: 0, dirty: false, arrived: 0, first: 0}
+  const seen = window.__seen = {drawn: 0, dirty: false, arrived: 0, first: 0, since: 0, slab: 0, named: 0}
+  const empty = cell => cell?.querySelector(".jp-OutputArea-child")
+    && ![...cell.querySelectorAll("img")].some(i => i.complete && i.naturalWidth > 50 && i.offsetParent)
+    && ![...cell.querySelectorAll("canvas.dwiml-picture")].some(c => c.__drawn)
   const tick = () => {
-    seen.raf++
     if (seen.dirty) { seen.drawn++; seen.dirty = false; if (seen.arrived && !seen.first) seen.first = Date.now() }
+    if (!empty(document.querySelectorAll(".jp-Notebook .jp-Cell")[1])) seen.since = 0
+    else { seen.since ||= performance.now(); seen.slab = Math.max(seen.slab, performance.now() - seen.since) }
+    const tip = [...document.querySelectorAll(".dwiml-hover, .dwiml-tip")].some(o => !o.hidden && o.textContent)
+    if (tip) seen.named ||= performance.now()
     requestAnimationFrame(tick) }
   requestAnimationFrame(tick)
   const of = WebGL2RenderingContext.prototype
   for (const name of ["drawArrays", "drawElements", "drawArraysInstanced"]) {
     const draw = of[name]
-    of[name] = function(...a) { seen.dirty = true; return draw.apply(this, a) } }
+    of[name] = function(...a) { seen.dirty = true; this.canvas.__drawn = true; return draw.apply(this, a) } }
   const fill = of.bufferData
   of.bufferData = function(kind, data, ...a) { if (data.constructor === Uint16Array) seen.arrived ||= Date.now(); return fill.call(this, kind, data, ...a) }
   document.addEventListener("load", e => { if (e.target.tagName === "IMG" && e.target.offsetParent) { seen.dirty = true; seen.arrived ||= Date.now() } }, true)
 })()"""
 
 SETUP = """
-import os, time, numpy as np, psutil
+import json, os, tempfile, time, numpy as np, psutil, torch
 from pathlib import Path
+from dwiml_nb.all import *
 from dwiml_nb.core.ragged import Ragged
 from dwiml_nb.viz.scene import Scene
 from dwiml_nb.viz.viewers import show
-import torch
 def scene(n, seed):
     rng, t = np.random.default_rng(seed), np.linspace(0, 1, 100)[None, :, None]
     a, b, c = rng.normal(size=(3, n, 1, 3)) * [30, 40, 30]
@@ -53,11 +60,23 @@ def scene(n, seed):
     volume = np.random.default_rng(0).random((60, 70, 60), dtype=np.float32)
     return Scene(f'{n} lines').add_lines(lines).add_slices(volume, np.diag([-3, 3, 3, 1]) + np.eye(4, k=3)*90, planes='z')
 def rss(): return psutil.Process().memory_info().rss/1e6
+def row(): return json.loads(Path('row.json').read_text())
+n, rung = row()
+show(scene(10, 0), rung=rung).close()                     # what is loaded once is not counted
+dataset = MultiSubjectDataset(toy_study(tempfile.mkdtemp(), nb_streamlines=1000)).load_data()
+model = Learn2TrackModel(dataset.nb_features['input'], step_size=1., rnn_key='gru', rnn_layer_sizes=[32])
+sampler = DWIMLBatchIDSampler(dataset, 'bundles', batch_size_training=1000)
+loader = DWIMLBatchLoaderOneInput(dataset, model, 'input', 'bundles', off_track_mm=1.)
 """
-CELLS = ["scenes = [scene({n}, seed) for seed in (0, 1)]; viewer = show(scenes[0], rung='{rung}'); viewer", "from pathlib import Path",
+VIEWER, WATCH, BUSY, REPLACE, SWAP, PREVIEW, LOADED, MANY = range(1, 9)
+CELLS = [SETUP, "begun = time.time(); n, rung = row(); scenes = [scene(n, seed) for seed in (0, 1)]; begun = time.time(); viewer = show(scenes[0], rung=rung); viewer", "print('at', begun)",
          "while not Path('go on').exists(): sum(range(1000))",
          "begun = time.time(); viewer.replace(scenes[1]); print('at', begun); scenes = scenes[::-1]",
-         "before = rss()\nfor k in range({many}): viewer.replace(scenes[k % 2])\nprint('at', time.time(), before, rss())"]
+         "viewer.rung = 'painter' if rung == 'browser' else 'browser'; time.sleep(1); viewer.rung = rung; print('at', time.time())",
+         "preview = BatchPreview(loader, sampler); preview.viewer.rung = row()[1]\nimport types; loaded = []; load = preview.load\n"
+         "def noted(self): load(); loaded.append(time.time())\npreview.load = types.MethodType(noted, preview); preview",
+         "print('at', loaded[-1])",
+         "n, many = row(); before = rss()\nfor k in range(many): viewer.replace(scenes[k % 2])\nprint('at', time.time(), before, rss())"]
 
 
 @contextmanager
@@ -79,41 +98,52 @@ def fixtures(gpu):
             next(lab, None)
 
 
-def opened(lab, browser, name, cells):
-    "A page with these cells, run."
+def opened(lab, browser, rung):
+    "A page with the cells, the first of which has run."
+    tell(lab, 10, rung)
     (lab.folder / "go on").touch()
     kernelspec = {"display_name": "python3", "language": "python", "name": "python3"}
-    content = [{"cell_type": "code", "id": f"cell-{i}", "metadata": {}, "execution_count": None, "outputs": [], "source": cell.strip()} for i, cell in enumerate(cells)]
-    (lab.folder / name).write_text(json.dumps({"cells": content, "metadata": {"kernelspec": kernelspec}, "nbformat": 4, "nbformat_minor": 5}))
-    page = lab.open(browser, name)
-    lab.run_all(page, timeout=300)
+    content = [{"cell_type": "code", "id": f"cell-{i}", "metadata": {}, "execution_count": None, "outputs": [], "source": cell.strip()} for i, cell in enumerate(CELLS)]
+    (lab.folder / "bench.ipynb").write_text(json.dumps({"cells": content, "metadata": {"kernelspec": kernelspec}, "nbformat": 4, "nbformat_minor": 5}))
+    page = lab.open(browser, "bench.ipynb")
+    run_cell(page, 0)
     return page
 
 
-def run_cell(page, i, wait=True, timeout=300):
+def tell(lab, *row): (lab.folder / "row.json").write_text(json.dumps(row))
+
+
+def run_cell(page, i, wait=True, timeout=120):
     "Run a cell again; what it prints."
     cell = page.locator(".jp-Notebook .jp-Cell").nth(i)
-    number = cell.locator(".jp-InputPrompt").inner_text()
+    prompt = lambda: cell.locator(".jp-InputPrompt").inner_text()
+    number = prompt()
     cell.locator(".jp-InputArea-editor").click()
     page.keyboard.press("Control+Enter")
     end = time.time() + timeout
-    while wait and ("*" in (now := cell.locator(".jp-InputPrompt").inner_text()) or now == number):
+    while wait and ("*" in (now := prompt()) or now == number):
         if time.time() > end: raise TimeoutError(f"cell {i}")
-        page.wait_for_timeout(50)
+        page.wait_for_timeout(20)
+    if cell.locator('[data-mime-type="application/vnd.jupyter.error"]').count(): raise RuntimeError(cell.inner_text())
+    if wait and "print(" in CELLS[i]: cell.locator(".jp-OutputArea-output").first.wait_for()
     return cell.locator(".jp-Cell-outputArea").inner_text()
 
 
-def face(page):
+def face(page, cell=VIEWER):
     "What is drawn on."
-    return page.locator(".jp-Notebook .jp-Cell").nth(1).locator("canvas.dwiml-picture, .dwiml-canvas").first
+    return page.locator(".jp-Notebook .jp-Cell").nth(cell).locator("canvas.dwiml-picture, .dwiml-canvas").first
+
+
+def middle(page):
+    canvas = face(page)
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    return box["x"] + box["width"]/2, box["y"] + box["height"]/2
 
 
 def drag(page, seconds):
     "Frames a second during a drag."
-    canvas = face(page)
-    canvas.scroll_into_view_if_needed()
-    box = canvas.bounding_box()
-    x, y = box["x"] + box["width"]/2, box["y"] + box["height"]/2
+    x, y = middle(page)
     page.mouse.move(x, y)
     page.mouse.down()
     page.mouse.move(x + 5, y)
@@ -128,47 +158,110 @@ def drag(page, seconds):
     return frames
 
 
-def to_pixels(page):
-    "Seconds from the beginning of `replace` to the first frame after its data came."
+def answer(page):
+    "Seconds from the mouse on a line to its name beside the mouse."
+    x, y = middle(page)
+    page.mouse.move(x - 400, y - 200)
+    page.wait_for_timeout(500)
+    page.evaluate("() => { __seen.named = 0; __seen.begun = performance.now() }")
+    end, k = time.time() + 5, 0
+    while time.time() < end and not page.evaluate("() => __seen.named"):
+        page.mouse.move(x + 3*k, y)
+        k += 1
+        page.wait_for_timeout(30)
+    return page.evaluate("() => (__seen.named - __seen.begun)/1000")
+
+
+def to_pixels(page, action):
+    "Seconds from a moment that the action returns to the first frame after its data came."
     page.evaluate("() => { __seen.arrived = __seen.first = 0 }")
-    begun = float(run_cell(page, 4).split()[-1])
+    begun = action()
     page.wait_for_function("() => __seen.first", timeout=60_000)
     return page.evaluate("() => __seen.first")/1000 - begun
 
 
-def resident(process):
-    "MB of a process and all that it started."
-    return sum(p.memory_info().rss for p in [process, *process.children(recursive=True)])/1e6
+def processor(process):
+    "Seconds of processor time so far: of all kernels and servers that were started here, and of the browser."
+    def of(p):
+        try: return sum(p.cpu_times()[:2])
+        except psutil.Error: return 0.
+    theirs = [process, *process.children(recursive=True)]
+    names = {p.pid for p in theirs}
+    ours = [p for p in psutil.Process().children(recursive=True) if p.pid not in names and "ipykernel" in " ".join(p.cmdline())]
+    return sum(map(of, ours)), sum(map(of, theirs))
 
 
-def row(lab, browser, process, rung, n, args):
-    "Print the figures of one rung and number of lines."
-    page = opened(lab, browser, f"{rung}{n}.ipynb", [SETUP, *(cell.format(n=n, rung=rung, many=0) for cell in CELLS)])
+def slab(page, action):
+    "The longest time without a picture, seconds."
+    page.evaluate("() => { __seen.slab = __seen.since = 0 }")
+    action()
+    page.wait_for_function("() => !__seen.since", timeout=60_000)
+    return page.evaluate("() => __seen.slab")/1000
+
+
+def reopened(page):
+    page.reload(wait_until="domcontentloaded")
+    page.locator(".jp-Notebook .jp-Cell").nth(VIEWER).locator(".jp-OutputArea-child").first.wait_for(timeout=60_000)
     face(page).wait_for(timeout=60_000)
-    page.wait_for_timeout(3000)
-    free = [drag(page, args.seconds) for _ in range(2)]
-    (lab.folder / "go on").unlink()
+    page.wait_for_selector("#jp-main-statusbar >> text=/\\| Idle/", timeout=60_000)
+
+
+def row(lab, page, process, rung, n, seconds, again):
+    "Print the figures of one rung and number of lines."
+    tell(lab, n, rung)
+    at = []
+    def run():
+        at.append(to_pixels(page, lambda: (run_cell(page, VIEWER), float(run_cell(page, WATCH).split()[-1]))[1]))
+        page.wait_for_timeout(500)
+    begun = [slab(page, run)]
+    free = max(drag(page, seconds) for _ in range(2))
+    named = answer(page)
     busy = []
     if rung == "browser":
-        run_cell(page, 3, wait=False)
-        busy = [drag(page, args.seconds)]
-    (lab.folder / "go on").touch()
+        (lab.folder / "go on").unlink()
+        run_cell(page, BUSY, wait=False)
+        busy = [drag(page, seconds)]
+        (lab.folder / "go on").touch()
     page.wait_for_timeout(1500)
-    seconds = sorted(to_pixels(page) for _ in range(3))[1]
+    took = []
+    for _ in range(3):
+        before = processor(process)
+        took.append((to_pixels(page, lambda: float(run_cell(page, REPLACE).split()[-1])), *(b - a for a, b in zip(before, processor(process)))))
+    replaced = sorted(took)[1]
+    begun.append(slab(page, lambda: (run_cell(page, SWAP), page.wait_for_timeout(500))))
+    if again: begun.append(slab(page, lambda: reopened(page)))
     told = lambda rates: f"{max(rates):6.1f}" if rates else "     –"
-    print(f"| {rung:9} | {n:6,} | {told(free)} | {told(busy)} | {seconds:6.2f} | {os.getloadavg()[0]:5.1f} |", flush=True)
-    page.close()
+    print(f"| {rung:8} | {n:6,} | {free:6.1f} | {told(busy)} | {named:5.2f} | {at[0]:5.2f} | {replaced[0]:5.2f} ({replaced[1]:.2f} + {replaced[2]:.2f}) | "
+          f"{' / '.join(f'{s:.2f}' for s in begun):18} | {os.getloadavg()[0]:5.1f} |", flush=True)
 
 
-def memory(lab, browser, process, rung, args):
+def next_batches(lab, page, rung):
+    "Print how long the next batch takes after the loader is done."
+    tell(lab, 0, rung)
+    run_cell(page, PREVIEW)
+    face(page, PREVIEW).wait_for(timeout=60_000)
+    page.wait_for_timeout(1000)
+    took = []
+    for _ in range(5):
+        page.evaluate("() => { __seen.arrived = __seen.first = 0 }")
+        page.get_by_role("button", name="Next batch").click()
+        page.wait_for_function("() => __seen.first", timeout=60_000)
+        first = page.evaluate("() => __seen.first")/1000
+        took.append(first - float(run_cell(page, LOADED).split()[-1]))
+    print(f"| {rung:8} | {sorted(took)[2]:6.2f} | {os.getloadavg()[0]:5.1f} |", flush=True)
+
+
+def memory(lab, page, process, rung, many):
     "Print how memory grows."
-    page = opened(lab, browser, f"{rung}_memory.ipynb", [SETUP, *(cell.format(n=1000, rung=rung, many=args.many) for cell in CELLS)])
+    resident = lambda: sum(p.memory_info().rss for p in [process, *process.children(recursive=True)])/1e6
+    tell(lab, 1000, rung)
+    run_cell(page, VIEWER)
+    tell(lab, 1000, many)
     page.wait_for_timeout(5000)
-    before = resident(process)
-    kernel = run_cell(page, 5).split()
+    before = resident()
+    kernel = run_cell(page, MANY, timeout=300).split()
     page.wait_for_timeout(5000)
-    print(f"| {rung:9} | {float(kernel[-2]):5.0f} → {float(kernel[-1]):5.0f} | {before:5.0f} → {resident(process):5.0f} |", flush=True)
-    page.close()
+    print(f"| {rung:8} | {float(kernel[-2]):5.0f} → {float(kernel[-1]):5.0f} | {before:5.0f} → {resident():5.0f} |", flush=True)
 
 
 def main():
@@ -177,16 +270,24 @@ def main():
     parser.add_argument("--lines", nargs="*", type=int, default=[100, 1000, 10_000])
     parser.add_argument("--seconds", type=float, default=3, help="of each drag")
     parser.add_argument("--many", type=int, default=100, help="replacements, for memory; 0: not measured")
+    parser.add_argument("--quick", action="store_true", help="short drags, no memory: five minutes on two free cores")
     parser.add_argument("--gpu", action="store_true", help="let the browser draw as it likes")
     args = parser.parse_args()
+    seconds, many = (1.5, 0) if args.quick else (args.seconds, args.many)
+    begun = time.time()
+    print(f"{os.cpu_count()} cores; load before: {' '.join(f'{v:.1f}' for v in os.getloadavg())} over 1, 5 and 15 minutes\n")
     with fixtures(args.gpu) as (lab, browser, process):
         browser.add_init_script(COUNT)
-        print("| rung      |  lines | frames/s dragging | kernel busy | replace to pixels, s | load |\n|---|---|---|---|---|---|")
+        page = opened(lab, browser, args.rungs[0])
+        print("| rung | lines | frames/s dragging | kernel busy | answer, s | run, s | replace, s (processor: kernel + browser) | slab, s: run / swap / reopen | load |\n" + "|---"*9 + "|")
         for n in args.lines:
-            for rung in args.rungs: row(lab, browser, process, rung, n, args)
-        if args.many:
-            print(f"\n| rung, 1,000 lines | kernel, MB over {args.many} replacements | browser, MB |\n|---|---|---|")
-            for rung in args.rungs: memory(lab, browser, process, rung, args)
+            for rung in args.rungs: row(lab, page, process, rung, n, seconds, again=n == args.lines[-1])
+        print("\n| rung, 1,000 lines | next batch, s after the loader | load |\n|---|---|---|")
+        for rung in args.rungs: next_batches(lab, page, rung)
+        if many:
+            print(f"\n| rung, 1,000 lines | kernel, MB over {many} replacements | browser, MB |\n|---|---|---|")
+            for rung in args.rungs: memory(lab, page, process, rung, many)
+    print(f"\n{time.time() - begun:.0f} s")
 
 
 if __name__ == "__main__": main()

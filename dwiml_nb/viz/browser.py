@@ -57,8 +57,10 @@ def box_of(
 ) -> tuple: # (3,) lowest corner, (3,) size
     "The box that positions are given in; points further than a metre from the middle lie on its side."
     if not len(points): return np.zeros(3), np.ones(3)
-    middle = np.median(points, 0)
-    low,high = np.maximum(points.min(0), middle - 1000), np.minimum(points.max(0), middle + 1000)
+    low,high = points.min(0), points.max(0)
+    if (high - low).max() > 1000:
+        middle = np.median(points, 0)
+        low,high = np.maximum(low, middle - 1000), np.minimum(high, middle + 1000)
     return low, np.maximum(high - low, 1e-3)
 
 # %% ../../nbs/09_viz/06_browser.ipynb #cfe0ae7f
@@ -106,8 +108,10 @@ def colour_bytes(
     points, # (V,) of `line_state`
 ) -> bytes: # (V, 4) uint8
     "The colours of the points that were sent."
-    colours = np.nan_to_num(line_set.colours[line_set.rows[points]])
-    return (colours*255 + .5).clip(0, 255).astype(np.uint8).tobytes()
+    colours = line_set.colours[line_set.rows[points]]
+    np.nan_to_num(colours, copy=False)
+    colours *= 255; colours += .5
+    return colours.clip(0, 255, out=colours).astype(np.uint8).tobytes()
 
 MOST_VOXELS = 16_000_000 # Of a volume that is sent
 
@@ -194,21 +198,30 @@ class Camera {
   get state() { return [this.azimuth, this.elevation, this.scale, ...this.centre, ...this.size] }
   set state([azimuth, elevation, scale, x, y, z, w, h]) {
     Object.assign(this, {azimuth, elevation, centre: [x, y, z]})
-    this.scale = scale*Math.min(this.size[0]/w, this.size[1]/h)
     this.turn(0, 0)
+    this.scale = scale*this.fitting(this.size)/this.fitting([w, h])
     if (!(scale > 0)) this.fit()
   }
   get corners() {
     const [low, high] = this.bounds
     return [0, 1, 2, 3, 4, 5, 6, 7].map(i => [0, 1, 2].map(k => i >> k & 1 ? high[k] : low[k]))
   }
-  fit() {
-    const extent = [this.right, this.up].map(v => {
+  fitting(size) {
+    return Math.min(...[this.right, this.up].map((v, i) => {
       const along = this.corners.map(c => dot(c, v))
-      return Math.max(Math.max(...along) - Math.min(...along), 1e-6) })
-    this.scale = Math.min(...this.size.map((n, i) => n*.88/extent[i]))
+      return size[i]*.88/Math.max(Math.max(...along) - Math.min(...along), 1e-6) }))
+  }
+  fit() {
+    this.scale = this.fitting(this.size)
     this.centre = [0, 1, 2].map(k => (this.bounds[0][k] + this.bounds[1][k])/2)
   }
+  get flat() { return this.towards.findIndex(v => Math.abs(v) > .9999) }
+}
+"""
+
+# %% ../../nbs/09_viz/06_browser.ipynb #c30b995b
+CAMERA_JS += r"""
+Object.assign(Camera.prototype, {
   matrix() {
     const away = this.corners.map(c => Math.hypot(...c.map((v, k) => v - this.centre[k])))
     const [w, h] = this.size, reach = 1e-3 + 1.05*Math.max(...away)
@@ -220,20 +233,19 @@ class Camera {
       m[12 + r] = -dot(row, this.centre) })
     m[15] = 1
     return m
-  }
+  },
   project(p) {
     const away = p.map((v, k) => v - this.centre[k]), [w, h] = this.size
     return [w/2 + dot(away, this.right)*this.scale, h/2 - dot(away, this.up)*this.scale]
-  }
+  },
   shift(dx, dy) {
     this.centre = this.centre.map((c, k) => c - (this.right[k]*dx - this.up[k]*dy)/this.scale)
-  }
+  },
   zoom(factor, x, y) {
     const [dx, dy] = [x - this.size[0]/2, y - this.size[1]/2]
     this.shift(-dx, -dy); this.scale *= factor; this.shift(dx, dy)
-  }
-  get flat() { return this.towards.findIndex(v => Math.abs(v) > .9999) }
-}
+  },
+})
 """
 
 # %% ../../nbs/09_viz/06_browser.ipynb #50578c2a
@@ -367,15 +379,17 @@ class Lines {
   }
   only(shown) {
     const lines = new Float32Array(this.q.length*3/4), all = bytes(shown, Uint8Array)
+    this.shown = shown
     this.on = this.numbers.map(number => all[number])
-    for (let i = 0; i < this.n; i++)
-      for (let v = this.offsets[i]; v < this.offsets[i + 1]; v++)
-        lines.set([i, this.on[i], this.starts[i]], 3*v)
+    for (let i = 0, k = 0; i < this.n; i++)
+      for (let v = this.offsets[i]; v < this.offsets[i + 1]; v++) {
+        lines[k++] = i; lines[k++] = this.on[i]; lines[k++] = this.starts[i]
+      }
     this.line = this.card.buffer(lines, this.line)
   }
   recolour(colours) {
+    this.colours = colours
     this.colour = this.card.buffer(bytes(colours, Uint8Array), this.colour)
-    this.bind(this.vao, 0)
   }
   bind(vao, first, wide) {
     const {gl} = this.card
@@ -390,6 +404,12 @@ class Lines {
           gl.vertexAttribDivisor(k + 3*end, wide ? 1 : 0) })
     if (!wide) gl.bindBuffer(gl.ELEMENT_ARRAY_BUFFER, this.index)
   }
+}
+"""
+
+# %% ../../nbs/09_viz/06_browser.ipynb #0e88e77e
+LINES_JS += r"""
+Object.assign(Lines.prototype, {
   draw(values, share) {
     const {gl} = this.card, n = Math.ceil(this.n*share)
     const all = {low: this.set.low, size: this.set.size, ...values}
@@ -398,20 +418,20 @@ class Lines {
     this.card.use(this.card.line, {...all, tube: 0})
     gl.bindVertexArray(this.vao)
     gl.drawElements(gl.LINE_STRIP, this.offsets[n] + n, gl.UNSIGNED_INT, 0)
-  }
+  },
   stretch(values, first, end) {
     if (end - first < 2) return
     this.card.use(this.card.ribbon, {...values, tube: values.width > 3 ? 1 : 0})
     this.bind(this.wide, first, true)
     this.card.gl.drawArraysInstanced(this.card.gl.TRIANGLE_STRIP, 0, 4, end - first - 1)
-  }
+  },
   emphasise(values, number, more) {
     const i = this.place[number], all = {low: this.set.low, size: this.set.size, ...values, opacity: 1}
     const inner = values.width + (more - 1)*values.ratio
     for (const [width, only] of [[inner + more*values.ratio, HALO], [inner, LIT]])
       this.stretch({...all, width, only}, this.offsets[i], this.offsets[i + 1])
-  }
-}
+  },
+})
 """
 
 # %% ../../nbs/09_viz/06_browser.ipynb #d85d33f7
@@ -448,6 +468,12 @@ Object.assign(Lines.prototype, {
     }
     return found
   },
+})
+"""
+
+# %% ../../nbs/09_viz/06_browser.ipynb #094c42e0
+PICK_JS += r"""
+Object.assign(Lines.prototype, {
   within(camera, loop, look) {
     const f = this.flat(camera), q = this.q, inside = []
     const crossed = (x, y) => loop.reduce((odd, [ax, ay], k) => {
@@ -552,29 +578,39 @@ class Picture {
     while (this.lines.length < sets.length) this.lines.push(new Lines(this.card))
     for (const o of this.lines.splice(sets.length))
       for (const buffer of [o.at, o.line, o.index, o.colour]) this.card.gl.deleteBuffer(buffer)
+    let fresh = false
     sets.forEach((set, k) => {
-      const o = this.lines[k]
-      if (o.set !== set) o.fill(set)
-      o.only(shown[k])
-      o.recolour(colours[k]) })
+      const o = this.lines[k], other = o.set !== set
+      fresh ||= other
+      if (other) o.fill(set)
+      if (other || o.shown !== shown[k]) o.only(shown[k])
+      if (other || o.colours !== colours[k]) o.recolour(colours[k])
+      o.bind(o.vao, 0) })
     const vertices = this.lines.reduce((sum, o) => sum + o.q.length/4, 0)
-    this.share = this.card.software ? Math.min(1, 25000/Math.max(1, vertices)) : 1
+    if (fresh) this.share = this.card.software ? Math.min(1, 25000/Math.max(1, vertices)) : 1
+    return fresh
   }
   find(number) {
     for (const o of this.lines) { if (number < o.n) return [o, number]; number -= o.n }
     return [null, 0]
   }
   count(o) { return this.lines.slice(0, this.lines.indexOf(o)).reduce((sum, other) => sum + other.n, 0) }
+}
+"""
+
+# %% ../../nbs/09_viz/06_browser.ipynb #c5926e42
+PICTURE_JS += r"""
+Object.assign(Picture.prototype, {
   planes(look, flat) {
     const all = [0, 1, 2].filter(k => look.planes.includes("xyz"[k]))
     const wanted = flat < 0 ? all : all.length ? [flat] : []
     const behind = k => this.camera.towards[k]*(look.cut[k] - this.camera.centre[k])
     return wanted.sort((a, b) => behind(a) - behind(b))
-  }
+  },
   cuts(values, look, flat, opacity) {
     for (const k of this.planes(look, flat))
       this.volumes.forEach((o, i) => o.draw(values, k, look.cut[k], opacity, look.grey[i] ?? [0, 1]))
-  }
+  },
   draw(look, share, ratio) {
     const {gl} = this.card, {camera} = this, {flat} = camera
     const [w, h] = camera.size.map(n => Math.round(n*ratio))
@@ -602,12 +638,12 @@ class Picture {
     gl.disable(gl.DEPTH_TEST)
     for (const number of look.selection.slice(0, 2000)) this.emphasise(number, values, 2)
     if (look.highlighted >= 0) this.emphasise(look.highlighted, values, 3)
-  }
+  },
   emphasise(number, values, more) {
     const [o, own] = this.find(number)
     if (o) o.emphasise(values, own, more)
-  }
-}
+  },
+})
 """
 
 # %% ../../nbs/09_viz/06_browser.ipynb #6b3f3abe
@@ -657,35 +693,40 @@ function label(pen, camera, look, loop) {
 # %% ../../nbs/09_viz/06_browser.ipynb #b6b656c4
 MOUSE_JS = r"""
 function mouse(canvas, camera, on) {
-  let way = null, last = null, moved = 0, loop = []
+  const fingers = new Map()
+  let way = null, moved = 0, loop = []
   const at = e => {
     const box = canvas.getBoundingClientRect()
     return [e.clientX - box.left, e.clientY - box.top] }
   const down = e => {
     canvas.focus({preventScroll: true})
     canvas.setPointerCapture(e.pointerId)
-    last = at(e); moved = 0; loop = [last]
-    way = e.shiftKey || on.lassoing ? "lasso" : e.button || e.ctrlKey || e.metaKey ? "shift" : "turn"
+    fingers.set(e.pointerId, at(e))
     e.preventDefault()
+    if (fingers.size > 1) { if (way === "lasso") on.loop([]); way = "pinch"; moved = Infinity; return }
+    moved = 0; loop = [at(e)]
+    way = e.shiftKey || on.lassoing ? "lasso" : e.button || e.ctrlKey || e.metaKey ? "shift" : "turn"
   }
   const move = e => {
-    const [x, y] = at(e)
-    if (!way) return on.hover(x, y)
+    const [x, y] = at(e), last = fingers.get(e.pointerId), before = [...fingers.values()]
+    if (!last) return e.pointerType === "touch" || on.hover(x, y)
     const [dx, dy] = [x - last[0], y - last[1]]
     moved += Math.abs(dx) + Math.abs(dy)
-    last = [x, y]
-    if (moved < 3) return
-    if (way === "lasso") { loop.push(last); return on.loop(loop) }
-    if (way === "turn") camera.turn(-.4*dx, .4*dy)
+    fingers.set(e.pointerId, [x, y])
+    if (moved < (e.pointerType === "touch" ? 8 : 3)) return
+    if (way === "lasso") { loop.push([x, y]); return on.loop(loop) }
+    if (way === "pinch") pinch(camera, before, [...fingers.values()])
+    else if (way === "turn") camera.turn(-.4*dx, .4*dy)
     else camera.shift(dx, dy)
     on.drag()
   }
   const up = e => {
-    if (!way) return
+    if (!fingers.delete(e.pointerId)) return
+    if (fingers.size) { way = "turn"; return }        // the finger that is left turns
     const ended = way
     way = null
     if (e.type === "pointercancel") on.loop([])
-    else if (moved < 3) on.click(...last)
+    else if (moved < (e.pointerType === "touch" ? 8 : 3)) on.click(...at(e))
     else if (ended === "lasso") on.lasso(loop)
     on.rest()
   }
@@ -698,7 +739,17 @@ function mouse(canvas, camera, on) {
   const heard = {pointerdown: down, pointermove: move, pointerup: up, pointercancel: up, wheel,
                  pointerleave: () => way || on.hover(null), contextmenu: e => e.preventDefault()}
   for (const [name, f] of Object.entries(heard)) canvas.addEventListener(name, f, {passive: false})
-  return () => way !== null
+}
+"""
+
+# %% ../../nbs/09_viz/06_browser.ipynb #34c7f772
+MOUSE_JS += r"""
+function pinch(camera, before, after) {
+  const middle = ([a, b]) => [(a[0] + b[0])/2, (a[1] + b[1])/2]
+  const apart = ([a, b]) => Math.max(1, Math.hypot(a[0] - b[0], a[1] - b[1]))
+  const [from, to] = [before, after].map(middle)
+  camera.shift(to[0] - from[0], to[1] - from[1])
+  camera.zoom(apart(after)/apart(before), ...to)
 }
 """
 
@@ -862,6 +913,12 @@ class StageView {
     STAGES.add(this)
     this.frame.addEventListener("pointerenter", () => { if (this.lost) this.begin() })
   }
+}
+"""
+
+# %% ../../nbs/09_viz/06_browser.ipynb #860daad5
+VIEW_JS += r"""
+Object.assign(StageView.prototype, {
   begin() {
     this.canvas?.remove()
     this.canvas = document.createElement("canvas")
@@ -882,7 +939,7 @@ class StageView {
     this.takeLines()
     if (this.sized) this.resize()
     return true
-  }
+  },
   missing() {
     this.foot.remove()
     const next = this.model.get("next_rung")
@@ -890,7 +947,7 @@ class StageView {
     this.frame.className = "dwiml-missing"
     this.model.set("missing", true)
     this.model.save_changes()
-  }
+  },
   close() {
     STAGES.delete(this)
     this.playing = false
@@ -899,8 +956,8 @@ class StageView {
     this.theme?.disconnect()
     clearTimeout(this.resting)
     this.card.gl?.getExtension("WEBGL_lose_context")?.loseContext()
-  }
-}
+  },
+})
 """
 
 # %% ../../nbs/09_viz/06_browser.ipynb #0ec26d69
@@ -918,11 +975,8 @@ Object.assign(StageView.prototype, {
     for (const [kind, Kind] of KINDS)
       hear(kind, () => { this.picture.take(kind, Kind, model.get(kind)); this.redraw() })
     for (const name of ["volumes", "cut_mm", "planes", "selection", "lines"]) hear(name, this.show)
-    hear("lines", () => {
-      this.takeLines()
-      this.tip.hidden = true
-      if (this.picture.share < 1) { this.fast = true; this.rest() } })
-    for (const name of ["colours", "shown"]) hear(name, () => this.takeLines())
+    hear("lines", () => { this.tip.hidden = true })
+    for (const name of ["lines", "colours", "shown"]) hear(name, () => this.takeSoon())
     for (const name of ["steps", "grown"]) hear(name, this.showReel)
     hear("height", () => { this.frame.style.height = `${model.get("height")}px` })
     for (const name of ["cut_mm", "planes", "opacity", "slice_opacity", "line_width", "grey", "grown",
@@ -934,8 +988,14 @@ Object.assign(StageView.prototype, {
     const fits = (s, k) => s.vertices.byteLength === 2*colours[k]?.byteLength
                            && s.numbers.byteLength === 4*shown[k]?.byteLength
     if (!sets.every(fits)) return
-    this.picture.takeLines(sets, colours, shown)
+    const fresh = this.picture.takeLines(sets, colours, shown)
+    if (fresh && this.picture.share < 1) { this.fast = true; this.rest() }
     this.redraw()
+  },
+  takeSoon() {                                        // once, for all that came in one message
+    if (this.taking) return
+    this.taking = true
+    queueMicrotask(() => { this.taking = false; if (!this.lost) this.takeLines() })
   },
   resize() {
     const {width, height} = this.frame.getBoundingClientRect()
@@ -1189,7 +1249,10 @@ class BrowserFace(Face):
         stage.on_msg(self.viewer.guard(self.pressed))
         return stage
 
-    def set_scene(self): self.widget.set_scene(self.scene)
+    def set_scene(self):
+        with self.widget.hold_sync():
+            self.widget.set_scene(self.scene)
+            for name in SHARED: setattr(self.widget, name, as_sent(getattr(self.viewer, name), name))
     def refresh(self): self.widget.refresh()
     def apply(self, name:str):
         if name in SHARED: setattr(self.widget, name, as_sent(getattr(self.viewer, name), name))

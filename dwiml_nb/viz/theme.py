@@ -9,7 +9,7 @@ __all__ = ['PALETTE', 'INK', 'QUIET', 'PAPER', 'WARN', 'DARK_PAPER', 'DARK_INK',
 # %% ../../nbs/09_viz/00_theme.ipynb #de6add42
 import numpy as np
 from ..core.ragged import Ragged
-from ..core.lines import directions, unit
+from ..core.lines import unit
 
 # %% ../../nbs/09_viz/00_theme.ipynb #052bd983
 PALETTE = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#5B5B5B')
@@ -49,11 +49,13 @@ def direction_colours(
     lines:Ragged, # (P, 3) RAS mm
 ) -> np.ndarray: # (P, 4) float32
     "Red, green and blue for left-right, front-back and up-down."
-    steps = unit(directions(lines).data)
-    tangent,line = steps.new_zeros(len(lines.data), 3), lines.line_index
-    inner = (line[1:] == line[:-1]).nonzero().ravel()  # every point but a line's last begins a step
-    tangent[inner] += steps
-    tangent[inner + 1] += steps
+    tangent,ends = lines.data.new_zeros(len(lines.data), 3), lines.offsets[1:-1]
+    if len(tangent):
+        steps = lines.data[1:] - lines.data[:-1]
+        steps[ends[(ends > 0) & (ends < len(tangent))] - 1] = 0          # from one line to the next
+        steps = unit(steps)
+        tangent[:-1] += steps
+        tangent[1:] += steps
     colours = np.ones((len(lines.data), 4), dtype=np.float32)
     colours[:, :3] = unit(tangent).abs().cpu().numpy()
     return colours

@@ -158,7 +158,7 @@ def apply(self:Viewer,
     elif name in ('azimuth', 'elevation') and self.view != 'oblique': self.view = 'oblique'
     elif name in ('view', 'azimuth', 'elevation', 'zoom'): self.look()
     else: self.face.apply(name)
-    self.renewal()
+    if name != 'highlighted': self.renewal()
 
 # %% ../../nbs/09_viz/07_viewers.ipynb #25347a73
 @patch
@@ -449,10 +449,10 @@ def replace(self:Viewer,
     self.scene = scene
     with self.hold_trait_notifications():
         self.set_state_from_scene()
+        self.face.set_scene()                              # before what has changed is followed
     self.controls.colours.options = scene.colourings
     if scene.slices: self.controls.fit_cuts()
     self.controls.fit_play()
-    self.face.set_scene()
     if fit: self.look()
     self.renewal()
 

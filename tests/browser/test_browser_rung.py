@@ -120,12 +120,53 @@ def test_the_mouse_turns_names_chooses_and_cuts(page):
     assert download.value.suggested_filename == "known.png"
 
 
+def width_of_the_drawing(page):
+    "How much of the picture's width is not paper."
+    columns = np.flatnonzero((seen(page) != 255).any(2).any(0))
+    return columns[-1] - columns[0]
+
+
+def test_a_picture_of_another_width_shows_as_much(page):
+    opened = page(known_scene(), height=450)
+    opened.get_by_role("button", name="coronal").click()
+    widths = []
+    for width in (820, 1600, 300, 820):
+        opened.set_viewport_size({"width": width, "height": 620})
+        canvas = opened.locator("canvas.dwiml-picture")
+        wait_until(lambda: canvas.evaluate("c => c.width === c.clientWidth && c.clientWidth === c.parentElement.clientWidth"))
+        widths.append(width_of_the_drawing(opened))
+    assert widths[0] == widths[1] == widths[3] and widths[2] < 300, widths
+
+
+def test_one_finger_turns_and_two_zoom(page):
+    opened = page(known_scene(), height=450)
+    opened.get_by_role("button", name="coronal").click()
+    box, hand = opened.locator("canvas.dwiml-picture").bounding_box(), opened.context.new_cdp_session(opened)
+    before, width = seen(opened), width_of_the_drawing(opened)
+
+    def touch(kind, *fingers):
+        points = [{"x": box["x"] + box["width"]/2 + x, "y": box["y"] + 225 + y, "id": i} for i, (x, y) in enumerate(fingers)]
+        hand.send("Input.dispatchTouchEvent", {"type": f"touch{kind}", "touchPoints": points})
+
+    touch("Start", (-50, 0), (50, 0))
+    for k in range(1, 6): touch("Move", (-50 - 5*k, 0), (50 + 5*k, 0))  # half as far apart again
+    touch("End")
+    wait_until(lambda: abs(width_of_the_drawing(opened)/width - 1.5) < .02, said=lambda: f"{width_of_the_drawing(opened)} beside {width}")
+    opened.get_by_role("button", name="coronal").click()
+    wait_until(lambda: (seen(opened) == before).all())
+    touch("Start", (0, 0))
+    for k in range(1, 6): touch("Move", (20*k, 0))
+    touch("End")
+    wait_until(lambda: (seen(opened) != before).any(2).mean() > .05)
+    assert opened.locator("canvas.dwiml-picture").evaluate("c => getComputedStyle(c).touchAction") == "none"
+
+
 def test_a_browser_that_cannot_draw_says_so(page, browser):
     browser.add_init_script("if (location.hash === '#old') HTMLCanvasElement.prototype.getContext = () => null")
     opened = page(known_scene())
     opened.goto(opened.url + "#old")
     opened.reload()
-    wait_until(lambda: "offers no WebGL 2" in opened.locator("#stage").inner_text())
+    wait_until(lambda: "offers no WebGL 2" in opened.locator(".dwiml-turns").inner_text())
 
 
 SCENE = """

@@ -328,12 +328,13 @@ def slice_rows(self:Controls) -> list: # of widgets
     viewer,wrap = self.viewer,W.Layout(flex_flow='row wrap')
     if not viewer.scene.slices: return []
     low,high = viewer.scene.slices[0].fitting
-    greys = W.FloatRangeSlider(min=low - (high - low)/2, max=high + (high - low)/2, value=(low, high),
+    greys = self.greys = W.FloatRangeSlider(min=low - (high - low)/2, max=high + (high - low)/2, value=(low, high),
                                step=(high - low)/100, description='grey values', readout_format='.3g',
                                layout=W.Layout(width='25em'), style={'description_width': '6em'})
     def put(change):
+        whole,new = viewer.scene.slices[0].fitting, change['new']
         with viewer.hold_trait_notifications():
-            viewer.window,viewer.level = change['new'][1] - change['new'][0],sum(change['new'])/2
+            viewer.window,viewer.level = (None, None) if new == whole else (new[1] - new[0], sum(new)/2)
     greys.observe(viewer.guard(put), 'value')
     cuts = [self.cut_control(axis, name) for axis,name in enumerate('xyz')]
     cuts = W.HBox(cuts, layout=W.Layout(flex_flow='row wrap'))              # its own: it may be hidden
@@ -366,6 +367,11 @@ def cut_control(self:Controls,
 @patch
 def fit_cuts(self:Controls):
     "Let the sliders span the volume at hand, and stand where it is cut."
+    (low,high),greys = self.viewer.scene.slices[0].fitting, self.greys
+    if self.viewer.window is None and greys.value != (low, high):
+        greys.min,greys.max = min(greys.min, low),max(greys.max, high)    # both the old and the new values
+        greys.value = low,high
+        greys.min,greys.max,greys.step = low - (high - low)/2, high + (high - low)/2, (high - low)/100
     for axis,slider in self.cut_sliders.items():
         low,high = self.viewer.scene.slices[0].bounds[:, axis].tolist()
         slider.max = max(high, slider.max)                      # first a range that holds the old and the new

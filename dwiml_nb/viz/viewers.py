@@ -328,9 +328,10 @@ def slice_rows(self:Controls) -> list: # of widgets
     viewer,wrap = self.viewer,W.Layout(flex_flow='row wrap')
     if not viewer.scene.slices: return []
     low,high = viewer.scene.slices[0].fitting
-    greys = self.greys = W.FloatRangeSlider(min=low - (high - low)/2, max=high + (high - low)/2, value=(low, high),
+    greys = W.FloatRangeSlider(min=low - (high - low)/2, max=high + (high - low)/2, value=(low, high),
                                step=(high - low)/100, description='grey values', readout_format='.3g',
                                layout=W.Layout(width='25em'), style={'description_width': '6em'})
+    self.greys = greys
     def put(change):
         whole,new = viewer.scene.slices[0].fitting, change['new']
         with viewer.hold_trait_notifications():

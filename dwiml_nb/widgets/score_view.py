@@ -45,14 +45,16 @@ def checked_scores(
     if not all(map(is_number, numbers)):
         raise DataProblem(f"scores{name and ' of '}{name} are not all numbers", "finite numbers",
                           next(f'{v!r:.60}' for v in numbers if not is_number(v)))
-    return {**{k: found[k] for k in MEASURES}, 'VB': found.get('VB', ''), 'n_bundles': found.get('n_bundles', ''),
-            'n_lines': found.get('n_lines', ''), 'bundles': bundles, 'reasons': reasons}
+    more = {k: found.get(k, '') for k in ('VB', 'n_bundles', 'n_lines')}
+    return {**{k: found[k] for k in MEASURES}, **more, 'bundles': bundles, 'reasons': reasons}
 
 # %% ../../nbs/11_widgets/09_scores.ipynb #16bff89c
 SCORE_STYLE = f"""<style>
 .dwiml-scores table {{ border-collapse: collapse; display: table }}
-.dwiml-scores :is(td, th) {{ padding: 2px 12px 2px 0; text-align: left; white-space: nowrap; line-height: 1.5 }}
-.dwiml-bar-of {{ display: inline-block; width: 7em; height: .75em; background: {QUIET}33; margin-right: .6em }}
+.dwiml-scores :is(td, th) {{ padding: 2px 12px 2px 0; text-align: left; white-space: nowrap;
+                               line-height: 1.5 }}
+.dwiml-bar-of {{ display: inline-block; width: 7em; height: .75em; background: {QUIET}33;
+                 margin-right: .6em }}
 .dwiml-bar-of i {{ display: block; height: 100%; background: {PALETTE[0]} }}
 .dwiml-why {{ display: flex; height: 1.1em; width: 100%; max-width: 46em; margin: 2px 0 }}
 .dwiml-scores tr.dwiml-on {{ outline: 2px solid {PALETTE[1]} }}

@@ -23,7 +23,7 @@ from ..core.space import convert, open_image
 from ..core.tractograms import Tractogram, is_tractogram, load_tractogram
 from ..data.subjects import SubjectData
 from ..viz.scene import LineSet, Scene, data_to_colour
-from ..viz.panel import Panel, Part, parts_of
+from ..viz.panel import Panel, parts_of
 from ..viz.viewers import show
 from .state import Choice, chooser
 

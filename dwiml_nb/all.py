@@ -104,9 +104,11 @@ from .viz.plots import histogram_figure, loss_figure, plot_logs
 from .viz.spheres import sphere_figure
 
 # %% ../nbs/all.ipynb #a7f7078b
-from .evaluation.bundles import (Reference, Scores, bundle_table, load_reference, score_tractogram,
-                                         scores_table)
+from .evaluation.visits import density_map
+from .evaluation.references import Reference, load_reference
+from .evaluation.bundles import Scores, bundle_table, score_tractogram, scores_table
 from .evaluation.csd import csd_fodf, read_acquisition, track_csd
+from .evaluation.judging import bundle_adjacency, judge_files, judge_tractogram
 
 # %% ../nbs/all.ipynb #025e4df1
 from .widgets.study_browser import StudyBrowser

@@ -8,13 +8,14 @@ __all__ = ['read_seeds', 'eos_word', 'dwiml_track_from_model', 'dwiml_score']
 # %% ../../nbs/12_cli/05_tracking.ipynb #f3050286
 import argparse
 import numpy as np
+from pathlib import Path
 from .arguments import Number, angle, count, device, not_negative, positive, processes, whole
 from .common import Param, call_parse
-from ..core.errors import DataProblem, naming, need_file
-from ..core.files import check_outputs, write_json
+from ..core.errors import naming, need_file
+from ..core.files import atomic_file, check_outputs, write_json
 from ..core.sizes import read_array
-from ..core.tractograms import load_tractogram
-from ..evaluation.bundles import files_of_reference, score_tractogram
+from ..evaluation.judging import as_text, bundle_rows, judge_files, judgements_page, tractogram_rows
+from ..evaluation.references import files_of_reference
 from ..runs.run_files import track_run
 from .common import plain_problems, switch
 
@@ -96,19 +97,25 @@ def dwiml_track_from_model(
 # %% ../../nbs/12_cli/05_tracking.ipynb #59c06117
 @call_parse
 def dwiml_score(
-    tractogram:str, # .trx, .trk or .tck
-    reference:str, # Folder or JSON of a scoring configuration
+    tractogram:Param("One or more .trx, .trk or .tck", nargs='+'),
+    reference:str, # Folder or JSON that says what is true
     out:str=None, # Also write the scores to this JSON file
-    overwrite:Param("Replace an existing file", action=switch('-f'))=False,
+    html:str=None, # Also write them as a page
+    near_mm:positive=6., # Lines are near, for the adjacency of bundles, if their mean distance is below
+    overwrite:Param("Replace existing files", action=switch('-f'))=False,
 ):
-    "Tractometer-style scores of a tractogram."
+    "Tractometer-style scores of tractograms, and how their bundles compare with the true ones."
     with plain_problems():
-        read = [tractogram, reference, *files_of_reference(reference)] if out else []
-        check_outputs({'the scores': out}, read, overwrite)
-        lines = load_tractogram(tractogram)
-        try: scores = score_tractogram(lines, reference)
-        except DataProblem as e:
-            raise DataProblem(f"{tractogram} cannot be scored: {e.problem}", e.expected, e.found, e.do,
-                              file=e.file) from e
-        print(scores)
-        if out: write_json(scores.as_dict(), out, overwrite)
+        paths = [str(o) for o in ([tractogram] if isinstance(tractogram, (str, Path)) else tractogram)]
+        read = [*paths, reference, *files_of_reference(reference)] if out or html else []
+        check_outputs({'the scores': out, 'the page': html}, read, overwrite)
+        judged = judge_files(paths, reference, near_mm)
+        print(as_text(tractogram_rows(judged)))
+        for name,j in judged.items():
+            print(f'\n{name}: ' + ', '.join(f'{n} {why}' for why,n in j.scores.reasons.items() if n))
+            print(as_text(bundle_rows(j)))
+        plain = {name: j.as_dict() for name,j in judged.items()}
+        if out: write_json(plain[paths[0]] if len(paths) == 1 else {'tractograms': plain}, out, overwrite)
+        if html:
+            with atomic_file(html, overwrite) as tmp:
+                tmp.write_text(judgements_page(judged, reference), encoding='utf-8')

@@ -240,11 +240,11 @@ def why(
 
 # %% ../../nbs/10_evaluation/04_judging.ipynb #0435079e
 LEGEND = """VB: bundles with a valid line. VS, IB, NC: shares of valid lines, of other lines that connect
-two regions, and of the rest. OL, OR, F1: voxels of the reference that valid lines visit, voxels beside it, both
-(Tractometer: Côté et al. 2013; Renauld et al. 2023). Dice, wDice, r: voxels in common with the true lines,
-density in common (Cousineau et al. 2017), Pearson's r of the densities. BA: share of lines with one of the
-other bundle near them (Garyfallidis et al. 2012). Means are over bundles; a bundle without a valid line counts 0.
-–: not known."""
+two regions, and of the rest. OL, OR, F1: voxels of the reference that valid lines visit, voxels beside
+it, both (Tractometer: Côté et al. 2013; Renauld et al. 2023). Dice, wDice, r: voxels in common with the
+true lines, density in common (Cousineau et al. 2017), Pearson's r of the densities. BA: share of lines
+with one of the other bundle near them (Garyfallidis et al. 2012). Means are over bundles; a bundle
+without a valid line counts 0. –: not known."""
 
 def judgements_page(
     judged:dict, # name -> `Judgement`

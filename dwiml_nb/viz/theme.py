@@ -88,16 +88,20 @@ def value_colours(
     return colours
 
 # %% ../../nbs/09_viz/00_theme.ipynb #cf9c9bae
-def matplotlib_style() -> dict:
+def matplotlib_style(
+    dark:bool=False, # Light on a dark ground
+) -> dict:
     "Settings for `plt.rc_context`."
     from cycler import cycler
+    ink,quiet,paper,grid = ((DARK_INK, DARK_QUIET, DARK_PAPER, '#3a4046') if dark else
+                            (INK, QUIET, PAPER, '#e2e6ea'))
     return {'axes.prop_cycle': cycler(color=PALETTE),
-            'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': QUIET,
-            'axes.labelcolor': INK, 'axes.titlesize': 'medium',
-            'axes.grid': True, 'grid.color': '#e2e6ea', 'grid.linewidth': .6,
+            'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': quiet,
+            'axes.labelcolor': ink, 'axes.titlecolor': ink, 'axes.titlesize': 'medium',
+            'axes.grid': True, 'grid.color': grid, 'grid.linewidth': .6, 'axes.facecolor': paper,
             'text.parse_math': False,                             # a name may have two dollar signs
-            'text.color': INK, 'xtick.color': QUIET, 'ytick.color': QUIET,
-            'legend.frameon': False, 'lines.linewidth': 1.6, 'figure.facecolor': PAPER}
+            'text.color': ink, 'xtick.color': quiet, 'ytick.color': quiet,
+            'legend.frameon': False, 'lines.linewidth': 1.6, 'figure.facecolor': paper}
 
 def plotly_style() -> dict:
     "Arguments of `Figure.update_layout`."

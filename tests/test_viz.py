@@ -37,7 +37,7 @@ def volume():
 def test_a_volume_is_the_same_however_it_comes(volume, tmp_path):
     image = nib.Nifti1Image(volume, AFFINE)
     nib.save(image, tmp_path / "v.nii.gz")
-    ways = [viz(tmp_path / "v.nii.gz"), viz(str(tmp_path / "v.nii.gz")), viz(image), viz((volume, AFFINE)), viz((torch.from_numpy(volume), AFFINE)), viz([volume, AFFINE]), viz(volume, AFFINE)]
+    ways = [viz(str(tmp_path / "v.nii.gz")), viz(image), viz((torch.from_numpy(volume), AFFINE)), viz([volume, AFFINE]), viz(volume, AFFINE)]
     for panel in ways:
         panel.feature = 2
         assert not panel.error and "feature 3 of 3" in caption(panel) and "2 x 2.02 x 3.01 mm" in caption(panel)
@@ -178,3 +178,91 @@ def test_a_page_is_one_file_that_asks_for_nothing(volume, tmp_path):
     assert whole.to_html(page, overwrite=True) == page and [p.name for p in tmp_path.iterdir()] == ["t.html"]
     both = page_of([*parts_of(whole), *parts_of(viz((volume, AFFINE)))])
     assert both.count("class StageView") == 1 and both.count('class="dwiml-turns"') == 2
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    "A folder as the demo leaves it, of the toy study: the tractogram is the truth with two bad lines, CSD's is half of the truth."
+    from dwiml_nb.data.dataset import MultiSubjectDataset
+    from dwiml_nb.study.toy import toy_study
+    from dwiml_nb.training.sinks import ExperimentLogs
+    out = tmp_path_factory.mktemp("demo")
+    dataset = MultiSubjectDataset(toy_study(out), lazy=True).load_data()
+    truth = dataset.testing.subject(0).streamlines["bundles"].as_tractogram()
+    short = [line[:4] for line in truth.lines.unbind()[:2]]
+    save_tractogram(Tractogram([*truth.lines.unbind(), *short], truth.grid), out / "tractogram.trx")
+    save_tractogram(Tractogram(truth.lines[::2], truth.grid), out / "csd.trx")
+    (out / "scores.json").write_text(json.dumps({"held_out": dataset.testing.subjects[0]}))
+    logs = ExperimentLogs(out / "experiments" / "learn2track" / "logs")
+    logs.folder.mkdir(parents=True)
+    logs.epochs.write({"epoch": 0, "train_loss": 1.0, "valid_loss": 0.9})
+    logs.close()
+    dataset.close()
+    return out
+
+
+@pytest.fixture
+def board(demo):
+    board = viz(demo)
+    yield board
+    assert not board.error
+    board.close()
+
+
+def shown(board):
+    return {name: int(scene.lines[0].shown.sum()) for name, scene in board.beside.scenes.items()}
+
+
+def test_a_bundle_chosen_anywhere_shows_everywhere(board):
+    first, second = board.names[:2]
+    whole = shown(board)
+    for choose in (lambda: setattr(board, "bundle", first), lambda: setattr(board.scores, "bundle", first), lambda: setattr(board.beside.choosers["bundle"], "value", first)):
+        choose()
+        assert board.bundle == board.scores.bundle == board.beside.only["bundle"] == board.beside.choosers["bundle"].value == first
+        assert shown(board) == {"truth": 60, "this kit": 60, "dipy CSD": 30} and board.scores.table.value.count('<tr class="dwiml-on"') == 3
+        board.bundle = second
+        board.bundle = ""
+        assert shown(board) == whole == {"truth": 120, "this kit": 122, "dipy CSD": 60}
+    board.bundle = "none"
+    assert shown(board) == {"truth": 0, "this kit": 2, "dipy CSD": 0}
+
+
+def test_a_range_of_lengths_chosen_anywhere_shows_everywhere(board):
+    expected = {name: int((scene.lines[0].lengths_mm >= 20).sum()) for name, scene in board.beside.scenes.items()}
+    most = board.beside.lengths.max
+    for choose in (lambda: setattr(board, "length_mm", (20.0, most)), lambda: setattr(board.browser, "line_filter", "length_mm >= 20"), lambda: setattr(board.beside.lengths, "value", (20, most))):
+        choose()
+        assert board.length_mm == board.beside.length_mm == (20.0, most) and "length_mm >= 20" in board.browser.line_filter and shown(board) == expected
+        assert "2 one end" not in board.scores.table.value, "the two short lines do not count now"
+        board.length_mm = None
+        assert board.browser.line_filter == "" and shown(board)["this kit"] == 122
+
+
+def test_a_subject_chosen_anywhere_shows_its_truth_alone(board):
+    other = board.study.subjects["training"][0]
+    for choose in (lambda: setattr(board, "subject", other), lambda: setattr(board.browser, "subject", other), lambda: setattr(board.beside.choosers["subject"], "value", other)):
+        choose()
+        assert board.subject == board.browser.subject == other and board.beside.scenes["truth"].slices[0].name == other
+        assert shown(board)["this kit"] == 0 < shown(board)["truth"] and "Only" in board.message.value
+        board.subject = board.tracked
+        assert shown(board) == {"truth": 120, "this kit": 122, "dipy CSD": 60}
+
+
+def test_the_board_is_one_page(board, tmp_path):
+    text = board.to_html(tmp_path / "demo.html").read_text()
+    assert text.count("class StageView") == 1 and text.count('class="dwiml-turns"') == 3 and text.count("data-subject=") == 4 and "https://" not in text
+
+
+def test_an_older_demo_has_no_tractogram_of_csd(demo, tmp_path):
+    for path in demo.iterdir():
+        if path.name != "csd.trx": (tmp_path / path.name).symlink_to(path)
+    board = viz(tmp_path)
+    assert list(board.beside.viewers) == ["truth", "this kit"] and "dipy CSD" in board.message.value
+    board.close()
+
+
+def test_a_demo_whose_scores_name_a_stranger_is_refused(demo, tmp_path):
+    for path in demo.iterdir():
+        if path.name != "scores.json": (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "scores.json").write_text('{"held_out": "<b>nobody"}')
+    with pytest.raises(DataProblem, match="name no subject of the study"): viz(tmp_path)

@@ -287,16 +287,28 @@ def legend(self:Scene,
 
 # %% ../../nbs/09_viz/01_scene.ipynb #3f3cee57
 @patch
+def with_label(self:LineSet,
+    label:str, # 'bundle', …
+    word:str, # Name of one of its values, or the value itself
+) -> np.ndarray: # (S,) bool; all, if the set has no such label
+    "Which lines have a label's value."
+    if label not in self.labels: return np.ones(len(self), dtype=bool)
+    codes,names = np.asarray(self.labels[label]), self.legends.get(label)
+    known = {str(names[k]) if names is not None else str(k): k for k in np.unique(codes).tolist()}
+    return codes == known[word] if word in known else np.zeros(len(self), dtype=bool)
+
+@patch
 def show_only(self:Scene,
     length_mm=None, # (low, high): lines of this length; None: all
     targets:bool=True, # Show the line sets named 'targets'
+    only:dict=None, # label -> the value that lines must have, {'bundle': 'AF_L'}
 ) -> Scene:
     "Choose the lines that are drawn."
     low,high = length_mm or (0., np.inf)
     for s in self.lines:
         s.shown = np.full(len(s), targets or s.name != 'targets')
-        s.shown &= s.chosen
         if length_mm is not None: s.shown &= (low <= s.lengths_mm) & (s.lengths_mm <= high)
+        for label,word in (only or {}).items(): s.shown &= s.with_label(label, word)
     return self
 
 # %% ../../nbs/09_viz/01_scene.ipynb #e2bb926b

@@ -62,6 +62,7 @@ class Viewer(Panel):
     line_width = T.Float(1., min=.5, max=12., help="Pixels; above 3 lines become tubes.")
     length_mm = T.Tuple(T.Float(), T.Float(), default_value=None, allow_none=True,
                         help="Only lines of a length between these two are shown; None: all.")
+    only = T.Dict(help="Label -> the value that lines must have to be shown: {'bundle': 'AF_L'}.")
     show_targets = T.Bool(True, help="Show the lines of the loss beside those that the model walks along.")
     grown = T.Float(None, allow_none=True,
                     help="Lines that grow are drawn up to so many steps; None: they are whole.")
@@ -102,7 +103,7 @@ class Viewer(Panel):
                 f"{len(self.scene.slices)} volumes, by {self.colour}, {self.view}, {self.rung})")
 
 FOLLOWED = ['colour', 'view', 'azimuth', 'elevation', 'zoom', 'cut_mm', 'planes', 'slice_opacity', 'window',
-            'level', 'opacity', 'line_width', 'length_mm', 'show_targets', 'grown', 'background',
+            'level', 'opacity', 'line_width', 'length_mm', 'only', 'show_targets', 'grown', 'background',
             'highlighted', 'selection', 'rung']
 
 # %% ../../nbs/09_viz/07_viewers.ipynb #6a5157e3
@@ -143,7 +144,8 @@ def tell_scene(self:Viewer,
             window = high - low if self.window is None else max(self.window, 1e-9)
             level = (low + high)/2 if self.level is None else self.level
             s.planes,s.low,s.high = self.planes,level - window/2,level + window/2
-    elif name in ('length_mm', 'show_targets'): scene.show_only(self.length_mm, self.show_targets)
+    elif name in ('length_mm', 'only', 'show_targets'):
+        scene.show_only(self.length_mm, self.show_targets, self.only)
     look.opacity,look.line_width,look.slice_opacity = self.opacity,self.line_width,self.slice_opacity
     look.grown = self.grown
     look.dark = self.background == 'dark' or self.background == 'auto' and self.message.dark

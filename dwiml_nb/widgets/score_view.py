@@ -57,7 +57,8 @@ SCORE_STYLE = f"""<style>
                  margin-right: .6em }}
 .dwiml-bar-of i {{ display: block; height: 100%; background: {PALETTE[0]} }}
 .dwiml-why {{ display: flex; height: 1.1em; width: 100%; max-width: 46em; margin: 2px 0 }}
-.dwiml-scores tr.dwiml-on {{ outline: 2px solid {PALETTE[1]} }}
+.dwiml-scores {{ overflow-x: auto }}
+.dwiml-scores tr.dwiml-on td {{ background: {PALETTE[1]}40 }}
 .dwiml-scores tr.dwiml-off {{ opacity: .4 }}
 </style>"""
 
@@ -141,6 +142,12 @@ class ScoreView(Panel):
         return (f'{SCORE_STYLE}<div class="dwiml-scores">{measure_rows(self.scores)}{rows}'
                 f'{reason_bars(self.scores)}</div>')
     def follow(self, change): self.table.value = self.html(); self.renewal()
+    def count_only(self,
+        reasons:dict, # name of a tractogram -> reason -> how many of the lines that are looked at
+    ):
+        "Draw the reasons of some of the lines."
+        for name,counts in reasons.items(): self.scores[name] = {**self.scores[name], 'reasons': counts}
+        self.follow(None)
     def still(self) -> str: return self.table.value
     def __repr__(self):
         said = ', '.join(f"{name} VS {s['VS']:.3f} OL {s['OL']:.3f}" for name,s in self.scores.items())

@@ -38,6 +38,7 @@ from .volume_browser import (MOST_LINES, VolumeBrowser, browse_folder, browse_su
                                              volume_of_image)
 from .model_view import ModelView
 from .score_view import ScoreView, is_scores
+from .demo_board import DemoBoard, is_demo
 
 # %% ../../nbs/11_widgets/12_viz.ipynb #85be727e
 TAKES = ("a study (.hdf5), a subset or a subject; a batch, or a loader with its sampler; "
@@ -215,7 +216,8 @@ def viz_folder(
     path:Path, # A folder
     trust=(), # As for `viz_path`
 ):
-    "What a folder holds: a model, experiments, or the files of a subject."
+    "What a folder holds: the demo, a model, experiments, or the files of a subject."
+    if is_demo(path): return DemoBoard(path, trust)
     if (path/'model_type.txt').is_file(): return viz_model(load_model(path, trust))
     is_run = (path/'logs').is_dir() or any(path.glob('*/parameters_latest.json'))
     if is_run: return viz_experiment(path, trust)

@@ -7,7 +7,8 @@ __all__ = ['SMALLEST_BEND', 'MOST_VOXELS', 'CAMERA_JS', 'SHADERS_JS', 'CARD_JS',
            'PICTURE_JS', 'LABELS_JS', 'MOUSE_JS', 'BAR_JS', 'PLAY_JS', 'STAGE_CSS', 'LOOK_JS', 'VIEW_JS', 'HEAR_JS',
            'PAINT_JS', 'HAND_JS', 'PARTS_JS', 'STAGE_JS', 'SHARED', 'PAGE_JS', 'points_to_send', 'varies_along',
            'line_state', 'colour_bytes', 'volume_state', 'scene_state', 'legend_state', 'as_css', 'look_state',
-           'as_sent', 'BrowserStage', 'camera_of', 'frame_of_camera', 'BrowserFace', 'turning_part', 'turning_page']
+           'as_sent', 'BrowserStage', 'camera_of', 'frame_of_camera', 'small_still', 'BrowserFace', 'turning_part',
+           'turning_page']
 
 # %% ../../nbs/09_viz/06_browser.ipynb #a3410eba
 import base64
@@ -19,11 +20,11 @@ import traitlets as T
 from anywidget import AnyWidget
 from fastcore.basics import patch
 from ..core.lines import mark_bends
-from .painter import Frame, VIEWS, frame_of, view_from
+from .painter import Frame, VIEWS, frame_of, paint, view_from
 from .scene import LineSet, Scene, Slices
 from .theme import DARK_INK, DARK_PAPER, DARK_QUIET, INK, PAPER, QUIET, rgba, value_colours
 from .panel import Part, page_of
-from .faces import Face
+from .faces import Face, to_jpeg
 
 # %% ../../nbs/09_viz/06_browser.ipynb #d5abbb96
 SMALLEST_BEND = .1 # mm
@@ -845,6 +846,9 @@ STAGE_CSS = f"""
 .dwiml-stage {{ font: 13px system-ui, sans-serif; width: 100%; background: inherit }}
 .dwiml-stage .dwiml-frame {{ position: relative; overflow: hidden }}
 .dwiml-stage canvas {{ position: absolute; inset: 0; width: 100%; height: 100%; outline: none }}
+.dwiml-stage .dwiml-standin {{ position: absolute; inset: 0; width: 100%; height: 100%; margin: 0;
+  max-width: none; object-fit: contain; pointer-events: none }}
+.dwiml-stage .dwiml-frame:has(.dwiml-standin) canvas {{ visibility: hidden }}
 .dwiml-stage .dwiml-labels {{ pointer-events: none }}
 .dwiml-stage .dwiml-hover {{ position: absolute; pointer-events: none; max-width: 24em; padding: 2px 6px;
   background: {PAPER}; color: {INK}; border: 1px solid {QUIET}; border-radius: 3px; z-index: 1 }}
@@ -902,6 +906,7 @@ class StageView {
     this.foot = add("div", "dwiml-bar", this.root)
     this.tip.hidden = true
     this.frame.style.height = `${model.get("height")}px`
+    this.standIn()
     if (!this.begin()) return this.missing()
     this.show = bar(this.foot, model, this)
     this.showReel = player(reel, model, this)
@@ -956,6 +961,31 @@ Object.assign(StageView.prototype, {
     this.theme?.disconnect()
     clearTimeout(this.resting)
     this.card.gl?.getExtension("WEBGL_lose_context")?.loseContext()
+  },
+})
+"""
+
+# %% ../../nbs/09_viz/06_browser.ipynb #c1f7863e
+VIEW_JS += r"""
+Object.assign(StageView.prototype, {
+  standIn() {
+    const kept = '[class^="dwiml-still"] img[alt^="Viewer("]', sent = this.model.get("still")
+    const there = this.frame.closest(".jp-OutputArea")?.querySelectorAll(kept) ?? []
+    const src = there.length === 1 ? there[0].src
+              : sent.byteLength ? URL.createObjectURL(new Blob([sent])) : ""
+    const still = Object.assign(document.createElement("img"), {className: "dwiml-standin", alt: "", src})
+    if (src) this.still = this.frame.appendChild(still)
+  },
+  goOn() {
+    const {gl} = this.card, fence = gl.fenceSync(gl.SYNC_GPU_COMMANDS_COMPLETE, 0), {still} = this
+    this.still = null
+    const look = () => {
+      const done = this.lost || !fence || gl.getSyncParameter(fence, gl.SYNC_STATUS) === gl.SIGNALED
+      if (!done) return requestAnimationFrame(look)
+      URL.revokeObjectURL(still.src)
+      still.remove()
+    }
+    requestAnimationFrame(look)
   },
 })
 """
@@ -1048,6 +1078,7 @@ Object.assign(StageView.prototype, {
     else if (passed > 0 && passed < 40) picture.share = Math.min(1, picture.share*1.1)
     this.before = this.fast ? now : null
     picture.draw(look, this.fast ? picture.share : 1, this.ratio)
+    if (this.still) this.goOn()
     const pen = this.over.getContext("2d")
     pen.setTransform(this.ratio, 0, 0, this.ratio, 0, 0)
     pen.clearRect(0, 0, ...this.camera.size)
@@ -1173,6 +1204,7 @@ class BrowserStage(AnyWidget):
     highlighted = T.Int(-1, help="The line under the mouse, counted through all sets.").tag(sync=True)
     selection = T.List(help="The lines that were chosen, counted through all sets.").tag(sync=True)
     together = T.Unicode('', help="Stages of a page with the same word turn together.").tag(sync=True)
+    still = T.Bytes(b'', help="A small picture that stands in until this one is drawn.").tag(sync=True)
     missing = T.Bool(False, help="The browser said that it cannot draw.").tag(sync=True)
     next_rung = T.Unicode('', help="What comes in a browser that cannot draw.").tag(sync=True)
 
@@ -1230,6 +1262,16 @@ def frame_of_camera(
     size = tuple(round(n) for n in camera[6:])
     return Frame(view, np.array(centre), scale, size) if scale > 0 else frame_of(scene, view, size)
 
+# %% ../../nbs/09_viz/06_browser.ipynb #5c7e1d20
+def small_still(
+    viewer, # A `Viewer`
+    frame:Frame, # Where it looks from
+    most:int=500, # Lines of each set to draw
+) -> bytes: # JPEG
+    "What stands in until a browser has drawn: half as large, some of the lines."
+    half = frame.resized([max(n//2, 1) for n in frame.size])
+    return to_jpeg(paint(viewer.scene, half, max_lines=most, title='', legend=viewer.legend, times=.5))
+
 # %% ../../nbs/09_viz/06_browser.ipynb #52a2a84b
 SHARED = 'cut_mm', 'planes', 'background', 'highlighted', 'selection', 'grown' # Traits here and in the page
 
@@ -1257,7 +1299,9 @@ class BrowserFace(Face):
     def apply(self, name:str):
         if name in SHARED: setattr(self.widget, name, as_sent(getattr(self.viewer, name), name))
         if name != 'grown': self.refresh()
-    def stand(self, frame:Frame): self.widget.camera = camera_of(frame)
+    def stand(self, frame:Frame):
+        self.widget.camera = camera_of(frame)
+        if not self.widget.still: self.widget.still = small_still(self.viewer, frame)
     def frame(self) -> Frame: return frame_of_camera(self.widget.camera, self.scene)
 
     def heard(self, change):

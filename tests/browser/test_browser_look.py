@@ -125,6 +125,31 @@ def test_it_turns_with_the_mouse_and_is_never_empty(page):
     drawn(page)
 
 
+def test_one_finger_turns_and_two_magnify(page):
+    hand, ink = page.context.new_cdp_session(page), lambda: (pixels(picture(page)) < 230).any(2).mean()
+    page.get_by_role("button", name="coronal").click()
+    page.wait_for_timeout(300)
+    drawn(page)
+    (x, y), before, inked = middle(page), pixels(picture(page)), ink()
+
+    def touch(kind, *fingers): hand.send("Input.dispatchTouchEvent", {"type": f"touch{kind}", "touchPoints": [{"x": x + dx, "y": y, "id": i} for i, dx in enumerate(fingers)]})
+
+    touch("Start", -60, 60)
+    for k in range(1, 6): touch("Move", -60 + 5*k, 60 - 5*k)  # three fifths as far apart
+    touch("End")
+    until(page, lambda: .25 < ink()/inked < .6)
+    drawn(page)
+    page.get_by_role("button", name="coronal").click()
+    until(page, lambda: (pixels(picture(page)) != before).any(2).mean() < .01)
+    for _ in range(2):  # a canvas that was dragged once can be dragged again
+        now = pixels(picture(page))
+        touch("Start", 0)
+        for k in range(1, 6): touch("Move", 20*k)
+        touch("End")
+        until(page, lambda: (pixels(picture(page)) != now).any(2).mean() > .02)
+        drawn(page)
+
+
 def test_it_follows_the_theme_and_the_width_of_its_cell(page):
     widths = []
     for theme in ("Dark", "Light"):

@@ -6,6 +6,7 @@ import pytest
 from dwiml_nb.core.ragged import as_ragged
 from dwiml_nb.viz import painter
 from dwiml_nb.viz.browser import turning_page
+from dwiml_nb.viz.faces import to_jpeg
 from dwiml_nb.viz.painter import VIEWS, frame_of, paint, view_from
 from dwiml_nb.viz.scene import Scene
 from test_widgets import errors, nothing_from_elsewhere, notebook, output, pixels, shot, time_of_a_cell, wait_until  # noqa: F401  (a fixture, too)
@@ -161,6 +162,24 @@ def test_one_finger_turns_and_two_zoom(page):
     assert opened.locator("canvas.dwiml-picture").evaluate("c => getComputedStyle(c).touchAction") == "none"
 
 
+def test_a_still_stands_in_until_the_card_has_drawn(page, browser):
+    scene = known_scene()
+    browser.add_init_script("if (location.hash === '#slow') { const of = WebGL2RenderingContext.prototype, ask = of.getSyncParameter; "
+                            "of.getSyncParameter = function(...a) { return window.goOn ? ask.apply(this, a) : 0 } }")
+    still = to_jpeg(np.full((225, 300, 3), [200, 30, 120], np.uint8))
+    opened = page(scene, height=450, still=still)
+    wait_until(lambda: opened.locator(".dwiml-standin").count() == 0)
+    drawn = pixels(opened.locator(".dwiml-frame"))
+    opened.goto(opened.url + "#slow")
+    opened.reload()
+    frame = opened.locator(".dwiml-frame")
+    frame.locator(".dwiml-standin").wait_for()
+    wait_until(lambda: np.abs(pixels(frame)[225, 300] - [200, 30, 120]).max() < 9, said=lambda: str(pixels(frame)[225, 300]))
+    opened.evaluate("() => { window.goOn = true }")
+    wait_until(lambda: frame.locator(".dwiml-standin").count() == 0)
+    assert (pixels(frame) == drawn).all()
+
+
 def test_a_browser_that_cannot_draw_says_so(page, browser):
     browser.add_init_script("if (location.hash === '#old') HTMLCanvasElement.prototype.getContext = () => null")
     opened = page(known_scene())
@@ -211,8 +230,7 @@ def test_a_busy_kernel_keeps_nobody_waiting(notebook, lab):  # noqa: F811
     assert busy(), "all this while the kernel runs a cell"
     (lab.folder / "go on").touch()
     wait_until(lambda: not busy())
-    time_of_a_cell(opened, 5)
-    assert "12.0) [-40, 66]" in output(opened, 5).inner_text()
+    wait_until(lambda: (time_of_a_cell(opened, 5), "12.0) [-40, 66]" in output(opened, 5).inner_text())[1], said=output(opened, 5).inner_text)
     for cell in (6, 7):
         before = pixels(canvas)
         time_of_a_cell(opened, cell)

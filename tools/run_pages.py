@@ -20,8 +20,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NBS, BUILD = ROOT / "nbs", ROOT / "build"
 EXPORTS = {"export", "exports", "exporti"}
-SLOW_IMPORTS = ["torch", "torch._dynamo", "numba", "scipy.ndimage", "matplotlib.pyplot", "plotly.graph_objects", "ipywidgets",
-                "nibabel", "h5py", "dipy.data", "dipy.reconst.csdeconv", "nbdev.process", "execnb.shell"]
+SLOW_IMPORTS = ["torch", "torch._dynamo", "scipy.ndimage", "matplotlib.pyplot", "plotly.graph_objects", "plotly.basewidget",
+                "plotly.io", "nbformat", "anywidget", "ipywidgets", "itables.widget", "nibabel", "h5py", "dipy.data",
+                "dipy.reconst.csdeconv", "nbdev.process", "execnb.shell", "tools.warm_numba"]
 LIMIT = 900  # seconds a page may take
 COVERED = 95  # percent of the modules' lines that the pages must run
 

@@ -109,6 +109,7 @@ from .evaluation.references import Reference, load_reference
 from .evaluation.bundles import Scores, bundle_table, score_tractogram, scores_table
 from .evaluation.csd import csd_fodf, read_acquisition, track_csd
 from .evaluation.judging import bundle_adjacency, judge_files, judge_tractogram
+from .evaluation.line_losses import line_losses
 
 # %% ../nbs/all.ipynb #025e4df1
 from .widgets.study_browser import StudyBrowser

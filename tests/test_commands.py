@@ -94,6 +94,7 @@ def usual(here):
             "dwiml_send_value_to_comet_manually": [here / "experiments", "first", "dice", "1", "0.5"],
             "dwiml_track_from_model": [experiment, "sub-04", out / "a.trk", "seed_mask", "-f", "--device", "cpu"],
             "dwiml_score": [sorted((subjects / "sub-04" / "bundles").glob("*.trk"))[0], subjects / "sub-04"],
+            "dwiml_visualize_loss": [experiment, "sub-04", "--device", "cpu", "-f"],
             "dwiml_check_model": ["dwiml_nb.models.learn2track:Learn2TrackModel", "--args", '{"nb_features": 5}'],
             "dwiml_compute_connectivity_matrix_from_blocs": [brain, bundle, out / "blocs.npy", "4", "4", "1", "-f"],
             "dwiml_compute_connectivity_matrix_from_labels": [brain, bundle, out / "labels.npy", "-f"],

@@ -23,7 +23,7 @@ from dwiml_nb.core.space import Grid
 from dwiml_nb.core.tractograms import Tractogram, load_tractogram, save_tractogram
 from dwiml_nb.evaluation.bundles import REASONS, score_tractogram
 from dwiml_nb.evaluation.judging import bundle_adjacency, judge_tractogram
-from dwiml_nb.evaluation.references import SEGMENTATION, TRACTOMETRY, load_reference
+from dwiml_nb.evaluation.references import SEGMENTATION, TRACTOMETRY, bundle_of_part, load_reference
 from dwiml_nb.evaluation.visits import density_correlation, density_map, dice, weighted_dice
 
 GRID = Grid(np.eye(4), (20, 10, 10))
@@ -41,6 +41,7 @@ LINES = {  # name -> points at z = 5, what must be said of it, its bundle
     "of one region": ([(1, 4), (1, 6)], "same region", -1),
     "nowhere": ([(8, 5), (12, 5)], "no end", -1),
 }
+MORE = {"in the mask, almost": ([(1, 4), (14, 4), (16, 7), (18, 4)], "leaves the bundle", 0), "B, a little back": ([(10, 1), (10, 6), (10, 5.2), (10, 8)], "valid", 1)}
 
 
 def ragged(*lines): return Ragged.from_list([torch.tensor([(*p, 5.) for p in line]).float() for line in lines])
@@ -82,11 +83,12 @@ def test_the_challenge_is_read(challenge):
     assert ref.names == ["A", "B", "C"] and ref.rules.of.tolist() == [0, 0, 1, 2] and list(ref.lines) == ["A", "B"]
     assert ref.rules.head[0] is ref.rules.head[1] and ref.grid.dimensions == GRID.dimensions
     assert load_reference(challenge/SEGMENTATION).names == ref.names
+    assert [bundle_of_part(n, ("ICP", "ICP_left"), "") for n in ("ICP_left_part1", "ICP_part1", "ICP")] == [1, 0, 0]
 
 
-@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize("name", LINES | MORE)
 def test_each_rule_of_the_challenge(name, challenge):
-    points, reason, bundle = LINES[name]
+    points, reason, bundle = (LINES | MORE)[name]
     for line in (points, points[::-1]):
         scores = score_tractogram(ragged(line), challenge)
         assert (REASONS[scores.reason[0]], scores.bundle[0]) == (reason, bundle)

@@ -141,6 +141,7 @@ def tensors(self:Batch) -> list:
 class DWIMLBatchLoader(NamesOfDwiml):
     "Loads the streamlines of a batch as the model wants them."
     listen = staticmethod(silent) # Told each stage that lines go through: `batch_in_stages` listens
+    given = None # `Ragged` (P, 3) vox, lines in the place of the study's
 
     def __init__(self,
         dataset, # `MultiSubjectDataset`, loaded
@@ -228,7 +229,8 @@ def load_lines_voxmm(self:DWIMLBatchLoader,
     ids, # (n,) streamline ids
 ) -> Ragged: # (P, 3) voxmm
     "The chosen lines of one subject, as stored, in mm; lines without a direction or with NaN are refused."
-    lines = subset.get_lines(subject, self.streamline_group_name, ids)
+    lines = (subset.get_lines(subject, self.streamline_group_name, ids) if self.given is None
+             else self.given[torch.as_tensor(ids)])
     if len(lines) and int(lines.lengths.min()) < 2:
         self.refuse_lines(lines.lengths < 2, ids, subset.subjects[subject], "have fewer than 2 points",
                           expected="lines with a direction", found=f"{int(lines.lengths.min())} points",

@@ -386,7 +386,7 @@ DOOR |= {
     **for_each("`seeds_from_mask`", 'SeedGenerator', 'prepare_seed_generator'),
     **for_each("`track_from_model`", 'track_and_save'),
     **for_each("`read_experiment`", 'find_hdf5_associated_to_experiment'),
-    **for_each("nothing yet: the loss along lines", 'TesterWithDirectionGetter', 'TesterOneInput'),
+    **for_each('`line_losses`', 'TesterWithDirectionGetter', 'TesterOneInput'),
     **for_each("`dwiml_nb.data.streamlines.SFTData.as_sft`", 'load_sft_from_hdf5'),
     **for_each("plain arguments: no part of this library adds options to a parser", 'add_model_args',
                'add_args_batch_sampler', 'add_args_batch_loader', 'add_training_args', 'add_memory_args',
@@ -433,7 +433,7 @@ COMMANDS = {              # command of dwi_ml -> what to use instead
     'tt_resume_training_from_checkpoint': '`dwiml_resume_training_from_checkpoint`',
     'tt_update_deprecated_exp': 'nothing in its place: `load_model` reads older folders as they are',
     'tt_visualize_weights': f'{YET}: pictures of attention; `OriginalTransformerModel.forward` has weights',
-    **for_each(f'{YET}: the loss along lines', 'l2t_visualize_loss', 'tt_visualize_loss'),
+    **for_each('`dwiml_visualize_loss`', 'l2t_visualize_loss', 'tt_visualize_loss'),
     'dwiml_visualize_logs_correlation': '`dwiml_visualize_logs_correlation`',
     **{name: f'`{name}`' for name in (
         'dwiml_compute_connectivity_matrix_from_blocs', 'dwiml_compute_connectivity_matrix_from_labels',
@@ -477,6 +477,25 @@ OPTIONS['dwiml_compute_connectivity_matrix_from_blocs'] = {
 OPTIONS['dwiml_compute_connectivity_matrix_from_labels'] = {
     **OPTIONS['dwiml_compute_connectivity_matrix_from_blocs'],
     **same('--hide_background', '--use_longest_segment')}
+
+# %% ../../nbs/00_core/17_dwi_ml.ipynb #8d31f0aa
+OPTIONS['l2t_visualize_loss'] = {
+    **same('--use_latest_epoch', '--streamlines_group', '--streamlines_file', '--out_prefix', '--out_dir',
+           '--fig_size', '-f', '--batch_size', '--compute_histogram', '--save_colored_tractogram',
+           '--save_colored_best_and_worst', '--colormap', '--min_range', '--max_range',
+           '--save_colored_eos_probs', '--min_range_eos_probs', '--max_range_eos_probs',
+           '--save_colored_eos_errors', '--min_range_eos_errors', '--max_range_eos_errors',
+           '--save_displacement'),
+    'hdf5_file': '`--hdf5_file`; without it, the study that the model was trained on',
+    'input_group': '`--input_group`; without it, the group that the model was trained on',
+    '--show_now': '`dwiml_nb.evaluation.line_losses.loss_histograms` in a notebook',
+    '--reference': 'nothing in its place: lines of a file are in RAS mm',
+    '--subset': 'nothing in its place: the subject is found in the subset that has it',
+    '--processes': 'nothing in its place: lines go through the model together, `--batch_size` of them',
+    '--use_gpu': '`--device`, cuda; the first GPU is taken if there is one',
+    '-v': 'nothing in its place: numbers and names of files are always told',
+}
+OPTIONS['tt_visualize_loss'] = OPTIONS['l2t_visualize_loss']
 
 # %% ../../nbs/00_core/17_dwi_ml.ipynb #9f4ac9c9
 NO_EFFECT = 'nothing in its place: it has no effect in dwi_ml'

@@ -329,7 +329,7 @@ def label(
 
 # %% ../../nbs/09_viz/02_painter.ipynb #b64a2e90
 def to_png(
-    pixels:np.ndarray, # (H, W, 3) uint8
+    pixels:np.ndarray, # (H, W, 3) uint8; or 4, where some of it is transparent
 ) -> bytes:
     "The picture as a PNG file."
     from PIL import Image as Picture

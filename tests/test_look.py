@@ -161,3 +161,30 @@ def test_a_still_stays_with_fewer_lines_while_it_moves(viewer):
     assert face.frame().scale > 1
     face.hear({"kind": "rest"})
     assert face.picture() != rest
+
+
+def test_a_still_is_renewed_once_when_the_cell_has_ended(monkeypatch):
+    "Of a viewer and what it is a part of; in the order in which a cell, then its end, calls them."
+    import asyncio
+    from types import SimpleNamespace
+    import IPython
+    from dwiml_nb.viz import panel
+    waiting, renewed = [], []
+    events = SimpleNamespace(register=lambda _, f: waiting.append(f), unregister=lambda _, f: waiting.remove(f))
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(events=events))
+    monkeypatch.setattr(panel, "in_cell", lambda: True)
+    part, whole = Viewer(scene_of(3), (60, 40)), panel.Panel()
+    part.owner = whole
+    for o in (part, whole): o.renew = (lambda o=o, renew=o.renew: (renewed.append(o), renew()))
+    for o in (part, whole): o.renewal.function = o.renew
+
+    async def cell():
+        part.azimuth = 50.
+        part.azimuth = 60.
+        whole.renewal()
+        assert not renewed
+        for f in list(waiting): f()
+
+    asyncio.run(cell())
+    assert renewed == [part, whole] and not waiting
+    part.close()

@@ -30,13 +30,21 @@ def in_cell() -> bool:
     return header.get('msg_type') == 'execute_request'
 
 class CellEnd:
-    "Calls a function when the cell that runs now has ended."
+    "Calls a function, once, when the cell that runs now has ended."
+    fires = False # Whether one of them calls its function now
     def __init__(self, function):
         from IPython import get_ipython
-        self.function,self.events = function,get_ipython().events
+        self.function,self.waits,self.events = function,True,get_ipython().events
         self.events.register('post_execute', self.fire)
-    def cancel(self): self.events.unregister('post_execute', self.fire)
-    def fire(self): self.cancel(); self.function()
+    def cancel(self):
+        if self.waits: self.events.unregister('post_execute', self.fire)
+        self.waits = False
+    def fire(self):
+        if not self.waits: return
+        self.cancel()
+        CellEnd.fires = True
+        try: self.function()
+        finally: CellEnd.fires = False
 
 class Settled:
     "Calls a function when no other call came for some time; at once in a cell or a script."
@@ -52,7 +60,7 @@ class Settled:
         try: loop = asyncio.get_running_loop()
         except RuntimeError: return self.flush()
         if not in_cell(): self.timer = loop.call_later(self.seconds, self.flush)
-        elif self.cell_ends: self.timer = CellEnd(self.flush)
+        elif self.cell_ends and not CellEnd.fires: self.timer = CellEnd(self.flush)
         else: self.flush()
     def cancel(self):
         "Do not call it, unless it is asked for again."

@@ -137,10 +137,10 @@ def with_noise(
     loader:DWIMLBatchLoader, # It is copied
     batch:Batch, # As it was loaded
 ) -> Batch: # `lines`: what the model sees, `targets`: what the loss compares with
-    "The batch with its white noise; the same, if it gets none."
+    "The batch with the white noise that was drawn for it; the same, if none was."
+    if batch.draws.forward_seed is None and batch.draws.loss_seed is None: return batch
     loader,who = copy.copy(loader), batch.ids_per_subj
     loader.at_hand = batch
-    if who.subset != 'training' or not (loader.noise_mm_forward or loader.noise_mm_loss): return batch
     seen = loader.spec.seen(batch.lines)
     if loader.noise_mm_forward: seen = as_ragged(loader.add_noise_streamlines_forward(seen, who))
     targets = as_ragged(loader.add_noise_streamlines_loss(batch.targets, who))
@@ -189,16 +189,17 @@ def counts(
             rows += [(words[int(v)], int((some == v).sum()), '') for v in spread] or [('split', 0, '')]
             continue
         ends = f"{some.min():.2g} to {some.max():.2g}" if len(some) and what != 'reversed' else ''
-        rows.append((what, len(some), ends.split(' to ')[0] if len(set(some.tolist())) == 1 else ends))
+        words = 'cut to a segment (points)' if what == 'points kept' else what
+        rows.append((words, len(some), ends.split(' to ')[0] if len(set(some.tolist())) == 1 else ends))
     return rows
 
 # %% ../../nbs/03_batch/09_stages.ipynb #c941964b
 class InputAlong(NamedTuple):
-    "One input of a model at the points of a line that it sees."
-    name:str # Of the input; '' if it has none
+    "A volume at the points of a line that a model sees."
+    name:str # Of the input and its group; of the group, if the input has no name
     values:Tensor # (N, K, F)
     vectors:Tensor # (K, 3) voxels from the point to where each value is from
-    features:list # F names, 'group 0', 'group 1', …
+    features:list # F names
 
 def one_line(
     batch:Batch,
@@ -212,16 +213,17 @@ def inputs_along(
     loader:DWIMLBatchLoader,
     batch:Batch, # As it was loaded: inputs are sampled before the white noise
     line:int, # Number in the batch
-) -> list: # of `InputAlong`; none for a loader without inputs
+) -> list: # of `InputAlong`, one for each group; none for a loader without inputs
     "What a model sees along a line."
     if not (isinstance(loader, DWIMLBatchLoaderOneInput) and loader.input_groups): return []
     seen = loader.spec.seen(batch.lines)[line:line + 1].to('cpu')
     found = loader.load_batch_inputs(seen, one_line(batch, line))
     tables,made = found if loader.spec.names_inputs else (found,), []
     for (name,groups),table in zip(loader.input_groups.items(), tables):
-        vectors = loader.spec.inputs[name].vectors
-        names = [f'{g} {i}' for g in groups for i in range(loader.dataset.nb_features[g])]
-        made.append(InputAlong(name, table.data.reshape(len(table.data), len(vectors), -1), vectors, names))
+        vectors,sizes = loader.spec.inputs[name].vectors, [loader.dataset.nb_features[g] for g in groups]
+        values = table.data.reshape(len(table.data), len(vectors), sum(sizes)).split(sizes, 2)
+        made += [InputAlong(f'{name}: {g}' if name else g, v, vectors, [str(i) for i in range(n)])
+                 for g,n,v in zip(groups, sizes, values)]
     return made
 
 # %% ../../nbs/03_batch/09_stages.ipynb #66652cd3

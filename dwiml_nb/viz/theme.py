@@ -42,6 +42,8 @@ PAGE_STYLE = f"""
 [data-jp-theme-light="false"] .dwiml-quiet {{ color: {DARK_QUIET} }}
 [data-jp-theme-light="false"] .dwiml-warn {{ color: {DARK_WARN} }}
 .dwiml-panel .dwiml-panel .dwiml-gone {{ display: none }}
+.dwiml-side .widget-html-content {{ line-height: 1.35 }}
+.dwiml-side img {{ max-width: 100%; height: auto }}
 """
 
 # %% ../../nbs/09_viz/00_theme.ipynb #fb4ea5ff

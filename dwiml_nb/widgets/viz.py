@@ -251,7 +251,7 @@ def viz_path(
 # %% ../../nbs/11_widgets/12_viz.ipynb #4e21143d
 @parts_of.register
 def parts_of_preview(x:BatchPreview) -> list:
-    return [Part(f'<div>{html_text(x.info)}</div>'), *parts_of(x.viewer)]
+    return [Part(f'<div>{html_text(x.info)}</div>'), *parts_of(x.viewer), Part(x.side.html())]
 
 @parts_of.register
 def parts_of_study(x:StudyBrowser) -> list:

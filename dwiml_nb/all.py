@@ -102,6 +102,7 @@ from .viz.scene import LineSet, PointSet, Scene, Slices, scene_of_batch, scene_o
 from .viz.painter import paint_side_by_side, paint_views, to_png
 from .viz.plots import histogram_figure, loss_figure, plot_logs
 from .viz.spheres import sphere_figure
+from .viz.side_by_side import SideBySide
 
 # %% ../nbs/all.ipynb #a7f7078b
 from .evaluation.visits import density_map

@@ -1096,7 +1096,11 @@ Object.assign(StageView.prototype, {
     this.resting = setTimeout(() => { this.fast = false; this.redraw(); this.tell(); this.lead(true) }, 150)
   },
   look(name) {
+    const own = this.camera.bounds, all = [own, ...this.peers().map(o => o.camera.bounds)]
+    const end = (i, far) => own[i].map((_, k) => far(...all.map(bounds => bounds[i][k])))
+    this.camera.bounds = [end(0, Math.min), end(1, Math.max)]
     this.camera.state = [...VIEWS[name], 0, 0, 0, 0, 1, 1]
+    this.camera.bounds = own
     this.tell(); this.redraw(); this.lead(true)
   },
   full() { document.fullscreenElement ? document.exitFullscreen() : this.root.requestFullscreen() },

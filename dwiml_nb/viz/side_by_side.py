@@ -215,8 +215,9 @@ CHOICE_JS = r"""
 document.addEventListener("dwiml-ready", () => {
   for (const box of document.querySelectorAll(".dwiml-beside")) {
     const stages = [...window.dwimlStages].filter(o => o.model.get("together") === box.dataset.together)
-    const [low, high] = box.querySelectorAll("input"), said = box.querySelector("output")
-    const selects = [...box.querySelectorAll("select")], number = v => Number(v.value)
+    const form = box.querySelector(".dwiml-choice"), said = form.querySelector("output")
+    const [low, high] = form.querySelectorAll("input"), number = v => Number(v.value)
+    const selects = [...form.querySelectorAll("select")]
     const codes = (set, label) => new Int32Array(set.labels[label].slice().buffer)
     const names = new Set(selects.flatMap(s => [...s.options].map(o => o.value).filter(Boolean)))
     const volumes = stages.map(o => [o.model.get("volumes"), o.model.get("grey")])

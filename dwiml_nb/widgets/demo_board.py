@@ -100,8 +100,8 @@ class DemoBoard(Panel):
         self.subject = self.tracked
         self.beside = SideBySide(self.scenes([self.tracked]), always={'subject': self.tracked})
         self.scores = ScoreView(self.found)
-        parts = {'Study': self.browser, 'Training': self.dashboard, self.title(): self.beside,
-                 f'Scores of {self.tracked}': self.scores}
+        parts = {'Study': self.browser, self.title(): self.beside, f'Scores of {self.tracked}': self.scores,
+                 'Training': self.dashboard}
         for part in parts.values(): part.owner = self
         headed = [w for name,part in parts.items() for w in (W.HTML(f'<h3>{html_text(name)}</h3>'), part)]
         self.children = [*headed, self.message]
@@ -111,7 +111,7 @@ class DemoBoard(Panel):
         "Over the tractograms."
         return f"Truth, {' and '.join(self.lines)} of {self.tracked}"
     def still(self) -> str:
-        return ''.join(p.still() for p in (self.browser, self.dashboard, self.beside, self.scores))
+        return ''.join(p.still() for p in (self.browser, self.beside, self.scores, self.dashboard))
     def close(self):
         "Close all parts too."
         for part in (self.browser, self.dashboard, self.beside, self.scores):

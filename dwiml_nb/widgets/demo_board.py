@@ -22,7 +22,7 @@ from ..viz.scene import Scene
 from ..viz.panel import Panel, Part, parts_of
 from ..viz.side_by_side import SideBySide, parts_of_beside
 from .score_view import ScoreView
-from .state import Choice, offer
+from .state import Choice
 from .study_browser import StudyBrowser
 from .training_dashboard import TrainingDashboard
 from .volume_browser import some_lines
@@ -197,7 +197,7 @@ def link_parts(
 ):
     "Let each part show what is chosen in another."
     board.bundle_options = ('', *board.names, 'none')
-    offer(board.scores, 'bundle', board.scores.chooser, board.bundle_options)
+    board.scores.offer_bundles(board.bundle_options[1:])
     act = lambda f: board.guard(lambda change: f())
     board.observe(act(board.subject_chosen), 'subject')
     board.observe(act(lambda: put_label(board, 'bundle')), 'bundle')

@@ -133,9 +133,17 @@ class ScoreView(Panel):
         super().__init__()
         self.table.value = self.html()
         self.chooser = chooser(self, 'bundle', 'bundle')
+        self.offer_bundles(names)
         self.children = [*[self.chooser]*(len(names) > 1), self.table, self.message]
         self.observe(self.guard(self.follow), 'bundle')
 
+    def offer_bundles(self,
+        names, # Of bundles
+    ):
+        "Other bundles to point out."
+        self.bundle_options = ('', *map(str, names))
+        self.chooser.options = [(name or 'all', name) for name in self.bundle_options]
+        self.chooser.value = self.bundle
     def html(self) -> str:
         "The tables and bars."
         rows = bundle_rows(self.scores, self.bundle)

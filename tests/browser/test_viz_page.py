@@ -1,4 +1,6 @@
 """What `to_html` leaves, and scenes side by side, in a real browser: they turn together, and a choice shows everywhere."""
+from inspect import getsource
+
 import numpy as np
 import pytest
 
@@ -6,19 +8,19 @@ from dwiml_nb.viz.panel import page_of, parts_of
 from dwiml_nb.viz.scene import Scene
 from dwiml_nb.viz.side_by_side import SideBySide
 from dwiml_nb.widgets.score_view import ScoreView
-from test_widgets import errors, notebook, nothing_from_elsewhere, output, pixels, shot, wait_until  # noqa: F401  (a fixture, too)
+from test_widgets import errors, nothing_from_elsewhere, notebook, output, pixels, shot, wait_until  # noqa: F401  (a fixture, too)
 
 pytestmark = pytest.mark.browser
 
-ARCS = """
-import numpy as np
 def arcs(n, seed):
     rng, t = np.random.default_rng(seed), np.linspace(0, np.pi, 40)
     return [np.stack([r*np.cos(t), y + 3*np.sin(t), r*np.sin(t)], 1).astype("f4") for r, y in zip(rng.uniform(15, 45, n), rng.normal(0, 6, n))]
+
+
 def scene(n, seed=0):
-    return Scene(f"{n} arcs").add_lines(arcs(n, seed), labels={"bundle": np.arange(n) % 2}, legends={"bundle": ["front", "<b>back"]}).add_slices(np.indices((12, 12, 12)).sum(0), np.diag([6.0, 6, 6, 1]), planes="z")
-"""
-exec(ARCS)
+    "Arcs in two bundles over a volume."
+    lines = Scene(f"{n} arcs").add_lines(arcs(n, seed), labels={"bundle": np.arange(n) % 2}, legends={"bundle": ["front", "<b>back"]})
+    return lines.add_slices(np.indices((12, 12, 12)).sum(0), np.diag([6.0, 6, 6, 1]), planes="z")
 
 
 def drag(page, picture, dx=120, dy=60):
@@ -69,10 +71,11 @@ def test_a_kept_page_turns_and_chooses(browser, tmp_path):
     beside.close()
 
 
-def test_scenes_turn_together_in_the_notebook(notebook):
-    page = notebook("beside.ipynb", f"import os; os.environ['VK_ICD_FILENAMES'] = os.environ['VK_DRIVER_FILES'] = '/none'\nfrom dwiml_nb.all import *\n{ARCS}",
+def test_scenes_turn_together_in_the_notebook(notebook):  # noqa: F811
+    page = notebook("beside.ipynb", "import os; os.environ['VK_ICD_FILENAMES'] = os.environ['VK_DRIVER_FILES'] = '/none'\nimport numpy as np\nfrom dwiml_nb.all import *",
+                    getsource(arcs) + getsource(scene),
                     "beside = SideBySide({'few': scene(8), 'many': scene(60, 1)}); beside")
-    widget = output(page, 1)
+    widget = output(page, 2)
     pictures = widget.locator("canvas.dwiml-picture")
     pictures.nth(1).wait_for()
     wait_until(lambda: len(np.unique(pixels(pictures.nth(1)).reshape(-1, 3), axis=0)) > 50)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASKED', 'folders_of', 'SteeredRun', 'TrainingDashboard', 'check_start', 'take_up', 'Steering', 'make_steering',
-           'make_table', 'between_batches', 'open_batch']
+           'make_tracks', 'make_table', 'between_batches', 'open_batch']
 
 # %% ../../nbs/11_widgets/03_training_dashboard.ipynb #5e3dad2a
 import threading
@@ -26,6 +26,7 @@ from ..runs.watch import WatchedRun, order_words
 from ..viz.curves import Curves
 from ..viz.plots import labels_of
 from ..viz.panel import Panel
+from ..evaluation.tracks_viewer import TracksViewer
 from .batch_preview import BatchPreview
 from .state import Throttle, error_html, nice_seconds
 
@@ -147,10 +148,11 @@ class TrainingDashboard(Panel):
         self.curves = Curves({label: run.log for label,run in self.runs.items()})
         self.curves.owner = self
         self.on_pick,self.table = self.curves.on_pick,None      # functions of (phase, epoch, batch)
-        self.preview = None                                     # of a batch that was clicked
+        self.preview,self.tracks = None,None                    # of a batch that was clicked; of the epochs
         self.on_pick.append(self.guard(partial(open_batch, self)))
         first = make_table(self) if len(self.runs) > 1 else make_steering(self)
-        self.children = [first, self.message, self.curves]
+        if not self.table: self.tracks = make_tracks(self)
+        self.children = [first, self.message, self.curves, *filter(None, [self.tracks])]
         if self.trainer is None: self.run.look(); self.nb_orders = len(self.run.orders)
         self.draw()
         self.listen() if self.trainer else self.watch()
@@ -172,14 +174,14 @@ class TrainingDashboard(Panel):
             self.say(f"This dashboard was closed in epoch {self.trainer.epoch + 1}; the training goes on. "
                      "TrainingDashboard(trainer) shows it again, trainer.control.request_stop() ends it.")
         self.renew()
-        if self.preview is not None: self.preview.close()
-        self.curves.close()
+        for part in (self.preview, self.tracks, self.curves):
+            if part is not None: part.close()
         super().close()
     def still(self) -> str:
         words = self.table_html.value if self.table else self.told.value
         name = '' if self.table else f'{html_text(self.run_name)}: '
-        batch = '' if self.preview is None else self.preview.still()
-        return f"<div>{name}{words}</div>{self.message.value}{self.curves.still()}{batch}"
+        more = ''.join(o.still() for o in (self.tracks, self.preview) if o is not None)
+        return f"<div>{name}{words}</div>{self.message.value}{self.curves.still()}{more}"
     def __repr__(self):
         if self.table: return repr(self.table)
         return (f"TrainingDashboard({self.run_name}: {self.state}, "
@@ -232,6 +234,7 @@ def take_up(
     epochs = board.steering.epochs_field.value
     if epochs != board.run.options().get('max_epochs'): how['new_max_epochs'] = epochs
     board.trainer = board.run.trainer = trainer_from_folder(folder.parent, folder.name, **how)
+    board.tracks.dataset = board.trainer.batch_sampler.dataset
     board.say('')
     board.listen()
 
@@ -377,7 +380,7 @@ def draw(self:TrainingDashboard):
         known = {p.name: self.trainer.nb_batches(p.name, self.trainer.epoch) for p in self.trainer.phases}
         self.run.log.nb_known.update(known)
     if self.table: self.tabulate()
-    else: self.draw_state()
+    else: self.draw_state(); self.tracks.guard(self.tracks.look)()
     self.curves.draw()
 
 @patch
@@ -398,6 +401,15 @@ def make_steering(
     made = dashboard.steering = Steering(dashboard)
     dashboard.start_button,dashboard.stop_button = made.start_button, made.stop_button
     dashboard.told = made.told
+    return made
+
+def make_tracks(
+    dashboard, # `TrainingDashboard`
+) -> TracksViewer:
+    "The tractograms of the epochs; nothing is seen of it before the first one."
+    trainer = dashboard.trainer
+    made = TracksViewer(dashboard.run.folder, trainer and trainer.batch_sampler.dataset)
+    made.owner = dashboard
     return made
 
 def make_table(

@@ -123,7 +123,7 @@ def test_batch_preview_turns_with_the_mouse(notebook):
     drawn = frames()
     page.wait_for_timeout(2000)
     assert frames() == drawn, "an idle canvas draws nothing"
-    still = lambda: output(page, 1).locator("[class^=dwiml-still] img").get_attribute("src")
+    still = lambda: output(page, 1).locator("[class^=dwiml-still] img").first.get_attribute("src")
     kept = still()
     before, box = pixels(canvas), canvas.bounding_box()
     page.mouse.move(box["x"] + 300, box["y"] + 225)
@@ -203,7 +203,7 @@ trainer = DWIMLTrainerOneInput(model=model, experiments_path=folder, experiment_
     assert "model not found" not in words and "Loading widget" not in words, words
     assert "training batch 2 of" in words and "ended: epoch 2 of 2" in words
     pictures = page.locator("[class^=dwiml-still] img")
-    assert pictures.count() == 3 and all(picture.is_visible() and picture.evaluate("o => o.naturalWidth") > 300 for picture in pictures.all())
+    assert pictures.count() == 4 and all(picture.is_visible() and picture.evaluate("o => o.naturalWidth") > 300 for picture in pictures.all())
     assert output(page, 4).inner_text().strip() == "", "nothing is left of the progress bar"
     assert output(page, 4).locator(".jp-OutputArea-child:visible").count() == 0, "nor a blank line in its place"
     assert output(page, 6).locator("img, svg.main-svg").first.is_visible(), "a figure of plotly's (its extension keeps a picture)"

@@ -21,10 +21,10 @@ from dwiml_nb.core.phantom import write_phantom
 from dwiml_nb.core.ragged import Ragged
 from dwiml_nb.core.space import Grid
 from dwiml_nb.core.tractograms import Tractogram, load_tractogram, save_tractogram
-from dwiml_nb.evaluation.bundles import REASONS, score_tractogram
+from dwiml_nb.evaluation.bundles import REASONS, judge_in_turn, score_tractogram
 from dwiml_nb.evaluation.judging import bundle_adjacency, judge_tractogram
 from dwiml_nb.evaluation.references import SEGMENTATION, TRACTOMETRY, bundle_of_part, load_reference
-from dwiml_nb.evaluation.visits import density_correlation, density_map, dice, weighted_dice
+from dwiml_nb.evaluation.visits import density_correlation, density_in_turn, density_map, dice, weighted_dice
 
 GRID = Grid(np.eye(4), (20, 10, 10))
 LINES = {  # name -> points at z = 5, what must be said of it, its bundle
@@ -134,7 +134,17 @@ def test_measures_against_numpy_and_dipy():
         assert bundle_adjacency(a, b, near) == pytest.approx(theirs) == pytest.approx(bundle_adjacency(b, a, near))
 
 
-def test_adjacency_in_blocks(monkeypatch):
+def test_some_lines_at_a_time(challenge):
+    "The same with any number of them."
+    lines, ref = ragged(*[points for points, *_ in (LINES | MORE).values()]), load_reference(challenge)
+    reason, bundle, voxels = judge_in_turn(lines, ref)
+    for n in (1, 5):
+        again = judge_in_turn(lines, ref, n)
+        assert np.array_equal(reason, again[0]) and np.array_equal(bundle, again[1]) and [set(o) for o in voxels] == [set(o) for o in again[2]]
+        for one, other in zip(density_in_turn(lines, GRID), density_in_turn(lines, GRID, n)): assert np.array_equal(one, other)
+
+
+def test_adjacency_in_blocks():
     "The same with any number of lines at a time."
     lines = ragged(*[[(x, 0), (x + 9, y)] for x in range(6) for y in (0, 9, 10, 20, 21)])
     whole = judging.has_near(lines[::2], lines[1::2], 1.)

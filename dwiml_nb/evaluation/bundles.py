@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'check_lines', 'end_regions', 'inside_share', 'extents', 'lengths_kept', 'strays', 'judge', 'Scores',
-           'coverage', 'score_tractogram', 'scores_table', 'bundle_table']
+           'judge_in_turn', 'coverage', 'score_tractogram', 'scores_table', 'bundle_table']
 
 # %% ../../nbs/10_evaluation/02_bundles.ipynb #746c36a4
 import numpy as np
@@ -172,6 +172,21 @@ class Scores:
                 f"{self.n_lines} lines)")
 
 # %% ../../nbs/10_evaluation/02_bundles.ipynb #689e91a0
+def judge_in_turn(
+    lines:Ragged, # rasmm
+    reference:Reference,
+    together:int=10_000, # Lines at a time
+) -> tuple: # (S,) position in `REASONS`, (S,) of the bundle or -1, (K,) voxels of valid lines, -1: outside
+    "The verdicts of any number of lines; the points between theirs are kept of some lines at a time."
+    found,voxels = [], [[] for _ in reference.names]
+    for i in range(0, len(lines), together):
+        reason,bundle,visits = judge(lines[i:i + together], reference)
+        found.append((reason, bundle))
+        for k,own in enumerate(voxels):
+            own.append(np.unique(visits.numbers[((reason == 0) & (bundle == k))[visits.line]]))
+    reason,bundle = map(np.concatenate, zip(*found)) if found else (np.zeros(0, np.int8), np.zeros(0, int))
+    return reason, bundle, [np.concatenate([np.zeros(0, int), *o]) for o in voxels]
+
 def coverage(
     numbers, # (P,) voxels that the valid lines of one bundle visit, -1 outside the volume
     whole, # (X*Y*Z,) bool, the bundle's voxels
@@ -191,12 +206,12 @@ def score_tractogram(
     "Scores of lines against a reference; without lines, 0 everywhere."
     ref = load_reference(reference)
     lines = check_lines(lines, ref.grid)
-    reason,bundle,visits = judge(lines, ref)
+    reason,bundle,voxels = judge_in_turn(lines, ref)
     n,count,table = max(len(lines), 1), np.bincount(reason, minlength=len(REASONS)), {}
     for k,name in enumerate(ref.names):
         mine = (reason == 0) & (bundle == k)
         table[name] = {'n_valid': int(mine.sum()), 'share': float(mine.sum()/n),
-                       **coverage(visits.numbers[mine[visits.line]], ref.whole[k])}
+                       **coverage(voxels[k], ref.whole[k])}
     mean = {m: float(np.mean([row[m] for row in table.values()])) for m in ('OL', 'OR', 'F1')}
     share = lambda some: float(count[some].sum()/n)
     return Scores(VB=sum(row['n_valid'] > 0 for row in table.values()),

@@ -23,8 +23,8 @@ from ..core.space import Grid
 from ..core.tractograms import Tractogram, load_tractogram, need_tractogram, tractogram_format
 from .bundles import Scores, check_lines, score_tractogram
 from .references import Reference, load_reference, true_lines
-from .visits import (Density, density_correlation, density_of, dice, side_by_side,
-                                        visits_of, weighted_dice)
+from .visits import (Density, density_correlation, density_in_turn, dice,
+                                        side_by_side, weighted_dice)
 
 # %% ../../nbs/10_evaluation/04_judging.ipynb #b7ed0991
 def has_near(
@@ -69,9 +69,7 @@ def true_bundle(
     lines = lines[lines.lengths > 0]
     if not len(lines):
         raise DataProblem("the true bundle is empty", "lines", "none", file=reference.lines[name])
-    every = np.ones(len(lines), bool)
-    density = density_of(visits_of(lines, every, grid), every, int(np.prod(grid.dimensions)))
-    return TrueBundle(len(lines), density, resample_nb_points(lines, 20))
+    return TrueBundle(len(lines), density_in_turn(lines, grid), resample_nb_points(lines, 20))
 
 # %% ../../nbs/10_evaluation/04_judging.ipynb #0f1ef2a8
 ALIKE = ('dice', 'weighted_dice', 'density_correlation', 'adjacency') # Values that need true lines
@@ -83,8 +81,7 @@ def beside_truth(
     near_mm:float, # For the adjacency
 ) -> dict: # volume_mm3, length_mm, and the values of `ALIKE`; None where there is nothing to compare
     "How the valid lines of a bundle compare with its true ones."
-    every = np.ones(len(lines), bool)
-    density = density_of(visits_of(lines, every, grid), every, int(np.prod(grid.dimensions)))
+    density = density_in_turn(lines, grid)
     row = {'volume_mm3': float(len(density.voxels)*abs(np.linalg.det(grid.affine[:3, :3]))),
            'length_mm': float(lengths_of(lines).mean()) if len(lines) else None}
     if true is None: return row | dict.fromkeys(ALIKE)

@@ -43,14 +43,16 @@ def points_to_send(
         if line_set.starts is not None:                               # there steps are counted the other way
             there = np.diff(offsets) > 0
             kept[offsets[:-1][there] + np.asarray(line_set.starts)[there]] = True
+        for labels in line_set.labels_per_point.values():             # a part ends here, another begins
+            other = np.flatnonzero(np.diff(labels))
+            kept[other],kept[other + 1] = True, True
     return kept & finite
 
 def varies_along(
     line_set:LineSet,
 ) -> bool:
-    "Whether the lines are coloured by numbers or labels that vary along them."
-    if not isinstance(line_set.colour, str): return False
-    return line_set.colour in line_set.data_per_point or line_set.colour in line_set.labels_per_point
+    "Whether the lines are coloured by numbers that vary along them."
+    return line_set.colour in line_set.data_per_point
 
 # %% ../../nbs/09_viz/06_browser.ipynb #c0a05bd7
 def box_of(
@@ -825,11 +827,13 @@ function player(row, model, on) {
     before = now
     go(at() + passed*speed.value/1000)
     on.playing = model.get("grown") >= 0
-    if (on.playing) requestAnimationFrame(tick)
+    if (on.playing) { on.drag(); requestAnimationFrame(tick) }
+    else on.rest()
     show()
   }
   play.onclick = () => {
     on.playing = !on.playing
+    if (!on.playing) on.rest()
     if (on.playing && at() >= steps()) go(0)
     before = null
     requestAnimationFrame(tick)

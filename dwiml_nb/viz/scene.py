@@ -65,7 +65,7 @@ class LineSet:
         self.positions,self.rows = pen_positions(self.lines),pen_rows(self.lines)
         self.offsets = self.lines.offsets.numpy() + np.arange(len(self.lines) + 1)
         self.shown = np.ones(len(self), dtype=bool)        # which lines are drawn: see `Scene.show_only`
-        self.chosen = self.shown                           # which lines may be drawn at all
+        self.chosen = self.shown.copy()                    # which lines may be drawn at all
         self.colour_by(colour)
     def __len__(self): return len(self.lines)
     def __repr__(self): return f"LineSet('{self.name}', {len(self)} lines, by {self.colour})"
@@ -306,7 +306,7 @@ def show_only(self:Scene,
     "Choose the lines that are drawn."
     low,high = length_mm or (0., np.inf)
     for s in self.lines:
-        s.shown = np.full(len(s), targets or s.name != 'targets')
+        s.shown = s.chosen & (targets or s.name != 'targets')
         if length_mm is not None: s.shown &= (low <= s.lengths_mm) & (s.lengths_mm <= high)
         for label,word in (only or {}).items(): s.shown &= s.with_label(label, word)
     return self

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ON_THE_WAY', 'BALL', 'FIRST_SEEDS', 'MOST_SEEDS', 'Making', 'making_of', 'label_of', 'end_labels',
            'scene_of_tracking', 'reason_rows', 'ReasonTable', 'Truth', 'truth_of', 'Nearest', 'nearest_true', 'verdict',
-           'Signal', 'signal_kind', 'signal_at', 'Place', 'density_of', 'pins_of', 'answer_figure', 'LineAnswers',
-           'line_words', 'place_of', 'step_words', 'TrackingPlayer', 'joined', 'parts_of_player']
+           'Signal', 'signal_kind', 'signal_at', 'Place', 'density_of', 'pins_of', 'balls_figure', 'curves_figure',
+           'LineAnswers', 'line_words', 'place_of', 'step_words', 'TrackingPlayer', 'joined', 'parts_of_player']
 
 # %% ../../nbs/11_widgets/05_tracking_player.ipynb #aeaba00b
 import threading
@@ -300,8 +300,8 @@ def pins_of(
     return {k: v for k,v in pins.items() if v is not None and np.isfinite(v).all() and np.any(v)}
 
 # %% ../../nbs/11_widgets/05_tracking_player.ipynb #959ed0f8
-PIN_COLOURS = dict(zip(('model', 'step taken', 'last step', 'truth'),
-                       (PALETTE[1], PALETTE[2], PALETTE[5], PALETTE[3])))
+PINS = {'model': (PALETTE[1], 1.75), 'step taken': (PALETTE[2], 1.6), 'last step': (PALETTE[5], 1.45),
+        'truth': (PALETTE[3], 1.3)} # Colour, where it ends
 
 def ball(
     ax, # In 3-D
@@ -313,41 +313,21 @@ def ball(
 ):
     "Values on a ball, with pins."
     draw_ball(ax, values, BALL, camera=camera)
-    ax.set_box_aspect((1, 1, 1), zoom=1.1)
+    ax.set_box_aspect((1, 1, 1), zoom=1.05)
     ax.computed_zorder = False                                 # pins in front of the ball, or behind it
     for name,pin in pins.items():
-        front = pin @ towards(*camera) > 0
-        ax.plot(*np.stack([1.02*pin, 1.55*pin]).T, color=PIN_COLOURS[name], lw=3, zorder=9 if front else -1,
-                marker='o', ms=3, solid_capstyle='round')
-    ax.set_title(title, size=9, pad=9)
+        front,end = 9 if pin @ towards(*camera) > 0 else -9, PINS[name][1]     # one over another: shorter
+        ax.plot(*np.stack([1.02*pin, end*pin]).T, color=PINS[name][0], lw=3, zorder=front - end)
+    ax.set_title(title, size=9, pad=2)
     if dark: [text.set_color(DARK_INK) for text in ax.texts]
 
-def curves(
-    ax,
-    said:StepAnswers,
-    row:int,
-    dark:bool,
-):
-    "Angles along the line, and the probability that it ends."
-    ax.plot(said.steps, angles_between(said.dirs, said.before), color=PALETTE[5], label='turn of the model')
-    ax.plot(said.steps, said.angles, color=PALETTE[1], label='model to step taken')
-    ax.set(xlabel='step from the seed', ylabel='degrees', ylim=(0, None))
-    ax.axvline(said.steps[row], color=DARK_QUIET if dark else QUIET, lw=1, ls=':')
-    handles = ax.get_legend_handles_labels()
-    if said.p_end is not None:
-        other = ax.twinx()
-        other.plot(said.steps, said.p_end, color=PALETTE[3], label='P(end), right')
-        other.set(ylim=(0, 1)); other.grid(False)
-        handles = [a + b for a,b in zip(handles, other.get_legend_handles_labels())]
-    ax.legend(*handles, fontsize=8, loc='upper center', bbox_to_anchor=(.5, 1.22), ncols=3)
-
 # %% ../../nbs/11_widgets/05_tracking_player.ipynb #1ddb026a
-def answer_figure(
+def balls_figure(
     said:StepAnswers,
     row:int, # The step to show, from 0
     place:Place,
 ): # -> a matplotlib figure
-    "A step: the head's answer beside the signal, and where on the line it is."
+    "A step: the head's answer beside the signal."
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -359,14 +339,48 @@ def answer_figure(
     balls = [(density_of(said, row, place.axes), name)]
     if place.signal is not None: balls.append((place.signal, place.signal_name))
     with matplotlib.rc_context(matplotlib_style(place.dark)):
-        figure = Figure(figsize=(4 + 2.2*len(balls), 2.6), layout='constrained')
-        grid = figure.add_gridspec(1, len(balls) + 1, width_ratios=[1]*len(balls) + [1.9])
+        figure = Figure(figsize=(4.4, 2.7), layout='constrained')
         for i,(values,title) in enumerate(balls):
-            ball(figure.add_subplot(grid[i], projection='3d'), values, pins, camera, title, place.dark)
-        curves(figure.add_subplot(grid[len(balls)]), said, row, place.dark)
-        figure.legend([Line2D([], [], color=PIN_COLOURS[o], lw=2.5) for o in pins], list(pins), fontsize=8,
-                      ncols=len(pins), loc='outside lower left')
+            ax = figure.add_subplot(1, len(balls), i + 1, projection='3d')
+            ball(ax, values, pins, camera, title, place.dark)
+        figure.legend([Line2D([], [], color=PINS[o][0], lw=2.5) for o in pins], list(pins), fontsize=8,
+                      ncols=len(pins), loc='outside lower center')
     return figure
+
+# %% ../../nbs/11_widgets/05_tracking_player.ipynb #0b245575
+def curves_figure(
+    said:StepAnswers,
+    row:int, # The step to mark, from 0
+    dark:bool=False, # On a dark page
+): # -> a matplotlib figure
+    "Angles along the line, and the probability that it ends."
+    import matplotlib
+    from matplotlib.figure import Figure
+    with matplotlib.rc_context(matplotlib_style(dark)):
+        figure = Figure(figsize=(4.4, 2.7), layout='constrained')
+        draw_curves(figure.subplots(), said, row, dark)
+    return figure
+
+# %% ../../nbs/11_widgets/05_tracking_player.ipynb #ef83d548
+def draw_curves(
+    ax, # A matplotlib axis
+    said:StepAnswers,
+    row:int, # The step to mark
+    dark:bool,
+):
+    "Draw angles and probability over the steps."
+    ax.plot(said.steps, angles_between(said.dirs, said.before), color=PALETTE[5], label='turn of the model')
+    ax.plot(said.steps, said.angles, color=PALETTE[1], label='model to step taken')
+    ax.set(xlabel='step from the seed', ylabel='degrees', ylim=(0, None))
+    ax.axvline(said.steps[row], color=DARK_QUIET if dark else QUIET, lw=1, ls=':')
+    handles = ax.get_legend_handles_labels()
+    if said.p_end is not None:
+        other = ax.twinx()
+        other.plot(said.steps, said.p_end, color=PALETTE[3], label='P(end), right')
+        other.set(ylim=(0, 1)); other.grid(False)
+        handles = [a + b for a,b in zip(handles, other.get_legend_handles_labels())]
+    ax.legend(*handles, fontsize=8, loc='upper center', bbox_to_anchor=(.5, 1.18), ncols=3, handlelength=1,
+              columnspacing=1)
 
 # %% ../../nbs/11_widgets/05_tracking_player.ipynb #909a992f
 class LineAnswers(W.VBox):
@@ -375,8 +389,9 @@ class LineAnswers(W.VBox):
         player, # `TrackingPlayer`
     ):
         self.player,self.said,self.near,self.row = player,None,None,0
-        self.told,self.picture,self.words = W.HTML(), W.Image(format='png'), W.HTML()
-        self.picture.layout = W.Layout(max_width='100%', width='auto', height='auto')
+        self.told,self.words,size = W.HTML(), W.HTML(), dict(max_width='100%', width='440px', height='auto')
+        self.pictures = [W.Image(format='png', layout=W.Layout(**size)) for _ in range(2)]
+        self.picture = W.HBox(self.pictures, layout=W.Layout(flex_flow='row wrap'))
         self.slider = W.IntSlider(description='step', continuous_update=True,
                                   layout=W.Layout(width='90%'), style={'description_width': '3em'})
         self.slider.observe(player.guard(lambda change: setattr(player, 'step', change['new'])), 'value')
@@ -405,6 +420,11 @@ class LineAnswers(W.VBox):
             self.slider.min,self.slider.max = int(self.said.steps[0]), int(self.said.steps[-1])
         self.show_step()
 
+    def html(self) -> str:
+        "What is shown, to keep."
+        pictures = ''.join(picture_html(o.value, self.words.value) for o in self.pictures if o.value)
+        return f'<p>{self.told.value} {self.words.value}</p>{pictures.replace("<img", "<img width=440")}'
+
     def show_step(self):
         "Show the answer of the player's step."
         if self.said is None: return
@@ -416,7 +436,8 @@ class LineAnswers(W.VBox):
         "Draw the answer, and say it."
         place = place_of(self.player, self.said, self.row, self.near)
         self.words.value = escape(step_words(self.player, self.said, self.row, place))
-        self.picture.value = figure_png(answer_figure(self.said, self.row, place))
+        figures = balls_figure(self.said, self.row, place), curves_figure(self.said, self.row, place.dark)
+        for picture,figure in zip(self.pictures, figures): picture.value = figure_png(figure, dpi=150)
         self.picture.layout.display = None
         self.player.renewal()
 
@@ -528,8 +549,7 @@ class TrackingPlayer(Panel):
         super().close()
     def __repr__(self): return f"TrackingPlayer({len(self.tractogram)} lines, {self.state})"
     def still(self) -> str: # HTML
-        picture = self.answers.picture.value if self.line >= 0 else b''
-        more = picture_html(picture, self.answers.words.value) if picture else ''
+        more = self.answers.html() if self.line >= 0 else ''
         return f'<div>{self.told.value}</div>{self.viewer.still()}{reasons_html(self)}{more}'
 
 # %% ../../nbs/11_widgets/05_tracking_player.ipynb #f3513319
@@ -729,7 +749,5 @@ def parts_of_player(
     player:TrackingPlayer,
 ) -> list: # of `Part`
     "Lines that still turn and grow, the table, the answer that is shown."
-    picture = player.answers.picture.value if player.line >= 0 else b''
-    words = f'<p>{player.answers.told.value} {player.answers.words.value}</p>' if player.line >= 0 else ''
-    answer = words + (picture_html(picture) if picture else '')
+    answer = player.answers.html() if player.line >= 0 else ''
     return [*parts_of(player.viewer), Part(reasons_html(player) + answer)]

@@ -60,7 +60,7 @@ def test_lines_grow_are_sorted_and_asked(notebook):  # noqa: F811 - a fixture
     words = widget.inner_text()
     steps.locator(".noUi-handle").press("ArrowLeft")
     wait_until(lambda: widget.inner_text() != words)
-    drawn = widget.locator("img.jupyter-widgets")
+    drawn = widget.locator("img.jupyter-widgets").first
     wait_until(lambda: drawn.is_visible() and drawn.evaluate("o => o.naturalWidth") > 600)
     shot(widget, "player_asked")
     assert not errors(page)

@@ -177,6 +177,7 @@ def heard(self:StudyBrowser,
 ):
     "Follow what comes from the background."
     if self.subject in subjects: self.tell()
+    self.renewal()
     if not self.facts.checks_all: return
     self.say(self.facts.progress())
     self.check_button.description = 'Stop' if self.facts.checks_all else 'Check all'

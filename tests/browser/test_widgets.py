@@ -170,6 +170,7 @@ trainer = DWIMLTrainerOneInput(model=model, experiments_path=folder, experiment_
     file, stills = lab.folder / "kept.ipynb", page.locator("[class^=dwiml-still]")
     output(page, 2).get_by_role("button", name="Next batch").click()
     page.wait_for_function("() => document.body.innerText.includes('training batch 2 of')")
+    wait_until(lambda: "from three sides" in stills.first.inner_html())
     page.wait_for_timeout(1500)
     assert not errors(page) and stills.count() == 3 and not any(still.is_visible() for still in stills.all()), "hidden as long as the widgets live"
     shot(page, "kept_alive")
@@ -203,7 +204,8 @@ trainer = DWIMLTrainerOneInput(model=model, experiments_path=folder, experiment_
     assert "model not found" not in words and "Loading widget" not in words, words
     assert "training batch 2 of" in words and "ended: epoch 2 of 2" in words
     pictures = page.locator("[class^=dwiml-still] img")
-    assert pictures.count() == 4 and all(picture.is_visible() and picture.evaluate("o => o.naturalWidth") > 300 for picture in pictures.all())
+    assert pictures.count() >= 5 and all(picture.is_visible() and picture.evaluate("o => o.naturalWidth") > 300 for picture in pictures.all())
+    assert pictures.and_(page.get_by_alt_text("sub-01 from three sides")).count() == 1, "what came from the background is kept, too"
     assert output(page, 4).inner_text().strip() == "", "nothing is left of the progress bar"
     assert output(page, 4).locator(".jp-OutputArea-child:visible").count() == 0, "nor a blank line in its place"
     assert output(page, 6).locator("img, svg.main-svg").first.is_visible(), "a figure of plotly's (its extension keeps a picture)"

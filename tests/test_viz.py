@@ -180,6 +180,21 @@ def test_a_page_is_one_file_that_asks_for_nothing(volume, tmp_path):
     assert both.count("class StageView") == 1 and both.count('class="dwiml-turns"') == 2
 
 
+def test_a_tracker_is_watched(demo):
+    from dwiml_nb.data.dataset import MultiSubjectDataset
+    from dwiml_nb.models.learn2track import Learn2TrackModel
+    from dwiml_nb.tracking.tracker import Tracker
+    dataset = MultiSubjectDataset(demo / "study.hdf5", lazy=True).load_data()
+    model = Learn2TrackModel(dataset.nb_features["input"], step_size=2.0, rnn_layer_sizes=[8]).eval()
+    tracker = Tracker(model, dataset, dataset.testing.subjects[0], "input", "wm_mask", max_length_mm=30, min_length_mm=0)
+    player = viz(tracker, 3)
+    assert player.over.wait(60) and player.state == "tracked" and len(player.tractogram)
+    assert ["dwiml-turns" in p.body for p in parts_of(player)] == [False, True, False]
+    with pytest.raises(TypeError, match="needs seeds"): viz(tracker)
+    player.close()
+    dataset.close()
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     "A folder as the demo leaves it, of the toy study: the tractogram is the truth with two bad lines, CSD's is half of the truth."

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TAKES', 'INSTEAD', 'viz', 'viz_study', 'viz_subject', 'viz_subset', 'viz_batch', 'viz_loader', 'lines_scene',
            'viz_lines', 'viz_tractogram', 'viz_scene', 'in_rasmm', 'viz_image', 'viz_array', 'viz_tensor', 'viz_model',
-           'viz_scores', 'viz_list', 'viz_dict', 'viz_trainer', 'viz_experiment', 'viz_other', 'viz_sequence',
-           'check_there', 'viz_folder', 'viz_path', 'parts_of_preview', 'parts_of_study', 'parts_of_dashboard',
-           'parts_of_run']
+           'viz_scores', 'viz_list', 'viz_dict', 'viz_trainer', 'viz_tracker', 'viz_experiment', 'viz_other',
+           'viz_sequence', 'check_there', 'viz_folder', 'viz_path', 'parts_around', 'parts_of_preview',
+           'parts_of_player', 'parts_of_study', 'parts_of_dashboard', 'parts_of_run']
 
 # %% ../../nbs/11_widgets/12_viz.ipynb #36094ccc
 from functools import singledispatch
@@ -15,7 +15,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-from ..core.errors import DataProblem, did_you_mean, html_text, need_file, stand_in
+from ..core.errors import DataProblem, did_you_mean, need_file, stand_in
 from ..core.files import read_json
 from ..core.ragged import Ragged, as_ragged
 from ..core.tractograms import TRACTOGRAM_FORMATS, Tractogram, is_tractogram, load_tractogram
@@ -24,6 +24,7 @@ from ..data.subjects import MultisubjectSubset, SubjectData
 from ..batch.sampler import DWIMLBatchIDSampler
 from ..batch.loader import Batch, DWIMLBatchLoader
 from ..models.base import load_model
+from ..tracking.tracker import Tracker
 from ..training.trainer import DWIMLTrainer
 from ..evaluation.bundles import Scores
 from ..viz.scene import Scene, scene_of_batch
@@ -32,6 +33,7 @@ from ..viz.viewers import show
 from .batch_preview import BatchPreview
 from .run_panel import RunPanel
 from .study_browser import StudyBrowser
+from .tracking_player import TrackingPlayer
 from .training_dashboard import TrainingDashboard
 from .volume_browser import (MOST_LINES, VolumeBrowser, browse_folder, browse_subject,
                                              files_of_subject, is_image, set_of_lines, volume_of_array,
@@ -45,7 +47,8 @@ TAKES = ("a study (.hdf5), a subset or a subject; a batch, or a loader with its 
          "a volume (a NIfTI file, "
          "an image, an array with its affine); a tractogram "
          f"({', '.join(TRACTOGRAM_FORMATS)}, an object, a list of arrays in RAS mm); a scene; a model; "
-         "a trainer, a run file (.toml), the folder of an experiment or of several; scores; "
+         "a tracker with seeds, a trainer, a run file (.toml), "
+         "the folder of an experiment or of several; scores; "
          "the demo's folder; "
          "an object or a path")
 
@@ -174,6 +177,12 @@ def viz_dict(x:dict):
 @viz.register
 def viz_trainer(x:DWIMLTrainer) -> TrainingDashboard: return TrainingDashboard(x)
 
+@viz.register
+def viz_tracker(
+    x:Tracker,
+    seeds=None, # (n, 3) rasmm; or how many to draw in the tracking mask
+) -> TrackingPlayer: return TrackingPlayer(x, seeds)
+
 def viz_experiment(
     folder, # Folder of an experiment, or of several
     trust=(), # Packages and .py files whose classes may be named, if the training is to go on here
@@ -183,7 +192,6 @@ def viz_experiment(
 
 # %% ../../nbs/11_widgets/12_viz.ipynb #4b65cf10
 INSTEAD = {'DWIMLBatchIDSampler': "viz(loader, sampler) shows the batches that it chooses",
-           'Tracker': "track first: viz(tracker.track(seeds))",
            'ModelSpec': "give the model itself", 'Optimizer': "give the trainer", 'Grid': "give its image",
            'LineSet': "viz(Scene().add_lines(…))", 'DataFrame': "it shows itself, if a cell ends with it"}
 
@@ -249,25 +257,26 @@ def viz_path(
                       found=path.suffix or 'no suffix')
 
 # %% ../../nbs/11_widgets/12_viz.ipynb #4e21143d
-@parts_of.register
-def parts_of_preview(x:BatchPreview) -> list:
-    return [Part(f'<div>{html_text(x.info)}</div>'), *parts_of(x.viewer), Part(x.side.html())]
+def parts_around(
+    panel, # `Panel`
+    inner, # `Panel` within it; None: there is none now
+) -> list: # of `Part`
+    "The still of a panel, with what turns in the place of the still of a panel within it."
+    if inner is None: return [Part(panel.still())]
+    before,_,after = panel.still().partition(inner.still())
+    return [Part(before), *parts_of(inner), Part(after)]
 
 @parts_of.register
-def parts_of_study(x:StudyBrowser) -> list:
-    "The table, and the chosen subject, which turns."
-    viewer,x.viewer = x.viewer,None
-    shown,x.shown = x.shown, (None, None) if x.shown[0] == 'look' else x.shown
-    try: words = x.still()
-    finally: x.viewer,x.shown = viewer,shown
-    return [Part(words, title=x.dataset.path.name), *(parts_of(viewer) if viewer is not None else [])]
+def parts_of_preview(x:BatchPreview) -> list: return parts_around(x, x.viewer)
 
 @parts_of.register
-def parts_of_dashboard(x:TrainingDashboard) -> list:
-    preview,x.preview = x.preview,None
-    try: words = x.still()
-    finally: x.preview = preview
-    return [Part(words, title=x.run_name), *(parts_of(preview) if preview is not None else [])]
+def parts_of_player(x:TrackingPlayer) -> list: return parts_around(x, x.viewer)
+
+@parts_of.register
+def parts_of_study(x:StudyBrowser) -> list: return parts_around(x, x.viewer if x.shown[0] == 'look' else None)
+
+@parts_of.register
+def parts_of_dashboard(x:TrainingDashboard) -> list: return parts_around(x, x.preview)
 
 @parts_of.register
 def parts_of_run(x:RunPanel) -> list:

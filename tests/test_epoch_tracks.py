@@ -17,6 +17,7 @@ from dwiml_nb.core.tractograms import read_tractogram
 from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.evaluation.bundles import score_tractogram
 from dwiml_nb.evaluation.epoch_tracks import EpochTracks, epoch_rows, tracks_of
+from dwiml_nb.evaluation.tracks_viewer import TracksViewer, seeds_in
 from dwiml_nb.models.base import MainModelAbstract
 from dwiml_nb.models.items import RegisteredBatchLoader
 from dwiml_nb.models.learn2track import Learn2TrackModel
@@ -266,3 +267,20 @@ def test_options():
     assert repr(EpochTracks(every=3)) == "EpochTracks(every 3 epochs, 200 seeds)"
     for wrong in (dict(keep=0), dict(max_seconds=0), dict(nb_seeds=0), dict(tracking=dict(algo="dt"))):
         with pytest.raises((DataProblem, ValueError)): EpochTracks(**wrong)
+
+
+def test_the_viewer_follows_what_another_process_tracks(trainer_of):
+    trainer = trainer_of(max_epochs=4, sinks=[{**WANTED, "every": 2}])
+    seen = TracksViewer(trainer.experiment_folder)
+    assert seen.viewer is None and not seen.still() and not seen.look()
+    trainer.control.on_epoch_end.append(lambda row: row["epoch"] == 1 and trainer.control.stop())
+    trainer.train_and_validate()
+    assert seen.look() and (seen.epoch, seen.epochs, seen.controls.layout.display) == (1, [1], "none"), "nothing to slide through yet"
+    trainer.train_and_validate()
+    assert seen.look() and (seen.epoch, seen.epochs, seen.slider.min, seen.slider.max, seen.slider.step) == (3, [1, 3], 2, 4, 2)
+    seen.slider.value = 2
+    seen.viewer.selection = (0,)
+    assert (seen.epoch, seen.follows) == (1, False)
+    seen.slider.value = 4
+    assert seen.follows and not seen.error and [seeds_in(seen.viewer.scene)[i] for i in seen.viewer.selection] == [0.]
+    seen.close()

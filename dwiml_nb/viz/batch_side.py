@@ -114,6 +114,7 @@ def with_losses(
     "The scene with losses to colour its lines by."
     lines,shown = scene.lines[0],shown_lines(batch, subject)
     points = rows_of(batch.lines.offsets[:-1].cpu()[shown], lines.lines.lengths)  # a last one may be missing
+    scene.caps |= {'mean loss': 98, 'loss': 98}              # a few huge losses must not wash out the rest
     lines.data_per_line['mean loss'] = losses.per_line.numpy()[shown]
     lines.data_per_point['loss'] = losses.per_point.numpy()[points]
     return scene

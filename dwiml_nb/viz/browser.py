@@ -21,7 +21,7 @@ from anywidget import AnyWidget
 from fastcore.basics import patch
 from ..core.lines import mark_bends
 from .painter import Frame, VIEWS, frame_of, paint, view_from
-from .scene import LineSet, Scene, Slices
+from .scene import LineSet, Scene, Slices, scale_words
 from .theme import DARK_INK, DARK_PAPER, DARK_QUIET, INK, PAPER, QUIET, rgba, value_colours
 from .panel import Part, page_of
 from .faces import Face, to_jpeg
@@ -151,9 +151,9 @@ def legend_state(
     named = [s.colour for s in scene.lines if isinstance(s.colour, str) and s.colour in scene.colourings]
     legend = scene.legend(named[0]) if named else []
     if isinstance(legend, tuple):
-        low,high,unit,scale = legend
-        return {'low': f'{low:.4g} {unit}'.strip(), 'high': f'{high:.4g} {unit}'.strip(),
-                'colours': [as_css(c) for c in value_colours(np.linspace(0, 1, 40), scale=scale)]}
+        low,high = scale_words(legend)
+        return {'low': low, 'high': high,
+                'colours': [as_css(c) for c in value_colours(np.linspace(0, 1, 40), scale=legend[3])]}
     words = [[word if len(word) < 30 else f'{word[:28]}…', as_css(colour)] for word,colour in legend[:most]]
     more = [[f'… {len(legend) - most} more', 'transparent']] if len(legend) > most else []
     return {'words': words + more}

@@ -12,7 +12,7 @@ import io
 from dataclasses import dataclass
 import numpy as np
 from ..core.errors import printable
-from .scene import LineSet, Look, Scene, Slices, has_grown
+from .scene import LineSet, Look, Scene, Slices, has_grown, scale_words
 from .theme import INK, PAPER, rgba, value_colours
 
 # %% ../../nbs/09_viz/02_painter.ipynb #9a37162d
@@ -287,10 +287,11 @@ def write_legend(
         pen.text((w - x*u, y*u), printable(text, ''), fill=fill, anchor='rm', font=font,
                  stroke_width=round(2*u), stroke_fill=look.paper)
     if isinstance(legend, tuple):
-        low,high,unit,scale = legend
-        bar = (value_colours(np.linspace(1, 0, round(80*u)), scale=scale)[:, None, :3]*255).astype(np.uint8)
+        low,high = scale_words(legend)
+        bar = value_colours(np.linspace(1, 0, round(80*u)), scale=legend[3])[:, None, :3]
+        bar = (bar*255).astype(np.uint8)
         picture.paste(Picture.fromarray(np.repeat(bar, round(10*u), 1)), (round(w - 18*u), round(12*u)))
-        for y,value in ((14, high), (90, low)): write(24, y, f'{value:.4g} {unit}'.strip())
+        for y,words in ((14, high), (90, low)): write(24, y, words)
         return
     for i,(word,colour) in enumerate(legend[:most]):
         y = 14 + 16*i

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BUNDLE_KEYS', 'pen_rows', 'pen_positions', 'LineSet', 'check_lengths', 'colours_by', 'Slices', 'PointSet', 'Look',
-           'Scene', 'steps_from_start', 'has_grown', 'Pick', 'distances_to_segments', 'pick', 'batch_in_world',
-           'said_of', 'first_group', 'ids_of_batch', 'scene_of_batch', 'data_to_colour', 'scene_of_subject']
+           'Scene', 'scale_words', 'steps_from_start', 'has_grown', 'Pick', 'distances_to_segments', 'pick',
+           'batch_in_world', 'said_of', 'first_group', 'ids_of_batch', 'scene_of_batch', 'data_to_colour',
+           'scene_of_subject']
 
 # %% ../../nbs/09_viz/01_scene.ipynb #000d48f0
 from dataclasses import dataclass
@@ -200,6 +201,7 @@ class Scene:
         title:str='', # Written above the picture
     ):
         self.title,self.lines,self.slices,self.points,self.look = title,[],[],[],Look()
+        self.caps = {}              # name of data -> percentile: few values above do not stretch the colours
 
     def add_lines(self,
         lines, # `Ragged`, list of (n, 3) or `Tractogram`, RAS mm
@@ -243,11 +245,21 @@ def colourings(self:Scene) -> list:
 def range_of(self:Scene,
     name:str, # Of data per line or point
 ) -> tuple: # lowest, highest
-    "The range of some data over all line sets, so that one colour means one value."
+    "The range of some data over all line sets, so that one colour means one value; without a few huge ones."
+    values = self.values_of(name)
+    if not len(values): return 0., 1.
+    low,high = float(values.min()), float(values.max())
+    cap = float(np.percentile(values, self.caps.get(name, 100)))
+    return low, cap if low < cap and high - low > 2*(cap - low) else high
+
+@patch
+def values_of(self:Scene,
+    name:str, # Of data per line or point
+) -> np.ndarray: # (n,) of all line sets, those that are numbers
+    "The values of some data."
     parts = [np.asarray(kind[name], dtype=np.float64) for s in self.lines
              for kind in (s.data_per_line, s.data_per_point) if name in kind]
-    values = np.concatenate([p[np.isfinite(p)] for p in parts] or [np.zeros(0)])
-    return (float(values.min()), float(values.max())) if len(values) else (0., 1.)
+    return np.concatenate([p[np.isfinite(p)] for p in parts] or [np.zeros(0)])
 
 @patch
 def colour_by(self:Scene,
@@ -274,16 +286,27 @@ def move_slices(self:Scene,
 @patch
 def legend(self:Scene,
     colour:str, # One of `colourings`
-): # -> list of (word, (r, g, b, a)), or (low, high, unit, colour map)
+): # -> list of (word, (r, g, b, a)), or (low, high, unit, colour map); 5th: the highest value
     "What the colours of a colouring mean."
     if colour == 'direction':
         return [('left-right', (1., 0, 0, 1)), ('front-back', (0, 1., 0, 1)), ('up-down', (0, 0, 1., 1))]
     sets = [(s, known[colour]) for s in self.lines for known in (s.labels, s.labels_per_point)
             if colour in known]
-    if not sets: return (*self.range_of(colour), '', 'viridis')
+    if not sets:
+        low,high = self.range_of(colour)
+        top = self.values_of(colour).max(initial=high)
+        return (low, high, '', 'viridis', float(top)) if top > high else (low, high, '', 'viridis')
     names = {int(k): str(s.legends[colour][int(k)] if colour in s.legends else int(k))
              for s,labels in sets for k in np.unique(labels)}
     return [(name, tuple(category_colours([k])[0].tolist())) for k,name in sorted(names.items())]
+
+def scale_words(
+    legend, # (low, high, unit, colour map), and the highest value if it is above
+) -> tuple: # of the lowest and the highest colour
+    "What is written at the ends of a scale."
+    low,high,unit,_,*top = legend
+    more = ''.join(f' and more, up to {o:.4g}' for o in top)
+    return f'{low:.4g} {unit}'.strip(), f'{high:.4g}{more} {unit}'.strip()
 
 # %% ../../nbs/09_viz/01_scene.ipynb #3f3cee57
 @patch

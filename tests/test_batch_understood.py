@@ -247,14 +247,15 @@ def test_a_click_tells_of_a_point_with_a_model_and_without(preview_of, study):
     model = Learn2TrackModel(study.nb_features["input"], step_size=1., rnn_layer_sizes=[4], dg_key="sphere-classification",
                              dg_args=dict(add_eos=True), neighborhood_type="axes", neighborhood_radius=1, neighborhood_resolution=1.)
     loader = DWIMLBatchLoaderOneInput(study, model, "input", "bundles", reverse_ratio=.5, noise_mm_forward=.1)
-    preview = preview_of(loader=loader)
+    preview, asked = preview_of(loader=loader), []
+    preview.at_rest = lambda function: (asked.append(function), function())[1]  # as a dashboard's: no batch is in the works
     preview.show_batch("training", 0, 0, model=model)
-    assert preview.viewer.colour == "loss"
+    assert preview.viewer.colour == "loss" and len(asked) == 1 and preview.facts.model is not model
     line, point = 5, 7
     preview.viewer.clicked, preview.viewer.selection = (line, point), (line,)  # as the kernel's faces do
     assert (preview.side.line, preview.side.point, preview.side.face) == (line, point, "line") and preview.error == ""
     assert [s.name for s in preview.viewer.scene.lines] == ["lines", "targets", "predicted", "true"] and preview.viewer.selection == (line,)
-    assert preview.side.told.value.count("<img") == 1 and "noise 0.1 mm" in preview.side.told.value
+    assert len(asked) == 2 and preview.side.told.value.count("<img") == 1 and "noise 0.1 mm" in preview.side.told.value
     preview.side.face = "point"
     assert f"point {point + 1} of {len(preview.batch.lines[line])}" in preview.side.told.value and "P(end)" in preview.side.told.value
     preview.viewer.selection = (line, 9)

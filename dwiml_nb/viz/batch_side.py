@@ -146,7 +146,7 @@ def batch_html(
     cells = ''.join('<tr>' + ''.join(f'<td>{escape(o)}</td>' for o in row) + '</tr>' for row in rows)
     table = f'<table>{cells}</table>' if rows else '<div>Nothing was done to these lines.</div>'
     subset,mm = facts.batch.place.subset,lengths_of(batch_in_world(stage.batch)).numpy()
-    picture = figure_png(lengths_picture(mm, subset_mm, f'all of {subset}', dark))
+    picture = figure_png(lengths_picture(mm, subset_mm, subset, dark))
     return f'{table}{picture_html(picture, "lengths")}'
 
 # %% ../../nbs/09_viz/16_batch_side.ipynb #321e9841

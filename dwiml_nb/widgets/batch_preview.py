@@ -218,9 +218,9 @@ def make_columns(
 
 def subset_lengths(
     preview:BatchPreview,
-    most:int=200, # Subjects
+    most:int=20, # Subjects
 ) -> np.ndarray: # (n,) mm
-    "The lengths of the lines that batches are drawn from; they are read once."
+    "The lengths of the lines that batches are drawn from, of some subjects; they are read once."
     sampler,context = preview.batch_sampler,preview.context
     if context not in preview.lengths:
         subset,group = sampler.dataset.subset(context), sampler.streamline_group_name

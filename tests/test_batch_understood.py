@@ -219,7 +219,7 @@ def test_lines_are_named_and_coloured_by_what_happened_to_them(preview_of):
     scene, draws = preview.viewer.scene, preview.batch.draws
     assert {"part", "reversed", "moved (mm)", "off track, SD (mm)", "points kept"} <= set(scene.colourings)
     i = int(np.flatnonzero(draws.turned.numpy() & (preview.stages[-1].part == 2))[0])
-    assert all(word in scene.info_of(i) for word in ("reversed", "second part", f"moved (mm) {float(draws.shift_mm[i].norm()):.4g}"))
+    assert all(word in scene.info_of(i) for word in ("reversed", "second part", "noise, SD (mm) 0.2", f"moved (mm) {float(draws.shift_mm[i].norm()):.4g}"))
     preview.viewer.colour = "reversed"
     assert [name for name, _ in preview.viewer.legend] == ["not reversed", "reversed"]
     preview.stage = "as stored"

@@ -153,3 +153,28 @@ def test_what_it_needs_is_said(ring):
     with pytest.raises(TypeError, match="needs seeds"): TrackingPlayer(tracker_of(ring))
     with pytest.raises(ValueError, match="no tracking mask"): TrackingPlayer(tracker_of(ring, mask=None), 30)
     with pytest.raises(ValueError, match="has no directions to show"): TrackingPlayer(tracker_of(ring), 3, signal="ring")
+
+
+def test_a_registered_model_is_asked_too(tmp_path):
+    from dwiml_nb.data.dataset import MultiSubjectDataset
+    from dwiml_nb.models.registered import dwiml_model, registered_model
+    from dwiml_nb.study.toy import toy_study
+
+    class Upwards(torch.nn.Module):
+        def __init__(self, config, data_sample):
+            super().__init__()
+            self.layer = torch.nn.Linear(data_sample.shape[1], 1)
+        @staticmethod
+        def to_tensor(data_dict): return np.stack([np.asarray(v).mean(0) for v in data_dict["data"]["input"]])
+        def forward(self, batch): return self.layer(batch)
+        def train_step(self, batch): return self(batch).mean()
+        def infer_step(self, batch): return torch.tensor([[.1, 0., 1.]]) + 0*self(batch)
+
+    dataset = MultiSubjectDataset(toy_study(tmp_path, n_subjects=2)).load_data()
+    model = registered_model(dwiml_model(Upwards), {}, dataset, streamline_group_name="bundles", input_group_name="input")
+    tracker = Tracker(model, dataset, dataset.training.subjects[0], "input", "wm_mask", step_mm=1., min_length_mm=2, max_length_mm=20)
+    player = TrackingPlayer(tracker, 40, truth=tmp_path/"subjects"/dataset.training.subjects[0])
+    player.line = 0
+    assert np.nanmax(player.answers.said.angles) < .1 and player.answers.said.head is None
+    assert "mm from the nearest true line" in player.answers.told.value and "valid" in player.answers.told.value
+    player.close()

@@ -65,6 +65,7 @@ def dwiml_track_from_model(
     in_custom_seeds:str=None, # .npy or text file with (n, 3) points in RAS mm, instead
     skip:whole=None, # Leave out the first seeds: another run has them
     save_seeds:Param("Keep each line's seed as data per streamline", action=on_off)=None,
+    save_reasons:Param("Keep why each line ended as data per streamline", action=on_off)=None,
     algo:Param("Best direction (the default), or drawn ones", choices=['det', 'prob'])=None,
     temperature:positive=None, # For prob: below 1, draws keep nearer to the best direction
     step_size:not_negative=None, # mm; the model's when not given; 0: as long as the model's directions

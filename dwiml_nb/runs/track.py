@@ -27,6 +27,7 @@ from ..study.parts import can_be_sent, in_worker
 from ..data.dataset import MultiSubjectDataset
 from ..batch.loader import known_group
 from ..models.base import load_model
+from ..tracking.answers import data_of_reasons
 from ..tracking.seeds import seeds_from_mask
 from ..tracking.tracker import Tracker
 from ..training.feed import choose_device
@@ -69,15 +70,16 @@ def experiment_model(
 # %% ../../nbs/08_runs/00_track.ipynb #1ebf3ca9
 def check_output(
     out_tractogram, # .trx, .trk or .tck
-    save_seeds:bool, # Whether it must keep data per streamline
+    keeps_data:bool, # Whether it must keep data per streamline
     overwrite:bool,
     inputs=(), # Files that are read
 ):
     "Refuse a file that cannot be written."
     format = tractogram_format(out_tractogram, write=True)
-    if save_seeds and not format.keeps_dps:
-        raise DataProblem(f"a {format.suffix} file cannot keep seeds", file=out_tractogram,
-                          do=f"save a {suffixes(lambda o: o.keeps_dps)}, or leave out save_seeds.")
+    if keeps_data and not format.keeps_dps:
+        raise DataProblem(f"a {format.suffix} file cannot keep seeds or reasons", file=out_tractogram,
+                          do=f"save a {suffixes(lambda o: o.keeps_dps)}, or leave out save_seeds and "
+                             "save_reasons.")
     check_outputs({'the tractogram': out_tractogram}, inputs, overwrite)
 
 def files_of_run(
@@ -175,6 +177,7 @@ def track_from_model(
     nt:int=None, # Seeds in total
     seeds=None, # (n, 3) rasmm: seeds of your own instead
     save_seeds:bool=False, # Keep each line's seed as data per streamline: voxels, centre origin
+    save_reasons:bool=False, # Keep why each line ended: stop_mask, stop_angle, …, see `data_of_reasons`
     use_latest_epoch:bool=False, # The checkpoint's model instead of the best one
     device=None, # None: the first GPU if there is one
     overwrite:bool=False,
@@ -187,10 +190,11 @@ def track_from_model(
 ) -> Tractogram:
     "The lines of a subject, tracked with a trained experiment and saved."
     with trusting(trust):
-        check_output(out_tractogram, save_seeds, overwrite, [hdf5_file])
+        data = save_seeds or save_reasons
+        check_output(out_tractogram, data, overwrite, [hdf5_file])
         record = read_experiment(experiment_path)
         study = hdf5_file or record['dataset']['hdf5_file']
-        check_output(out_tractogram, save_seeds, overwrite, files_of_run(experiment_path, study))
+        check_output(out_tractogram, data, overwrite, files_of_run(experiment_path, study))
         group = input_group_name or record['loader']['params']['input_group_name']
         options = dict(options, seed=seed)
         how = experiment_path, subj_id, study, group, use_latest_epoch, device, allow_links, options
@@ -203,6 +207,8 @@ def track_from_model(
     if save_seeds:
         seeds_vox = convert(tractogram.info['seeds'], tracker.grid, 'rasmm', 'vox_center')
         tractogram.dps['seeds'] = seeds_vox.numpy()
+    if save_reasons:
+        tractogram.dps |= data_of_reasons(*(tractogram.info[k] for k in ('stop_reasons', 'stop_names')))
     save_tractogram(tractogram, out_tractogram, overwrite=overwrite)
     return tractogram
 

@@ -90,7 +90,9 @@ class SideBySide(Panel):
     @property
     def scenes(self) -> dict: return {name: v.scene for name,v in self.viewers.items()}
     def still(self) -> str:
-        return f"{self.counts.value}{''.join(v.still() for v in self.viewers.values())}"
+        grid = 'display:grid;grid-template-columns:repeat(auto-fit,minmax(230px,1fr));gap:4px 14px'
+        each = ''.join(f'<div>{v.still()}</div>' for v in self.viewers.values())
+        return f'{self.counts.value}<div style="{grid}">{each}</div>'
     def close(self):
         "Close the viewers too."
         for viewer in self.viewers.values(): viewer.close()

@@ -71,8 +71,7 @@ def scene(n, seed):
     return Scene(f'{n} lines').add_lines(lines).add_slices(volume, np.diag([-3, 3, 3, 1]) + np.eye(4, k=3)*90, planes='z')
 def rss(): return psutil.Process().memory_info().rss/1e6
 def row(): return json.loads(Path('row.json').read_text())
-n, rung = row()
-show(scene(10, 0), rung=rung).close()                     # what is loaded once is not counted
+for rung in row()[1]: show(scene(10, 0), rung=rung).close()  # what is loaded once is not counted
 dataset = MultiSubjectDataset(toy_study(tempfile.mkdtemp())).load_data()
 model = Learn2TrackModel(dataset.nb_features['input'], step_size=1., rnn_key='gru', rnn_layer_sizes=[32])
 sampler = DWIMLBatchIDSampler(dataset, 'bundles', batch_size_training=200)
@@ -108,9 +107,9 @@ def fixtures(gpu):
             next(lab, None)
 
 
-def opened(lab, browser, rung):
+def opened(lab, browser, rungs):
     "A page with the cells, the first of which has run."
-    tell(lab, 10, rung)
+    tell(lab, 10, rungs)
     (lab.folder / "go on").touch()
     kernelspec = {"display_name": "python3", "language": "python", "name": "python3"}
     content = [{"cell_type": "code", "id": f"cell-{i}", "metadata": {}, "execution_count": None, "outputs": [], "source": cell.strip()} for i, cell in enumerate(CELLS)]
@@ -180,7 +179,7 @@ def answer(page):
         page.mouse.move(x + 3*k, y)
         k += 1
         page.wait_for_timeout(30)
-    return page.evaluate("() => (__seen.named - __seen.begun)/1000")
+    return page.evaluate("() => __seen.named ? (__seen.named - __seen.begun)/1000 : NaN") or math.nan
 
 
 def to_pixels(page, action):
@@ -292,7 +291,7 @@ def main():
     print(f"{os.cpu_count()} cores; load before: {' '.join(f'{v:.1f}' for v in os.getloadavg())} over 1, 5 and 15 minutes\n")
     with fixtures(args.gpu) as (lab, browser, process):
         browser.add_init_script(COUNT)
-        page = opened(lab, browser, args.rungs[0])
+        page = opened(lab, browser, args.rungs)
         print("| rung | lines | frames/s dragging | kernel busy | answer, s | run, s | replace, s (processor: kernel + browser) | slab, s: run / swap / reopen | load |\n" + "|---"*9 + "|")
         for n in args.lines:
             for rung in args.rungs: row(lab, page, process, rung, n, seconds, again=n == args.lines[-1])

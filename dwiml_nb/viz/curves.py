@@ -60,7 +60,7 @@ COUNTS = ('epoch', 'batch', 'n', 'seconds', 'waiting_seconds', 'nb_batches', 'is
           'best_loss', 'best_value')                                      # no values of their own
 FIRST = ('loss', 'grad_norm', 'learning_rate', 'points_per_second', 'waiting')
 TITLES = {'grad_norm': 'gradient norm', 'points_per_second': 'points a second',
-          'waiting': 'waiting for data, %'}
+          'waiting': 'waiting for data, %', 'tracks_mean_length_mm': 'tracks, mean mm'}
 
 @dataclass(frozen=True)
 class Curve:
@@ -363,7 +363,8 @@ def axes_layout(
     # plotly would draw a value that never changes, a learning rate of 0.001 say, between -1 and 1
     scale = dict(range=[.5*same, 1.5*same], autorange=False, type='linear') if same and same > 0 else \
         dict(autorange=True, type='log' if is_log else 'linear')
-    return {f'xaxis{n}': dict(look, anchor=f'y{n}', domain=place[:2]),
+    few = {} if number == 0 else dict(nticks=4)
+    return {f'xaxis{n}': dict(look, anchor=f'y{n}', domain=place[:2], exponentformat='none', **few),
             f'yaxis{n}': dict(look, anchor=f'x{n}', domain=place[2:], nticks=8 if number == 0 else 5,
                               tickformat='~s' if large(lines) else '~g', **scale)}
 

@@ -5,6 +5,7 @@ of another process. Then how memory grows while a dashboard draws: of the kernel
 Nothing is asserted: the figures depend on the machine and on who else uses it, so the load is printed beside them.
 """
 import argparse
+import json
 import os
 import statistics
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "browser"))
 from test_widgets import time_of_a_cell  # noqa: E402
-from viewers import fixtures, opened, resident, run_cell  # noqa: E402
+from viewers import fixtures, resident, run_cell  # noqa: E402
 
 SETUP = """
 import subprocess, sys, tempfile, time, psutil, torch
@@ -38,6 +39,17 @@ def end(): print(watching.state, len(watching.run.log.phases['training'])); othe
 """
 CELLS = ["dashboard = TrainingDashboard(trainer_of('run', 10000)); dashboard", "print('at', time.time())", "go and begin()", "go and told()", "go and change()",
          "watching = TrainingDashboard(folder + '/other') if go else None; watching", "go and end()", "go = True"]
+
+
+def opened(lab, browser, name, cells):
+    "A page with these cells, run."
+    kernelspec = {"display_name": "python3", "language": "python", "name": "python3"}
+    content = [{"cell_type": "code", "id": f"cell-{i}", "metadata": {}, "execution_count": None, "outputs": [], "source": c.strip()}
+               for i, c in enumerate(cells)]
+    (lab.folder / name).write_text(json.dumps({"cells": content, "metadata": {"kernelspec": kernelspec}, "nbformat": 4, "nbformat_minor": 5}))
+    page = lab.open(browser, name)
+    lab.run_all(page, timeout=300)
+    return page
 
 
 def answers(page, i, many=15):

@@ -135,7 +135,7 @@ def run_cell(page, i, wait=True, timeout=120):
         page.wait_for_timeout(20)
     page.wait_for_timeout(100*wait)
     if cell.locator('[data-mime-type="application/vnd.jupyter.error"]').count(): raise RuntimeError(cell.inner_text())
-    if wait and "print(" in CELLS[i]: cell.locator(".jp-OutputArea-output").first.wait_for()
+    if wait and "print(" in cell.locator(".cm-content").inner_text(): cell.locator(".jp-OutputArea-output").first.wait_for()
     return cell.locator(".jp-Cell-outputArea").inner_text()
 
 
@@ -264,17 +264,21 @@ def next_batches(lab, page, rung):
     print(f"| {rung:8} | {sorted(took)[2]:6.2f} | {os.getloadavg()[0]:5.1f} |", flush=True)
 
 
+def resident(process):
+    "MB of memory of a process and of those that it began."
+    return sum(p.memory_info().rss for p in [process, *process.children(recursive=True)])/1e6
+
+
 def memory(lab, page, process, rung, many):
     "Print how memory grows."
-    resident = lambda: sum(p.memory_info().rss for p in [process, *process.children(recursive=True)])/1e6
     tell(lab, 1000, rung)
     run_cell(page, VIEWER)
     tell(lab, 1000, many)
     page.wait_for_timeout(5000)
-    before = resident()
+    before = resident(process)
     kernel = run_cell(page, MANY, timeout=300).split()
     page.wait_for_timeout(5000)
-    print(f"| {rung:8} | {float(kernel[-2]):5.0f} → {float(kernel[-1]):5.0f} | {before:5.0f} → {resident():5.0f} |", flush=True)
+    print(f"| {rung:8} | {float(kernel[-2]):5.0f} → {float(kernel[-1]):5.0f} | {before:5.0f} → {resident(process):5.0f} |", flush=True)
 
 
 def main():

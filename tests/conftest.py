@@ -65,12 +65,23 @@ def no_loop_of_the_browser(request):
     asyncio._set_running_loop(loop)
 
 
-LONGEST = ("test_widgets", "test_fuzz", "test_study_faults", "test_kill_resume", "test_study")
+LONGEST = ("browser", "test_commands", "test_sweeps", "test_fuzz", "test_checks", "test_kill_resume", "test_study_faults", "test_export")
 
 
 def pytest_collection_modifyitems(items):
-    "The files that take longest come first: where files run two at a time, as in `make tests`, both ends are busy to the last."
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    "What takes longest comes first: where files run two at a time, as in `make tests`, both ends are busy to the last."
+    place = lambda item: "browser" if item.path.parent.name == "browser" else item.path.stem
+    items.sort(key=lambda item: LONGEST.index(place(item)) if place(item) in LONGEST else len(LONGEST))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "Where files run two at a time, those of the browser run one after the other: one browser, one JupyterLab, one kernel."
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneBrowser(LoadFileScheduling):
+        def _split_scope(self, nodeid): return "browser" if "/browser/" in nodeid else super()._split_scope(nodeid)
+    return OneBrowser(config, log)
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -78,6 +89,18 @@ def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
     if report.skipped and os.environ.get("CI") == "true" and not item.get_closest_marker("slow") and any(map(item.get_closest_marker, MUST_RUN_IN_CI)):
         report.outcome, report.longrepr = "failed", f"skipped in CI, where it must run: {report.longrepr[-1]}"
+
+
+@pytest.fixture(scope="module")
+def here(request, tmp_path_factory):
+    "A folder with the toy study, the file of the run that a test's module calls RUN, and that run."
+    from dwiml_nb.runs.run_files import train
+    from dwiml_nb.study.toy import toy_study
+    folder = tmp_path_factory.mktemp(request.module.__name__)
+    toy_study(folder)
+    (folder / "run.toml").write_text(request.module.RUN)
+    train(folder / "run.toml")
+    return folder
 
 
 CHROMIUM = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run",
@@ -113,13 +136,14 @@ def lab(tmp_path_factory):
          f"--ServerApp.root_dir={folder}", "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.disable_check_xsrf=True"],
         env=os.environ | state, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
     url = f"http://127.0.0.1:{port}"
-    for _ in range(120):
+    for _ in range(480):
         try: urllib.request.urlopen(f"{url}/api/status"); break
         except OSError: time.sleep(.25)
-    else: pytest.fail("JupyterLab did not start within 30 s")
+    else: pytest.fail("JupyterLab did not start within 120 s")
     yield Lab(url, folder)
     server.terminate()
-    server.wait(10)
+    try: server.wait(30)
+    except subprocess.TimeoutExpired: server.kill()
 
 
 class Lab:
@@ -142,12 +166,15 @@ class Lab:
         workspace = f"test-{time.monotonic_ns()}"  # a new one, or JupyterLab would open the last test's notebooks too
         page.goto(f"{self.url}/lab/workspaces/{workspace}/tree/{notebook}", wait_until="domcontentloaded")
         page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-        page.wait_for_selector("#jp-main-statusbar >> text=/\\| Idle/", timeout=60_000)  # before that, running asks for a kernel
+        self.wait_idle(page)  # before that, running asks for a kernel
         return page
 
+    def wait_idle(self, page): page.wait_for_selector("#jp-main-statusbar >> text=/\\| Idle/", timeout=60_000)
+
     def run_all(self, page, timeout=120):
-        "Run all cells from the menu and wait until each has run, or one has failed."
+        "Run all cells from the menu and wait until each has run, or one has failed, and what they print is there."
         page.click('text="Run"')
         page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
         page.wait_for_function("""() => document.querySelector('[data-mime-type="application/vnd.jupyter.error"]') ||
             [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')].every(prompt => /\\[\\d+\\]/.test(prompt.textContent))""", timeout=1000 * timeout)
+        self.wait_idle(page)

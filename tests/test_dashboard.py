@@ -50,7 +50,7 @@ def trainer_of(study, tmp_path):
     return make
 
 
-def until(condition, seconds=60):
+def until(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

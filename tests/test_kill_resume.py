@@ -41,7 +41,7 @@ def start(folder, study, **kwargs):
     return process
 
 
-def run(folder, study, timeout=60, **kwargs):
+def run(folder, study, timeout=180, **kwargs):
     "Run to its end, killed or not; the exit code."
     process = start(folder, study, **kwargs)
     process.join(timeout)
@@ -153,11 +153,11 @@ def test_signals_end_after_the_batch_with_a_checkpoint(study, through, tmp_path,
     "A signal to the whole group of processes, as a terminal or a cluster sends it, in the middle of the second epoch."
     process = start(tmp_path, study, pause=0.05, own_group=True, **config)
     order = tmp_path / "run.order.jsonl"
-    for _ in range(600):
+    for _ in range(6000):
         if order.exists() and order.read_bytes().count(b"\n") >= 7: break
         time.sleep(0.02)
     os.killpg(process.pid, number)
-    process.join(20)
+    process.join(60)
     assert process.exitcode == (1 if number == signal.SIGINT else -signal.SIGTERM)  # KeyboardInterrupt; ended by the signal
     state = read_checkpoint(tmp_path / "run").state
     done = [1, state["phase"], state["batch"]]

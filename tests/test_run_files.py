@@ -25,7 +25,6 @@ from dwiml_nb.runs.resume import trainer_from_folder
 from dwiml_nb.runs.run_files import run_config, run_parts, train, write_run_file
 from dwiml_nb.runs.table import runs_table
 from dwiml_nb.runs.track import track_from_model
-from dwiml_nb.study.toy import toy_study
 from dwiml_nb.training.sinks import read_rows
 from dwiml_nb.training.trainer import DWIMLTrainerOneInput
 from dwiml_nb.widgets.training_dashboard import TrainingDashboard
@@ -69,15 +68,6 @@ device = "cpu"
 def trust_of_one_test(monkeypatch):
     "What a test trusts is not brought in again by the next one."
     monkeypatch.setattr(registry, "brought_in", dict(registry.brought_in))
-
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run_files")
-    toy_study(folder)
-    (folder / "run.toml").write_text(RUN)
-    train(folder / "run.toml")
-    return folder
 
 
 def hand_made(here, name, **changes):

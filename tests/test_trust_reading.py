@@ -243,13 +243,13 @@ def test_groups_of_many_names_and_deep_groups(study):
         f["sub-01/many"] = groups[0]
         del f["many"]
         for i, g in enumerate(groups[:-1]): del g["y"]; g["y"] = g["x"]
-    start = time.perf_counter()
+    start = time.process_time()
     describe_study(study), check_study(study)
     with h5py.File(repack_study(study, study.with_name("one.hdf5"))) as f: assert f["sub-01/many/x/y"] == f["sub-01/many/y/x"]
     with h5py.File(study, "r+") as f: f.create_group("sub-01/" + "/".join("d" * 2000))
     for way in ("describe", "repack"):
         with pytest.raises(DataProblem, match="too deep|already"): WAYS[way](study)
-    assert not check_study(study).ok and time.perf_counter() - start < 10
+    assert not check_study(study).ok and time.process_time() - start < 10
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "{" * 5000, "-" * 3_000_000, "(" * 9000 + ")" * 9000, "[1, 2]", "'a'"])
@@ -320,13 +320,13 @@ def test_npy_that_claims_more_than_it_has(tmp_path):
 
 def test_json_that_exhausts_its_reader(tmp_path):
     file = tmp_path / "a.json"
-    start = time.perf_counter()
+    start = time.process_time()
     for text, says in (("[" * 100_000, "deep"), ('{"a":' * 5000, "deep"), ("[" * 200 + "]" * 200, "deep"), (" " * (70 << 20), "bytes"), ("[0" + ",0" * (9 << 20) + "]", "characters"),
                        ('{"a": 1, "b": 2, "a": 3}', "'a' is there twice"), ("9" * 5000, "valid JSON"), ("\udcff", None)):
         file.write_bytes(text.encode("utf-8", "surrogatepass"))
         with pytest.raises(ValueError, match=says or "not valid JSON"): read_json(file)
     file.write_text(json.dumps({str(i): i for i in range(100_000)}))
-    assert len(read_json(file)) == 100_000 and time.perf_counter() - start < 20
+    assert len(read_json(file)) == 100_000 and time.process_time() - start < 20
     for content, kind in (([1], dict), ("a", dict), (None, dict), ({}, list)):
         file.write_text(json.dumps(content))
         with pytest.raises(DataProblem, match="holds something else"): read_json(file, kind)
@@ -337,10 +337,10 @@ def test_json_that_exhausts_its_reader(tmp_path):
 
 def test_json_that_keeps_its_reader_busy():
     "A doubled key among many, and escaped quotes in a string that never ends: both were work that grows with the square."
-    start, strings = time.perf_counter(), "[]" * 101 + '"' + '\\"' * 300_000
+    start, strings = time.process_time(), "[]" * 101 + '"' + '\\"' * 300_000
     for text, says in (("{" + ",".join(f'"{i}": 1' for i in range(100_000)) + ', "99999": 2}', "'99999' is there twice"), (strings, "Extra data"), (strings + "\\", "Extra data"), ('{"a": [' + strings, "delimiter")):
         with pytest.raises(ValueError, match=says): parse_json(text)
-    assert parse_json('["a]\\"", ' + "[], " * 200 + r'"\\\\", "}"]')[-2:] == ["\\\\", "}"] and time.perf_counter() - start < 5
+    assert parse_json('["a]\\"", ' + "[], " * 200 + r'"\\\\", "}"]')[-2:] == ["\\\\", "}"] and time.process_time() - start < 5
 
 
 def test_subjects_that_are_listed_again_and_again(study):
@@ -367,10 +367,10 @@ def test_names_too_long_for_a_file_system(subjects, tmp_path):
 
 
 def test_many_and_long_words_are_no_work():
-    start = time.perf_counter()
+    start = time.process_time()
     assert did_you_mean("x" * 1_000_000, ["y" * 1_000_000] * 50) == "" and did_you_mean("wordd", map(str, range(10_000_000))) == ""
     assert len(str(DataProblem("no such subject", expected="s" * 10**6, found="t" * 10**6, subject="u" * 10**6))) < 6000
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 # ---- far points

@@ -53,7 +53,7 @@ def picture(page): return page.locator(".dwiml-canvas img")
 def pixels(where): return np.asarray(Image.open(BytesIO(where.screenshot())).convert("RGB")).astype(int)
 
 
-def until(page, condition, seconds=20):
+def until(page, condition, seconds=60):
     "Wait until something is true of the page."
     for _ in range(seconds * 10):
         if condition(): return
@@ -72,8 +72,7 @@ def said(page):
     before = cell.locator(".jp-InputPrompt").first.inner_text()
     cell.locator(".cm-content").click()
     page.keyboard.press("Control+Enter")
-    until(page, lambda: cell.locator(".jp-InputPrompt").first.inner_text() not in (before, "[*]:"))
-    page.wait_for_timeout(100)
+    until(page, lambda: cell.locator(".jp-InputPrompt").first.inner_text() not in (before, "[*]:") and cell.locator(".jp-OutputArea-output").count() == 1)
     return cell.locator(".jp-OutputArea-output").inner_text().split()
 
 

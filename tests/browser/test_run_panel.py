@@ -32,7 +32,7 @@ device = "cpu"
 def test_a_run_file_as_widgets(notebook, lab):  # noqa: F811 - a fixture
     page = notebook("runs.ipynb", SETUP, "panel = viz(folder/'run.toml'); panel", "from dwiml_nb.runs.table import runs_table; runs_table(folder/'experiments') if panel.dashboard.trainer.epoch else None", "panel.config['data']['input_group_name'], str(folder)")
     widget = output(page, 1)
-    assert "wm_mask" in widget.inner_text()
+    wait_until(lambda: "wm_mask" in widget.inner_text(), said=widget.inner_text)
     shot(widget, "run_panel_study")
     widget.locator("select", has_text="seed_mask").first.select_option("input")
     wait_until(lambda: widget.get_by_role("button", name="Write").is_visible())
@@ -57,10 +57,11 @@ def test_a_run_file_as_widgets(notebook, lab):  # noqa: F811 - a fixture
     table = output(page, 2)
     wait_until(lambda: "first" in table.inner_text() and "3 of 3" in table.inner_text(), said=table.inner_text)
     shot(table, "runs_table")
-    dark(page)
+    theme(page, "Dark")
     shot(table, "runs_table_dark")
     tab("Training")
     shot(widget, "run_panel_dark")
+    theme(page, "Light")
     assert not errors(page)
     nothing_from_elsewhere(page)
 
@@ -70,8 +71,9 @@ def run(page, i):
     page.keyboard.press("Control+Enter")
 
 
-def dark(page):
+def theme(page, name):
+    "Another theme, which JupyterLab remembers."
     page.click('text="Settings"')
     page.click('.lm-Menu-itemLabel:text-is("Theme")')
-    page.click('.lm-Menu-itemLabel:text-is("JupyterLab Dark")')
-    page.wait_for_selector('body[data-jp-theme-light="false"]', state="attached")
+    page.click(f'.lm-Menu-itemLabel:text-is("JupyterLab {name}")')
+    page.wait_for_selector(f'body[data-jp-theme-light="{str(name == "Light").lower()}"]', state="attached")

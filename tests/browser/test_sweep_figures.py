@@ -38,7 +38,7 @@ def test_the_figures_of_a_sweep(browser, lab, swept):
     content = [{"cell_type": "code", "id": f"cell-{i}", "metadata": {}, "execution_count": None, "outputs": [], "source": cell} for i, cell in enumerate(cells)]
     kernel = {"display_name": "python3", "language": "python", "name": "python3"}
     (lab.folder / "sweep.ipynb").write_text(json.dumps({"cells": content, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}))
-    page = lab.open(browser, "sweep.ipynb")
+    page = lab.open(browser, "sweep.ipynb", own_kernel=False)
     lab.run_all(page)
     page.wait_for_function("document.querySelectorAll('.jp-OutputArea .js-plotly-plot .main-svg').length >= 3")
     texts = page.locator(".jp-OutputArea .js-plotly-plot").all_text_contents()

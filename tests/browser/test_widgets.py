@@ -1,6 +1,7 @@
 """Pages and widgets in a real JupyterLab, used with a mouse. Screenshots of each go to build/screenshots, to be looked at.
 
-All that needs JupyterLab is in this file, so that there is one of it where files run two at a time.
+Where files run two at a time, all files of this folder run one after the other (conftest.py): one browser, one JupyterLab, and one kernel but
+for the tests that need their own.
 """
 import json
 import os
@@ -73,16 +74,6 @@ def nothing_from_elsewhere(page):
 def output(page, i): return page.locator(".jp-Notebook .jp-Cell").nth(i).locator(".jp-Cell-outputArea")
 
 
-def test_a_page_runs_in_jupyterlab(browser, lab):
-    page = lab.open(browser, "00_core/04_ragged.ipynb")
-    lab.run_all(page)
-    prompts = page.locator(".jp-CodeCell .jp-InputPrompt").all_text_contents()
-    assert prompts and all(prompt.strip("[]: ") for prompt in prompts), "every code cell has run"
-    assert page.locator(".jp-OutputArea-output img").count() > 0
-    assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
-    page.close()
-
-
 def test_study_browser(notebook, lab):
     page = notebook("browser.ipynb", SETUP, "browser = StudyBrowser(dataset); browser", "browser.choice, browser.subset")
     widget = output(page, 1)
@@ -113,16 +104,13 @@ def test_study_browser(notebook, lab):
 def test_batch_preview_turns_with_the_mouse(notebook):
     page = notebook("preview.ipynb", SETUP, "preview = BatchPreview(loader, sampler); preview.viewer.rung = 'live'; preview", "preview.viewer.rung",
                     "print('at', __import__('time').time(), 'frames', preview.viewer.face.frames)")
-    assert "live" in output(page, 2).inner_text()
+    assert "live" in output(page, 2).inner_text(), output(page, 2).inner_text()
     widget, canvas = output(page, 1), output(page, 1).locator(".dwiml-canvas img").first
     canvas.wait_for(timeout=60_000)
     wait_until(lambda: len(np.unique(pixels(canvas).reshape(-1, 3), axis=0)) > 50)
     shot(widget, "batch_preview")
     frames = lambda: (time_of_a_cell(page, 3), output(page, 3).inner_text().split()[-1])[1]
-    page.wait_for_timeout(1000)
-    drawn = frames()
-    page.wait_for_timeout(2000)
-    assert frames() == drawn, "an idle canvas draws nothing"
+    wait_until(lambda: (frames(), page.wait_for_timeout(2000))[0] == frames(), said=lambda: "an idle canvas draws nothing")
     still = lambda: output(page, 1).locator("[class^=dwiml-still] img").first.get_attribute("src")
     kept = still()
     before, box = pixels(canvas), canvas.bounding_box()
@@ -148,9 +136,8 @@ def test_without_an_adapter_there_is_a_picture_with_sliders(notebook):
     page = notebook("painted.ipynb", "import os; os.environ['VK_ICD_FILENAMES'] = os.environ['VK_DRIVER_FILES'] = '/none'", SETUP, "viewer = viz(loader).viewer; viewer.rung = 'painter'; viewer", "viewer.rung", "viewer.azimuth = 120.", own_kernel=True)
     widget = output(page, 2)
     assert "painter" in output(page, 3).inner_text()
-    assert "sudo apt install libvulkan1 mesa-vulkan-drivers" in widget.inner_text()
     picture = widget.locator("img:visible")
-    assert picture.count() == 1
+    wait_until(lambda: "sudo apt install libvulkan1 mesa-vulkan-drivers" in widget.inner_text() and picture.count() == 1, said=widget.inner_text)
     shot(widget, "painted")
     before = pixels(picture)
     widget.get_by_role("button", name="coronal").click()
@@ -171,8 +158,10 @@ trainer = DWIMLTrainerOneInput(model=model, experiments_path=folder, experiment_
     output(page, 2).get_by_role("button", name="Next batch").click()
     page.wait_for_function("() => document.body.innerText.includes('training batch 2 of')")
     wait_until(lambda: "from three sides" in stills.first.inner_html())
-    page.wait_for_timeout(1500)
-    assert not errors(page) and stills.count() == 3 and not any(still.is_visible() for still in stills.all()), "hidden as long as the widgets live"
+    kept = lambda: [still.inner_html() for still in stills.all()]
+    wait_until(lambda: len(kept()) == 3 and "training batch 2 of" in kept()[1] and "ended: epoch 2 of 2" in kept()[2], said=kept)
+    wait_until(lambda: not any(still.is_visible() for still in stills.all()), said=lambda: "a still is hidden as long as its widget lives")
+    assert not errors(page)
     shot(page, "kept_alive")
     page.click('text="File"')
     page.click('.lm-Menu-itemLabel:text-is("Save Notebook")')
@@ -213,12 +202,17 @@ trainer = DWIMLTrainerOneInput(model=model, experiments_path=folder, experiment_
 
 
 def test_the_first_hour(browser, lab):
-    page = lab.open(browser, "tutorials/00_first_hour.ipynb", height=1400)
+    file = lab.folder / "tutorials/00_first_hour.ipynb"
+    text = file.read_text()
+    assert "max_epochs=60" in text and "trainer.epoch < 20" in text  # a third of them: the whole of it runs with the pages
+    file.write_text(text.replace("max_epochs=60", "max_epochs=20").replace("trainer.epoch < 20", "trainer.epoch < 6"))
+    page = lab.open(browser, "tutorials/00_first_hour.ipynb", height=1400, own_kernel=False)
     page.asked = []
     page.on("request", lambda request: page.asked.append(request.url))
     lab.run_all(page, timeout=240)
-    assert not errors(page)
-    page.wait_for_timeout(2000)
+    prompts = page.locator(".jp-CodeCell .jp-InputPrompt").all_text_contents()
+    assert not errors(page) and prompts and all(prompt.strip("[]: ") for prompt in prompts), "every code cell has run"
+    page.locator(".jp-OutputArea-output img").first.wait_for()
     cells = page.locator(".jp-Notebook .jp-CodeCell")
     for i in range(cells.count()):
         shown = cells.nth(i).locator(".jp-OutputArea-output")
@@ -230,12 +224,12 @@ def test_the_first_hour(browser, lab):
     page.close()
 
 
-def wait_until(condition, seconds=30, said=lambda: ""):
-    "Look again and again until something is so."
+def wait_until(condition, seconds=60, said=lambda: ""):
+    "Look again and again until something is so; the machine may be busy."
     end = time.time() + seconds
     while not condition():
         assert time.time() < end, f"waited in vain {said()}"
-        time.sleep(.3)
+        time.sleep(.2)
 
 
 def time_of_a_cell(page, i):
@@ -247,7 +241,7 @@ def time_of_a_cell(page, i):
         const cell = document.querySelectorAll('.jp-Notebook .jp-Cell')[i];
         const begun = performance.now();
         document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', code: 'Enter', keyCode: 13, ctrlKey: true, bubbles: true, cancelable: true}));
-        while (performance.now() - begun < 10000) {
+        while (performance.now() - begun < 60000) {
             const text = cell.querySelector('.jp-OutputArea')?.innerText ?? '';
             if (text.includes('at') && text !== before) break;
             await new Promise(done => setTimeout(done, 10));

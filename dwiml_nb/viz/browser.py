@@ -1043,6 +1043,12 @@ Object.assign(StageView.prototype, {
     this.tell()
     this.paint()
   },
+})
+"""
+
+# %% ../../nbs/09_viz/06_browser.ipynb #46fd88d4
+HEAR_JS += r"""
+Object.assign(StageView.prototype, {
   tell() {
     this.own = true
     this.model.set("camera", this.camera.state)

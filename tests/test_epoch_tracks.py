@@ -278,6 +278,9 @@ def test_the_viewer_follows_what_another_process_tracks(trainer_of):
     assert seen.look() and (seen.epoch, seen.epochs, seen.controls.layout.display) == (1, [1], "none"), "nothing to slide through yet"
     trainer.train_and_validate()
     assert seen.look() and (seen.epoch, seen.epochs, seen.slider.min, seen.slider.max, seen.slider.step) == (3, [1, 3], 2, 4, 2)
+    late = TracksViewer(trainer.experiment_folder)
+    assert (late.epoch, late.follows) == (3, True), "several came at once, and nobody moved the slider"
+    late.close()
     seen.slider.value = 2
     seen.viewer.selection = (0,)
     assert (seen.epoch, seen.follows) == (1, False)

@@ -147,9 +147,6 @@ def update(self:TracksViewer):
     if not epochs: return self.tell()
     chosen = epochs[-1] if self.follows or self.epoch not in epochs else self.epoch
     self.epochs,self.controls.layout.display = epochs, 'none' if len(epochs) < 2 else None
-    self.slider.max = max(epochs[-1] + 1, epochs[0] + 2)         # a slider of one place is none in a browser
-    self.slider.min,self.player.max = epochs[0] + 1, len(epochs) - 1
-    self.slider.step = math.gcd(*(b - a for a,b in pairwise(epochs))) or 1
     self.put(chosen)
     self.came = True
     if self.epoch == chosen: self.draw()
@@ -157,9 +154,13 @@ def update(self:TracksViewer):
 
 @patch
 def put(self:TracksViewer, epoch:int):
-    "Let slider and player stand at an epoch."
-    self.is_moved = True
-    try: self.slider.value,self.player.value = epoch + 1, self.epochs.index(epoch)
+    "Let slider and player stand at an epoch; a new range moves them too, and nobody did."
+    epochs,self.is_moved = self.epochs,True
+    try:
+        self.slider.max = max(epochs[-1] + 1, epochs[0] + 2)     # a slider of one place is none in a browser
+        self.slider.min,self.player.max = epochs[0] + 1, len(epochs) - 1
+        self.slider.step = math.gcd(*(b - a for a,b in pairwise(epochs))) or 1
+        self.slider.value,self.player.value = epoch + 1, epochs.index(epoch)
     finally: self.is_moved = False
 
 @patch

@@ -31,6 +31,9 @@ from dwiml_nb.training.checkpoints import read_checkpoint
 from dwiml_nb.training.registered import RegisteredTrainer
 from dwiml_nb.training.sinks import Sink, read_logs
 from dwiml_nb.training.trainer import DWIMLTrainerOneInput
+from dwiml_nb.viz.panel import parts_of
+from dwiml_nb.widgets.training_dashboard import TrainingDashboard
+import dwiml_nb.widgets.viz  # noqa: F401 - what of a dashboard turns on a page that is kept
 
 TRACKING = dict(tracking_mask_group="wm_mask", min_length_mm=0., max_length_mm=40.)
 WANTED = dict(key="epoch_tracks", nb_seeds=12, tracking=TRACKING)
@@ -281,6 +284,10 @@ def test_the_viewer_follows_what_another_process_tracks(trainer_of):
     late = TracksViewer(trainer.experiment_folder)
     assert (late.epoch, late.follows) == (3, True), "several came at once, and nobody moved the slider"
     late.close()
+    board = TrainingDashboard(trainer.experiment_folder)
+    parts = parts_of(board)
+    assert ["dwiml-turns" in part.body for part in parts].count(True) == 1 and board.tracks.told.value in "".join(part.body for part in parts), "kept as a page, the lines turn"
+    board.close()
     seen.slider.value = 2
     seen.viewer.selection = (0,)
     assert (seen.epoch, seen.follows) == (1, False)

@@ -259,12 +259,15 @@ def viz_path(
 # %% ../../nbs/11_widgets/10_viz.ipynb #4e21143d
 def parts_around(
     panel, # `Panel`
-    inner, # `Panel` within it; None: there is none now
+    *within, # `Panel`s within it, from top to bottom; None: there is none now
 ) -> list: # of `Part`
-    "The still of a panel, with what turns in the place of the still of a panel within it."
-    if inner is None: return [Part(panel.still())]
-    before,_,after = panel.still().partition(inner.still())
-    return [Part(before), *parts_of(inner), Part(after)]
+    "The still of a panel, with what turns in the place of the stills of panels within it."
+    parts,rest = [], panel.still()
+    for inner in within:
+        if inner is None or not (still := inner.still()): continue
+        before,_,rest = rest.partition(still)
+        parts += [Part(before), *parts_of(inner)]
+    return [*parts, Part(rest)]
 
 @parts_of.register
 def parts_of_preview(x:BatchPreview) -> list: return parts_around(x, x.viewer)
@@ -276,7 +279,7 @@ def parts_of_player(x:TrackingPlayer) -> list: return parts_around(x, x.viewer)
 def parts_of_study(x:StudyBrowser) -> list: return parts_around(x, x.viewer if x.shown[0] == 'look' else None)
 
 @parts_of.register
-def parts_of_dashboard(x:TrainingDashboard) -> list: return parts_around(x, x.preview)
+def parts_of_dashboard(x:TrainingDashboard) -> list: return parts_around(x, x.tracks, x.preview)
 
 @parts_of.register
 def parts_of_run(x:RunPanel) -> list:

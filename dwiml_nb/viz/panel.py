@@ -151,26 +151,6 @@ class Panel(W.VBox):
         self.add_class('dwiml-panel')
         self.message.observe(lambda change: loaded_again(self, change), 'page')
 
-    def say(self, text:str, error:bool=False):
-        "Write under the widget."
-        look = 'dwiml-warn' if error else 'dwiml-quiet'
-        self.message.value = f'<div class="{look}">{escape(str(text))}</div>' if text else ''
-
-    def guard(self, callback):
-        "The callback, with its errors shown under the widget."
-        @wraps(callback)
-        def guarded(*args, **kwargs):
-            if self.error: self.error = ''; self.say('')
-            try: return callback(*args, **kwargs)
-            except Exception as e:
-                self.error = f"{type(e).__name__}: {e}"
-                self.say(self.error, error=True)
-        return guarded
-
-    def download(self, name:str, content:bytes):
-        "Save a file where the browser is."
-        self.message.send({'download': name}, buffers=[content])
-        self.say(f"{name} goes to your browser's downloads")
     def still(self) -> str: # HTML
         "What a reader without a kernel sees instead of the widget; it is stored in the notebook."
         return f'<pre>{escape(repr(self))}</pre>'
@@ -199,6 +179,31 @@ def loaded_again(
     "A page that is loaded again has forgotten which output is whose still: from now on the widget tells it."
     panel.is_reloaded = bool(change['old'])
     if panel.is_reloaded: panel.renewal()
+
+# %% ../../nbs/09_viz/04_panel.ipynb #b7c1d2e9
+@patch
+def say(self:Panel, text:str, error:bool=False):
+    "Write under the widget."
+    look = 'dwiml-warn' if error else 'dwiml-quiet'
+    self.message.value = f'<div class="{look}">{escape(str(text))}</div>' if text else ''
+
+@patch
+def guard(self:Panel, callback):
+    "The callback, with its errors shown under the widget."
+    @wraps(callback)
+    def guarded(*args, **kwargs):
+        if self.error: self.error = ''; self.say('')
+        try: return callback(*args, **kwargs)
+        except Exception as e:
+            self.error = f"{type(e).__name__}: {e}"
+            self.say(self.error, error=True)
+    return guarded
+
+@patch
+def download(self:Panel, name:str, content:bytes):
+    "Save a file where the browser is."
+    self.message.send({'download': name}, buffers=[content])
+    self.say(f"{name} goes to your browser's downloads")
 
 # %% ../../nbs/09_viz/04_panel.ipynb #d997809d
 def picture_html(

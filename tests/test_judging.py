@@ -197,7 +197,7 @@ def changed(folder, name, change):
     (SEGMENTATION, lambda o: o.update(B={"endpoints": "x.nii.gz"}), "one mask for both ends"), (SEGMENTATION, lambda o: o.update(D=o["B"]), "'D' is no part of a bundle"),
     (SEGMENTATION, lambda o: o.update(B=[1]), "'B' is not described"), (SEGMENTATION, lambda o: o.clear(), "names no bundle"), (SEGMENTATION, lambda o: o.pop("C"), "which lines belong to bundle 'C'"),
     (TRACTOMETRY, lambda o: o.update(C={}), "where bundle 'C' lies"), (TRACTOMETRY, lambda o: o["B"].update(gt_mask="bundles/none.trk"), "none.trk: no such tractogram"),
-    (SEGMENTATION, lambda o: o["B"].update(head="none.nii.gz"), "none.nii.gz: no such mask")], ids=str)
+    (SEGMENTATION, lambda o: o["B"].update(head="none.nii.gz"), "none.nii.gz: no such mask")])
 def test_what_is_not_the_challenge(copied, name, change, says):
     changed(copied, name, change)
     with pytest.raises(DataProblem, match=says): load_reference(copied)

@@ -114,7 +114,7 @@ class SweptBands(torch.nn.Module):
 def test_a_registered_model_of_a_trusted_file(here, monkeypatch):
     "Two processes vary the values of its own table, one of them is killed, and the sweep goes on: as if nothing had happened."
     monkeypatch.setattr(registry, "brought_in", dict(registry.brought_in))
-    (here / "mine.py").write_text(MINE)
+    (here / "swept_mine.py").write_text(MINE)
     text = RUN.split("[sweep]")[0].replace('"Learn2TrackModel", rnn_layer_sizes = [4], step_size = 2.0', '"SweptBands", SweptBands = {width = 3, drop = 0.1}')
     (here / "mine.toml").write_text(text + """
 [sweep]
@@ -124,7 +124,7 @@ sampler = "random"
 width = {low = 2, high = 8}
 drop = [0.0, 0.2]
 """)
-    trust = str(here / "mine.py")
+    trust = str(here / "swept_mine.py")
     with pytest.raises(DataProblem): sweeps.sweep(here / "mine.toml", "training.experiment_name=mine")              # not trusted
     both = [start(here, "mine_killed", kill, "mine.toml", trust) for kill in ("within an epoch", None)]
     assert {ended(p) for p in both} <= {-signal.SIGKILL, 0}

@@ -719,7 +719,16 @@ def test_data_per_streamline_is_a_field(labelled, tmp_path, ragged):
 
 # The loop's options
 
-def test_a_killed_run_goes_on_to_the_same_bits(make, tmp_path):
+@pytest.fixture
+def one_thread():
+    "A forked child cannot use the threads that its parent has begun, and the last bits depend on how many there are."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(make, tmp_path, one_thread):
     def killed():
         trainer = make(name="killed", max_epochs=3, optimizer="Adam")
         trainer.control.on_batch_end.append(lambda row: (row["epoch"], row["batch"]) == (1, 2) and os.kill(os.getpid(), signal.SIGKILL))
@@ -735,7 +744,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(make, tmp_path):
         assert a == b, which
 
 
-def test_what_a_class_draws_belongs_to_its_batch(make, tmp_path):
+def test_what_a_class_draws_belongs_to_its_batch(make, tmp_path, one_thread):
     "In to_tensor and in a step, from Python, numpy and torch: after a kill, in workers; outside nothing is noticed."
     @dwiml_model
     class Draws(Bands):

@@ -1,5 +1,6 @@
 """One run, begun in every way: the same weights, logs and record. And what a run file of a stranger cannot do."""
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -84,7 +85,8 @@ def hand_made(here, name, **changes):
 def in_shell(here, name):
     "Another process, in another folder."
     command = [sys.executable, "-c", "from dwiml_nb.cli.runs import dwiml_train; from dwiml_nb.cli.common import run_command; run_command(dwiml_train)"]
-    done = subprocess.run([*command, here / "run.toml", f"training.experiment_name={name}"], cwd="/", capture_output=True, text=True)
+    done = subprocess.run([*command, here / "run.toml", f"training.experiment_name={name}"], cwd="/", capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})  # as here: the last bits depend on it
     assert done.returncode == 0 and f"experiments/{name}" in done.stdout, done.stderr
 
 

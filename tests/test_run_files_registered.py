@@ -137,7 +137,8 @@ def followed(tmp_path_factory):
     home, site = tmp_path_factory.mktemp("page"), tmp_path_factory.mktemp("site")
     cells = [("".join(c["source"]), c["cell_type"]) for c in json.loads(PAGE.read_text())["cells"]]
     before, said = set(REGISTERED_MODELS.entries), {}
-    names = {"__name__": "__main__"}
+    names, threads = {"__name__": "__main__"}, torch.get_num_threads()
+    torch.set_num_threads(1)  # as the commands: the last bits depend on it
     env = {**os.environ, "PATH": f"{commands(site / 'bin')}:{os.environ['PATH']}", "PYTHONPATH": f"{site}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
     def run(command):
         if command.startswith("pip install -e "): return install(home / command.split()[-1], site)
@@ -155,6 +156,7 @@ def followed(tmp_path_factory):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text((file.read_text() if first.endswith("at its end") else "") + rest)
     for name in set(REGISTERED_MODELS.entries) - before: del REGISTERED_MODELS.entries[name]
+    torch.set_num_threads(threads)
     yield home, said
 
 

@@ -1,0 +1,230 @@
+"""See every widget in every place where people meet it: `python tools/shoot_widgets.py --out FOLDER [NAME …]`.
+
+For each widget a small notebook over the toy study is run in JupyterLab and in Notebook 7, used with real clicks and drags, and photographed: alive, light and dark (the theme changes while
+it is open), 820 and 1,600 pixels wide; then saved, its kernel ended, and opened again without one; then as nbconvert's HTML. Pictures go to FOLDER (`NAME.app.form.theme.width.png`, what a click
+led to as `NAME.app.live.did-….png`), contact sheets to FOLDER/sheets. Beside them findings.txt: errors on the browser's console, requests that leave the machine, what stands past the edge of its cell,
+scroll bars inside a cell, words that nobody should read, cells that failed. `--list` names the widgets; a new one is a row of `WIDGETS`.
+"""
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).parent)]
+import conftest  # noqa: E402
+from shoot_rows import WIDGETS  # noqa: E402
+
+THEMES, WIDTHS = ("light", "dark"), (820, 1600)
+QUIET = re.compile(r"GPU stall|cdnjs|GL Driver Message|swiftshader|WebGL: CONTEXT_LOST|favicon|/api/(sessions|kernels)|kernelspecs/.*logo|Failed to start the kernel")
+NBCONVERT = r"cdnjs.cloudflare.com/.*/(mathjax|require\.js)/"  # what its pages load, whatever they show
+BAD_WORDS = ("model not found", "Loading widget", " object at 0x", "<dwiml", "Traceback", "[object Object]", "undefined", "NaN")
+LOOK = """() => {                                        // what is past its cell's edge, scrolls inside it, or is cut off
+  const found = [], areas = [...document.querySelectorAll(".jp-Cell-outputArea, .jp-OutputArea")].filter(o => o.offsetParent)
+  const name = o => `${o.tagName.toLowerCase()}.${[...o.classList].slice(-2).join(".")} “${(o.textContent || o.title || "").trim().slice(0, 30)}”`
+  for (const area of areas) {
+    const edge = area.getBoundingClientRect().right
+    for (const o of area.querySelectorAll("*")) {
+      const box = o.getBoundingClientRect(), style = getComputedStyle(o)
+      if (!o.checkVisibility({visibilityProperty: true, opacityProperty: true}) || !box.width || !box.height) continue
+      let clip = false
+      for (let up = o.parentElement; up && up !== area; up = up.parentElement) clip ||= getComputedStyle(up).overflowX !== "visible" && up.getBoundingClientRect().right <= edge + 1
+      if (box.right > edge + 1 && !clip) found.push(`past the edge by ${Math.round(box.right - edge)}: ${name(o)}`)
+      const scrolls = (over, full, seen) => /auto|scroll/.test(over) && full > seen + 1
+      if (scrolls(style.overflowY, o.scrollHeight, o.clientHeight) || scrolls(style.overflowX, o.scrollWidth, o.clientWidth)) found.push(`scrolls: ${name(o)}`)
+      if (/BUTTON|SELECT/.test(o.tagName) && o.scrollWidth > o.clientWidth + 1) found.push(`words cut off: ${name(o)}`)
+    } }
+  return [...new Set(found)] }"""
+
+
+class Server:
+    "A JupyterLab or a Notebook 7 that serves an empty folder."
+    def __init__(self, app, folder, site):
+        self.app, self.folder, self.port = app, folder, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        state = {key: tempfile.mkdtemp(dir=folder.parent) for key in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR", "JUPYTERLAB_SETTINGS_DIR", "IPYTHONDIR")}
+        for name, value in {"notebook-extension/tracker": '{"windowingMode": "none"}', "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}'}.items():
+            settings = Path(state["JUPYTERLAB_SETTINGS_DIR"]) / "@jupyterlab" / f"{name}.jupyterlab-settings"
+            settings.parent.mkdir(parents=True, exist_ok=True)
+            settings.write_text(value)
+        module, trait = ("jupyterlab", "LabApp") if app == "lab" else ("notebook", "JupyterNotebookApp")
+        paths = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), site])), "JUPYTER_PATH": f"{site}/share/jupyter"} if site else {"PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen([sys.executable, "-m", module, "--no-browser", "--allow-root", f"--port={self.port}", "--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={folder}",
+            "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.disable_check_xsrf=True", f"--{trait}.expose_app_in_browser=True"],
+            env=os.environ | state | paths, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
+        for _ in range(480):
+            try: self.ask("status", "GET"); return
+            except OSError: time.sleep(.25)
+        raise TimeoutError(f"{module} did not start")
+
+    def ask(self, path, method):
+        return json.loads(urllib.request.urlopen(urllib.request.Request(f"{self.url}/api/{path}", method=method)).read() or "null")
+
+    def address(self, file): return f"{self.url}/lab/workspaces/w{time.monotonic_ns()}/tree/{file}?reset" if self.app == "lab" else f"{self.url}/notebooks/{file}"
+
+    def end_kernels(self):
+        for session in self.ask("sessions", "GET"): self.ask(f"sessions/{session['id']}", "DELETE")
+
+    def close(self):
+        self.end_kernels()
+        self.process.terminate()
+        self.process.wait(30)
+
+
+def free_port():
+    import socket
+    with socket.socket() as free: free.bind(("127.0.0.1", 0)); return free.getsockname()[1]
+
+
+class Camera:
+    "Opens pages, photographs their widgets, and writes down what is wrong with them."
+    def __init__(self, browser, out): self.browser, self.out, self.found = browser, out, {}
+
+    def note(self, what, where): self.found.setdefault(what[:300], []).append(where)
+
+    @contextmanager
+    def page(self, where, with_kernel=True):
+        page = self.browser.new_page()
+        page.on("console", lambda m: m.type == "error" and not QUIET.search(m.text + m.location.get("url", "")) and self.note(f"console: {m.text}", where))
+        page.on("pageerror", lambda e: self.note(f"console: {e.stack or e}", where))
+        page.on("request", lambda r: r.url.startswith(("http", "ws")) and not re.search("//127.0.0.1|" + NBCONVERT, r.url) and self.note(f"leaves the machine: {r.url}", where))
+        if not with_kernel:
+            for what in ("sessions", "kernels"): page.route(f"**/api/{what}*", lambda r: r.abort() if r.request.method == "POST" else r.continue_())
+        page.set_viewport_size({"width": 1600, "height": 2600})
+        try: yield page
+        finally: page.close()
+
+    def shoot(self, page, name):
+        "The cell's output, as it is now."
+        page.wait_for_timeout(700)
+        outputs = page.locator(".jp-Cell-outputArea, .jp-Cell-outputWrapper").filter(visible=True)
+        outputs.last.screenshot(path=self.out / f"{name}.png")
+        for what in page.evaluate(LOOK): self.note(what, name)
+        words = page.locator("body").inner_text()
+        for bad in BAD_WORDS:
+            if bad in words: self.note(f"words: {bad} in “{words[max(0, words.index(bad) - 60):words.index(bad) + 60]}”", name)
+
+    def everywhere(self, page, name, set_theme, themes=THEMES):
+        for theme in themes:
+            set_theme(theme)
+            for width in WIDTHS:
+                page.set_viewport_size({"width": width, "height": 2600})
+                page.wait_for_timeout(1500)
+                self.shoot(page, f"{name}.{theme}.{width}")
+
+
+def command(page, name, **args): page.evaluate("([name, args]) => jupyterapp.commands.execute(name, args)", [name, args])
+
+
+def themed(page):
+    return lambda theme: (command(page, "apputils:change-theme", theme=f"JupyterLab {theme.title()}"), page.wait_for_timeout(1500))
+
+
+def opened(server, page, file):
+    page.goto(server.address(file), wait_until="domcontentloaded")
+    page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=90_000)
+    page.wait_for_function("() => window.jupyterapp", timeout=60_000)
+    if server.app == "lab" and page.locator("#jp-left-stack").is_visible(): command(page, "application:toggle-left-area")
+
+
+def run_all(page, seconds):
+    page.wait_for_function("() => document.querySelector('.jp-Notebook-ExecutionIndicator, .jp-NotebookPanel-toolbar')")
+    page.wait_for_timeout(4000)  # a kernel is being started
+    command(page, "notebook:run-all-cells")
+    page.wait_for_function("""() => document.querySelector('[data-mime-type="application/vnd.jupyter.error"]') ||
+        [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')].every(o => /\\[\\d+\\]/.test(o.textContent))""", timeout=1000*seconds)
+    page.wait_for_timeout(3000)
+
+
+def see(camera, server, name, row, forms):
+    "One widget in one app: alive, opened again, converted."
+    file, where = server.folder / f"{name}.ipynb", f"{name}.{server.app}"
+    cells = [{"cell_type": "code", "id": f"cell-{i}", "metadata": {}, "execution_count": None, "outputs": [], "source": cell.strip()} for i, cell in enumerate(row.cells)]
+    file.write_text(json.dumps({"cells": cells, "metadata": {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}, "nbformat": 4, "nbformat_minor": 5}))
+    with camera.page(f"{where}.live") as page:
+        opened(server, page, file.name)
+        run_all(page, row.seconds)
+        for error in page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_text_contents(): camera.note(f"cell: {error[-200:]}", where)
+        widget = page.locator(".jp-Notebook .jp-Cell").last.locator(".jp-Cell-outputArea")
+        if row.act:
+            try: row.act(page, widget, lambda word: camera.shoot(page, f"{where}.live.did-{word}"))
+            except Exception as e: camera.note(f"act: {type(e).__name__}: {str(e)[:250]}", where); camera.shoot(page, f"{where}.live.did-fail")
+        if "live" in forms: camera.everywhere(page, f"{where}.live", themed(page))
+        page.wait_for_timeout(2500)  # the still follows
+        command(page, "docmanager:save")
+        page.wait_for_timeout(2500)
+    server.end_kernels()
+    if "reopened" in forms:
+        with camera.page(f"{where}.reopened", with_kernel=False) as page:
+            opened(server, page, file.name)
+            for _ in range(12):  # longer than it looks for a widget; meanwhile it may ask for a kernel
+                if (buttons := page.locator(".jp-Dialog button")).count(): (no if (no := buttons.filter(has_text="No Kernel")).count() else buttons).last.click()
+                page.wait_for_timeout(500)
+            camera.everywhere(page, f"{where}.reopened", themed(page))
+    if "html" in forms and server.app == "lab":
+        for theme in THEMES:
+            made = camera.out / f"{name}.{theme}.html"
+            subprocess.run([sys.executable, "-m", "nbconvert", "--to", "html", "--theme", theme, "--output", str(made), str(file)], check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+            with camera.page(f"{name}.html") as page:
+                page.goto(made.as_uri(), wait_until="domcontentloaded")
+                page.wait_for_timeout(1500)
+                camera.everywhere(page, f"{name}.html", lambda _: None, [theme])
+
+
+def sheet(out, name):
+    "All pictures of a widget on a few sheets, each with its name."
+    from PIL import Image, ImageDraw
+    (out / "sheets").mkdir(exist_ok=True)
+    for part in ("live", "reopened", "html"):
+        pictures = [(p.stem[len(name) + 1:], Image.open(p).convert("RGB")) for p in sorted(out.glob(f"{name}.*{part}.*.png"))]
+        small = [(words, o.resize((800, max(1, round(o.height*800/o.width))))) for words, o in pictures]
+        for k in range(0, len(small), 4):
+            rows, four = [], small[k:k + 4]
+            for i in range(0, len(four), 2): rows.append(max(o.height for _, o in four[i:i + 2]) + 20)
+            page = Image.new("RGB", (1610, sum(rows)), "#888")
+            for i, (words, o) in enumerate(four):
+                x, y = 810*(i % 2), sum(rows[:i//2])
+                page.paste(o, (x, y + 16))
+                ImageDraw.Draw(page).text((x + 4, y + 2), words, "white")
+            page.save(out / "sheets" / f"{name}.{part}.{k//4}.png")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(WIDGETS)}; none: all")
+    parser.add_argument("--out", type=Path, default=ROOT / "build/shots")
+    parser.add_argument("--apps", nargs="+", default=["lab", "nb7"], choices=["lab", "nb7"])
+    parser.add_argument("--forms", nargs="*", default=["live", "reopened", "html"])
+    parser.add_argument("--notebook7", default="", help="a folder that holds Notebook 7, where it is not installed")
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(WIDGETS): parser.error(f"no widget {unknown}; there are {', '.join(WIDGETS)}")
+    from playwright.sync_api import sync_playwright
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.out = args.out.resolve()
+    work = Path(tempfile.mkdtemp(prefix="shoot"))
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=conftest.chromium_path(), args=conftest.CHROMIUM)
+        camera = Camera(chromium.new_context(), args.out)
+        for app in args.apps:
+            (folder := work / app).mkdir()
+            server = Server(app, folder, args.notebook7)
+            try:
+                for name in args.names or WIDGETS: begun = time.time(); see(camera, server, name, WIDGETS[name], args.forms); print(f"{name} in {app}: {time.time() - begun:.0f} s", flush=True)
+            finally: server.close()
+        chromium.close()
+    shutil.rmtree(work, ignore_errors=True)
+    for name in args.names or WIDGETS: sheet(args.out, name)
+    lines = [f"{what}\n    in {', '.join(dict.fromkeys(where))}" for what, where in sorted(camera.found.items())]
+    (args.out / "findings.txt").open("a").write("\n".join([f"== {' '.join(args.names) or 'all'}", *lines]) + "\n")
+    print("\n".join(lines) or "nothing found")
+
+
+if __name__ == "__main__": main()

@@ -1,4 +1,4 @@
-"""The options of the loop, and control: what needs a folder alone, another process or a signal. The page 07_training/15_exactly tries each option."""
+"""The options of the loop, and control: what needs a folder alone, another process or a signal. The page 07_training/16_exactly tries each option."""
 import json
 import multiprocessing
 import os

@@ -14,16 +14,20 @@ import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from html import escape
+from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlparse
 
 import yaml
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import get_lexer_by_name
 from run_pages import EXPORTS, ROOT, SLOW_IMPORTS
 
 BUILD, SITE, HERE = ROOT / "build", ROOT / "_docs", Path(__file__).resolve().parent / "site"
 ANSI, FENCE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "`" * 6
+FORMATTER = HtmlFormatter(nowrap=True)
 PLOTLY = "application/vnd.plotly.v1+json"
 
 
@@ -135,6 +139,14 @@ def local_links(html, source):
     return re.sub(r'\b(href|src)="([^"]*)"', relink, html)
 
 
+def coloured(html):
+    "Colour the code of a page: Pygments takes a twentieth of pandoc's time."
+    def colour(match):
+        return f'<pre class="{match[1]}"><code>{highlight(unescape(match[2]), get_lexer_by_name(match[1], stripnl=False), FORMATTER).rstrip()}</code></pre>'
+
+    return re.sub(r'<pre\s+class="(python|bash|sh|json|toml)"><code>(.*?)</code></pre>', colour, html, flags=re.S)
+
+
 def write_page(source, sections):
     "Write the HTML of one source file (relative to the repository)."
     import pypandoc
@@ -160,11 +172,11 @@ def write_page(source, sections):
     variables = {"pagetitle": escape(title), "title": escape(title), "promise": escape(promise), "top": top,
                  "sidebar": sidebar(sections, source), "plotly": "yes" if "Plotly.newPlot" in text else ""}
     html = pypandoc.convert_text(text, "html5", format=dialect, extra_args=[
-        "--mathml", "--toc", "--toc-depth=3", f"--template={HERE / 'template.html'}", "--syntax-highlighting=pygments",
+        "--mathml", "--toc", "--toc-depth=3", f"--template={HERE / 'template.html'}", "--syntax-highlighting=none",
         *(f"--variable={key}:{value}" for key, value in variables.items() if value)])
     html = re.sub(r'<p><a\s+href="[^"]*/blob/[^"]*"[^>]*>source</a></p>', "", html)  # the code itself is folded below
     head, body = html.split("<main>")
-    target.write_text(head + "<main>" + local_links(body, source), encoding="utf-8")
+    target.write_text(head + "<main>" + coloured(local_links(body, source)), encoding="utf-8")
 
 
 def write_pages(sources, sections):
@@ -249,7 +261,7 @@ def build_site():
     "Write every page, then check the links; return the problems found."
     shutil.rmtree(SITE, ignore_errors=True)
     SITE.mkdir()
-    shutil.copy(HERE / "style.css", SITE)
+    (SITE / "style.css").write_text(FORMATTER.get_style_defs("pre code") + "\n\n" + (HERE / "style.css").read_text(encoding="utf-8"), encoding="utf-8")
     sections = find_sections()
     sources = [source for _, pages in sections for _, source in pages]
     missing = [source for source in sources if source.endswith(".ipynb") and not (BUILD / source).exists()]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Param', 'anno_parser', 'switch', 'said_by_us', 'lacks_memory', 'plain_problems', 'no_traceback', 'Shown',
-           'printing_plainly', 'run_command', 'call_parse']
+           'printing_plainly', 'run_command', 'call_parse', 'typed']
 
 # %% ../../nbs/12_cli/01_common.ipynb #effe0a8d
 import argparse
@@ -12,10 +12,12 @@ import dis
 import inspect
 import os
 import re
+import subprocess
 import sys
 import warnings
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from functools import wraps
+from io import StringIO
 import torch
 from fastcore.docments import docments
 from ..core.dwi_ml import about_options
@@ -173,3 +175,17 @@ def call_parse(func):
     signature = inspect.signature(func)
     run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), TRUST])
     return run
+
+# %% ../../nbs/12_cli/01_common.ipynb #5be1a7d1
+def typed(
+    command, # What `call_parse` made
+    *words, # What is typed after its name
+) -> subprocess.CompletedProcess: # Its `returncode`, `stdout` and `stderr`
+    "What a command says and how it ends."
+    code,words = 0,[str(word) for word in words]
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        try: run_command(command, words)
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+            if isinstance(e.code, str): print(e.code, file=sys.stderr)
+    return subprocess.CompletedProcess([command.__name__, *words], code, out.getvalue(), err.getvalue())

@@ -65,6 +65,15 @@ def no_loop_of_the_browser(request):
     asyncio._set_running_loop(loop)
 
 
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    "A run that goes on computes with the threads it had, and leaves them to the process; the next test gets its own back."
+    import torch
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before: torch.set_num_threads(before)
+
+
 LONGEST = ("browser", "test_commands", "test_sweeps", "test_fuzz", "test_checks", "test_kill_resume", "test_study_faults", "test_export")
 
 

@@ -72,7 +72,8 @@ class Face:
 # %% ../../nbs/09_viz/05_faces.ipynb #2193258a
 CANVAS_STYLE = """
 .dwiml-canvas { position: relative; width: 100%; overflow: hidden; touch-action: none; cursor: grab;
-                background: var(--jp-layout-color0, white); border-radius: 3px; outline-offset: -1px }
+                user-select: none; background: var(--jp-layout-color0, white); border-radius: 3px;
+                outline-offset: -1px }
 .dwiml-canvas:focus { outline: 1px solid var(--jp-brand-color1, #1976d2) }
 .dwiml-canvas.dwiml-lasso { cursor: crosshair }
 .dwiml-canvas img { width: 100%; height: 100%; object-fit: contain; display: block; user-select: none;
@@ -240,8 +241,9 @@ function mouse(model, o) {
     clearTimeout(still)
     still = setTimeout(end, 250)
   }
+  const not = (e) => e.preventDefault()               // else selected text is dragged, which ends the turn
   const heard = { pointerdown: down, pointermove: move, pointerup: up, pointercancel: up, wheel,
-                  contextmenu: (e) => e.preventDefault() }
+                  contextmenu: not, dragstart: not }
   for (const [name, f] of Object.entries(heard)) o.box.addEventListener(name, f, { passive: false })
 }
 """

@@ -114,10 +114,13 @@ def test_batch_preview_turns_with_the_mouse(notebook):
     still = lambda: output(page, 1).locator("[class^=dwiml-still] img").first.get_attribute("src")
     kept = still()
     before, box = pixels(canvas), canvas.bounding_box()
+    page.evaluate("() => { window.ended = 0; document.addEventListener('pointercancel', () => { ended++ }, true) }")
+    page.evaluate("() => getSelection().selectAllChildren(document.querySelector('.dwiml-canvas'))")  # as a drag before may have left it
     page.mouse.move(box["x"] + 300, box["y"] + 225)
     page.mouse.down()
     for k in range(10): page.mouse.move(box["x"] + 300 + 15 * k, box["y"] + 225 + 5 * k); page.wait_for_timeout(40)
     page.mouse.up()
+    assert page.evaluate("() => ended") == 0
     wait_until(lambda: (pixels(canvas) != before).any(2).mean() > .02)
     shot(widget, "batch_preview_turned")
     wait_until(lambda: still() != kept)  # what a saved notebook shows has been turned, too

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['MOST', 'finite', 'positive', 'not_negative', 'integer', 'whole', 'count', 'angle', 'processes', 'workers', 'TYPES',
-           'Number', 'word', 'device']
+           'Number', 'word', 'device', 'share']
 
 # %% ../../nbs/12_cli/00_arguments.ipynb #a7368a59
 import argparse
 import math
 from ..core.errors import DataProblem
+from ..core.parallel import shard_numbers
 from ..core.sizes import device_named
 
 # %% ../../nbs/12_cli/00_arguments.ipynb #db90dee3
@@ -54,6 +55,15 @@ def device(
     try: device_named(typed)
     except DataProblem as e:
         raise argparse.ArgumentTypeError(f"{e.problem}; expected {e.expected}, found {typed[:80]!r}") from e
+    return typed
+
+def share(
+    typed:str, # 'i/n'
+) -> str: # The same
+    "A share of the subjects."
+    try: shard_numbers(typed)
+    except DataProblem as e:
+        raise argparse.ArgumentTypeError(f"expected {e.expected}, found {typed[:80]!r}") from e
     return typed
 
 TYPES = {float: finite, int: integer, str: word} # What an option takes that was annotated with such a type

@@ -7,7 +7,7 @@ __all__ = ['dwiml_create_hdf5_dataset', 'dwiml_hdf5_add_subjects', 'dwiml_hdf5_r
 
 # %% ../../nbs/12_cli/02_study.ipynb #37f8542c
 import warnings
-from .arguments import count, positive, processes
+from .arguments import count, positive, processes, share
 from .common import Param, call_parse
 from .common import plain_problems, switch
 from ..study.create import create_study
@@ -33,6 +33,7 @@ def dwiml_create_hdf5_dataset(
     save_intermediate:Param("Also write each group as .nii.gz or .trk beside the study",
                             action='store_true')=False,
     n_procs:processes=1, # Subjects made at the same time
+    shard:share=None, # i/n: make this share's parts only; the same command without it joins all
     float16:Param("Store volumes in half the bytes, and say what that costs", action='store_true')=False,
     dry_run:Param("Write nothing, say what would be written", action=switch('--dry-run'))=False,
     overwrite:Param("Replace a study of that name", action=switch('-f'))=False,
@@ -44,7 +45,7 @@ def dwiml_create_hdf5_dataset(
         summary = create_study(ready_folder, out_hdf5, config, training, validation, testing,
                                step_size, nb_points, compress, 'refuse' if refuse_invalid else remove_invalid,
                                skip_enforce_files_presence, save_intermediate, n_procs, overwrite,
-                               'float16' if float16 else 'float32', dry_run)
+                               'float16' if float16 else 'float32', dry_run, shard=shard)
         print(summary if verbose or dry_run else '\n'.join([summary.headline(), *summary.warnings]))
 
 # %% ../../nbs/12_cli/02_study.ipynb #6a887c78
@@ -61,6 +62,7 @@ def dwiml_hdf5_add_subjects(
     refuse_invalid:Param("Add nothing if a streamline leaves its volume", action='store_true')=False,
     skip_enforce_files_presence:Param("Files that are missing only warn", action='store_true')=False,
     n_procs:processes=1, # Subjects made at the same time
+    shard:share=None, # i/n: make this share's parts only; the same command without it joins all
     allow_links:Param("Also follow links that lead out of the study's folder", action='store_true')=False,
     dry_run:Param("Write nothing, say what would be written", action=switch('--dry-run'))=False,
     verbose:Param("Show what was written", action=switch('-v'))=False,
@@ -70,7 +72,8 @@ def dwiml_hdf5_add_subjects(
         warnings.simplefilter('ignore', UserWarning)                  # the summary shows them
         summary = add_subjects(hdf5_file, ready_folder, training, validation, testing, config,
                                'refuse' if refuse_invalid else remove_invalid or None,
-                               skip_enforce_files_presence, n_procs, dry_run, allow_links=allow_links)
+                               skip_enforce_files_presence, n_procs, dry_run, allow_links=allow_links,
+                               shard=shard)
         print(summary if verbose or dry_run else '\n'.join([summary.headline(), *summary.warnings]))
 
 # %% ../../nbs/12_cli/02_study.ipynb #a2d3afcc

@@ -7,7 +7,7 @@ __all__ = ['PIECE', 'DISK_FULL', 'write_root', 'copy_attributes', 'copy_dataset'
            'assemble', 'points_ratio', 'planned_group', 'StudyPlan', 'plan_study', 'StudySummary', 'check_target',
            'is_its_copy', 'check_sources_stay', 'check_room', 'links_of', 'kept_parts', 'told_plainly',
            'finished_parts', 'linked_files', 'remove_linked', 'check_copies', 'copies_folder', 'write_study',
-           'create_study']
+           'lists_of_shard', 'write_shard', 'create_study']
 
 # %% ../../nbs/01_study/12_create.ipynb #bfecf07e
 import errno
@@ -28,6 +28,8 @@ import dwiml_nb
 from ..core.errors import DataProblem, html_text, printable
 from ..core.files import (atomic_file, check_outputs, fsync_path, parse_json, place_of,
                                  progress, remove_partials, same_place)
+from ..core.options import wrong_name
+from ..core.parallel import of_shard
 from ..core.ragged import Ragged
 from ..core.registry import trusting
 from ..core.sizes import read_array
@@ -39,7 +41,7 @@ from .config import VolumeSpec, raise_problems
 from .describe import columns, html_table
 from .files import open_hdf5
 from .headers import headers_in, write_index
-from .lists import SUBSETS
+from .lists import SUBSETS, read_subject_list
 from .schema import (FORMAT_VERSION, INDEX_KEYS, NOT_DEFINED, check_claim, group_grid,
                                    group_kind, open_study, opened)
 from .sources import Sources, check_sources
@@ -391,12 +393,12 @@ def finished_parts(
     folder:Path, # Hidden folder
     sources:Sources,
     options:StudyOptions,
-    n_procs:int=1,
     moved:Path=None, # Another folder where finished parts may lie
+    **workers, # n_procs, executor, shared, as for `make_parts`
 ) -> tuple: # dict id -> path, list of `SubjectReport`
     "All parts, or one list of what is wrong with the contents of the sources."
     parts = place_parts(folder, sources, options, moved)
-    reports = make_parts(parts, folder, sources, options, n_procs)
+    reports = make_parts(parts, folder, sources, options, **workers)
     raise_problems([p for r in reports for p in r.problems],
                    f"the contents of the sources; no study was written, {kept_parts(path)}")
     return {s: part.path for s,part in parts.items()}, reports
@@ -460,9 +462,9 @@ def write_study(
     sources:Sources, # A warning is added when files of the old study stay
     options:StudyOptions,
     config, # Path of the config, or its dict
-    n_procs:int=1,
     with_copies:bool=False, # Also as .nii.gz and .trk
     overwrite:bool=False, # Replace a study of that name, also one that appears meanwhile
+    **workers, # n_procs, executor
 ) -> list: # of `SubjectReport`
     "Make the parts, write the study under a temporary name, then give it its own."
     text = (json.dumps(config, indent=1) if isinstance(config, dict)
@@ -472,7 +474,7 @@ def write_study(
         check_target(path, config, overwrite)                                  # a last look
         beside = path.with_suffix('.json')
         for leftover in (path, beside): remove_partials(leftover)
-        paths,reports = finished_parts(path, hidden, sources, options, n_procs)
+        paths,reports = finished_parts(path, hidden, sources, options, **workers)
         old = linked_files(path)
         # the copy takes its name after the study has
         with (nullcontext() if is_its_copy(config, path) else atomic_file(beside, overwrite) as copy,
@@ -481,6 +483,29 @@ def write_study(
             assemble(tmp, paths, sources.lists, parse_json(text), options, copies)
         sources.warnings += remove_linked(path, old)
     return reports
+
+# %% ../../nbs/01_study/12_create.ipynb #12162002
+def lists_of_shard(
+    lists, # Three: path of a text file of ids, list of ids, or None
+    shard:str, # 'i/n'
+) -> tuple: # three lists of ids; the ids of the other shares
+    "The subjects of a share."
+    ids = [(k, s) for k,given in enumerate(lists) for s in read_subject_list(given)]
+    mine = of_shard(ids, shard)
+    rest = {s for _,s in ids if not wrong_name(s)} - {s for _,s in mine}
+    return [[s for k,s in mine if k == i] for i in range(3)], rest
+
+def write_shard(
+    path:Path, # Name of the study
+    sources:Sources, # Of the share
+    options:StudyOptions,
+    moved:Path=None, # Another folder where finished parts may lie
+    **workers, # n_procs, executor
+) -> tuple: # list of `SubjectReport`, bytes of their parts
+    "Make the parts of a share."
+    with told_plainly(path, sources.volume_bytes + 2*sources.file_bytes), parts_folder(path, True) as hidden:
+        paths,reports = finished_parts(path, hidden, sources, options, moved, shared=True, **workers)
+        return reports, sum(p.stat().st_size for p in paths.values())
 
 # %% ../../nbs/01_study/12_create.ipynb #9eecc19a
 def create_study(
@@ -503,18 +528,24 @@ def create_study(
     volume_dtype:Literal['float32', 'float16']='float32',
     dry_run:bool=False, # Write nothing, say what would be written
     trust=(), # Packages and .py files that register formats and standardisations
+    executor=None, # Any `concurrent.futures.Executor`, such as dask's, instead of processes here
+    shard:str=None, # 'i/n': make the parts of this share only; without it, all parts are joined
 ): # -> `StudySummary`, or `StudyPlan` of a dry run
     "Make a study from subject folders; nothing appears under its name until it is complete."
     start,options = time.time(), StudyOptions(step_size, nb_points, compress, remove_invalid, volume_dtype)
-    lists = [training, validation, testing]
+    lists,others,workers = [training, validation, testing], (), dict(n_procs=n_procs, executor=executor)
     path = check_target(hdf5_file, config, overwrite, [p for p in lists if isinstance(p, (str, os.PathLike))])
+    if shard: lists,others = lists_of_shard(lists, shard)
+    if others and not any(lists): return StudySummary(path, 0., [], [], 0, f' in share {shard}')
     with trusting(trust):
-        sources = check_sources(root, config, *lists, skip_missing)
+        sources = check_sources(root, config, *lists, skip_missing, others)
         check_sources_stay(path, sources)
         if save_intermediate: check_copies(sources)
         if dry_run: return plan_study(path, sources, options)
-        check_room(path.parent, sources.volume_bytes//(2 if volume_dtype == 'float16' else 1)*2)
-        reports = write_study(path, sources, options, config, n_procs or 1, save_intermediate, overwrite)
+        check_room(path.parent, sources.volume_bytes//(2 if volume_dtype == 'float16' else 1)*(1 if shard else 2))
+        if shard: reports,size = write_shard(path, sources, options, **workers)
+        else: reports = write_study(path, sources, options, config, save_intermediate, overwrite, **workers)
     remarks = sources.warnings + [w for r in reports for w in r.remarks]
     for w in remarks: python_warnings.warn(w, stacklevel=2)
-    return StudySummary(path, time.time() - start, reports, remarks, path.stat().st_size)
+    return (StudySummary(path, time.time() - start, reports, remarks, size, f' in share {shard}') if shard
+            else StudySummary(path, time.time() - start, reports, remarks, path.stat().st_size))

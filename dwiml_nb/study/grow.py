@@ -23,8 +23,8 @@ from ..core.files import (atomic_file, fsync_path, progress, read_json, remove_p
                                  same_place)
 from ..core.registry import trusting
 from .create import (StudySummary, check_room, check_target, copy_attributes, copy_object,
-                                   finished_parts, linked_files, links_of, plan_study,
-                                   remove_linked, told_plainly)
+                                   finished_parts, linked_files, links_of, lists_of_shard, plan_study,
+                                   remove_linked, told_plainly, write_shard)
 from .files import hdf5_descriptor, stamp_of
 from .headers import headers_in, index_of, write_index
 from .parts import StudyOptions, parts_folder, steady_hdf5
@@ -238,27 +238,33 @@ def add_subjects(
     dry_run:bool=False, # Write nothing, say what would be written
     trust=(), # Packages and .py files that register formats and standardisations
     allow_links:bool=False, # Also follow links that lead out of the study's folder
+    executor=None, # Any `concurrent.futures.Executor`, such as dask's, instead of processes here
+    shard:str=None, # 'i/n': make the parts of this share only; without it, all parts are joined
 ): # -> `StudySummary`, or `StudyPlan` of a dry run
     "Add subjects to a study, which others may be reading."
-    start,path = time.time(), Path(hdf5_file).resolve()
+    start,path,lists,others = time.time(), Path(hdf5_file).resolve(), [training, validation, testing], ()
     open_study(path).close()
+    if shard: lists,others = lists_of_shard(lists, shard)
+    if others and not any(lists): return StudySummary(path, 0., [], [], 0, f' in share {shard}')
+    workers = dict(n_procs=n_procs, executor=executor, moved=path.with_name(f'{path.stem}.subjects'))
     with (trusting(trust), allowing_links(allow_links),
-          nullcontext() if dry_run else parts_folder(path) as hidden, open_study(path) as old):
+          nullcontext() if dry_run or shard else parts_folder(path) as hidden, open_study(path) as old):
         for s in old: check_name(old, s)
-        sources,options = checked_growth(path, old, root, [training, validation, testing], config,
-                                         remove_invalid, skip_missing)
+        sources,options = checked_growth(path, old, root, lists, config, remove_invalid, skip_missing, others)
         if dry_run: return plan_study(path, sources, options, times=1)
         check_room(path.parent, sources.volume_bytes//(2 if options.volume_dtype == 'float16' else 1),
                    'as files of their own')
-        remove_partials(path)
-        with told_plainly(path, sources.volume_bytes + 2*sources.file_bytes):
-            paths,reports = finished_parts(path, hidden, sources, options, n_procs or 1,
-                                           moved=path.with_name(f'{path.stem}.subjects'))
-            files = join(path, old, paths, sources.lists)
+        if shard: reports,size = write_shard(path, sources, options, **workers)
+        else:
+            remove_partials(path)
+            with told_plainly(path, sources.volume_bytes + 2*sources.file_bytes):
+                paths,reports = finished_parts(path, hidden, sources, options, **workers)
+                files = join(path, old, paths, sources.lists)
+                size = sum(f.stat().st_size for f in files.values())
     remarks = sources.warnings + [w for r in reports for w in r.remarks]
     for w in remarks: python_warnings.warn(w, stacklevel=2)
-    return StudySummary(path, time.time() - start, reports, remarks,
-                        sum(f.stat().st_size for f in files.values()), ' added')
+    return StudySummary(path, time.time() - start, reports, remarks, size,
+                        f' in share {shard}' if shard else ' added')
 
 # %% ../../nbs/01_study/13_grow.ipynb #1fe3699c
 def checked_growth(
@@ -269,6 +275,7 @@ def checked_growth(
     config, # Path, dict or None
     remove_invalid,
     skip_missing:bool,
+    others=(), # Ids that other shares add
 ) -> tuple: # `Sources`, `StudyOptions`
     "New subjects that fit a study, or a list of what is wrong."
     own,there,options = study_config(old.attrs), first_subject(old), options_of(old, remove_invalid)
@@ -278,7 +285,7 @@ def checked_growth(
                           file=path)
     raise_problems(config_problems(config, own, there), "the config; nothing was added")
     names = set(old)
-    sources = check_sources(root, config, *lists, skip_missing, known=names)
+    sources = check_sources(root, config, *lists, skip_missing, known=names | set(others))
     bad = [DataProblem("the study holds a subject of that name already", do="take it out of the list.",
                        subject=s, file=path) for s in sources.subjects if s in names]
     raise_problems(bad + growth_problems(sources, there), f"the new subjects in {root}; nothing was added")

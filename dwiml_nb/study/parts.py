@@ -5,33 +5,25 @@
 # %% auto #0
 __all__ = ['write_volume', 'write_streamlines', 'SteadyFile', 'steady_hdf5', 'StudyOptions', 'SubjectReport', 'changed_since',
            'add_group', 'add_subject', 'part_mark', 'is_as_marked', 'make_part', 'finished_part', 'locked',
-           'check_locks', 'parts_folder', 'reports_in_turn', 'Part', 'place_parts', 'make_parts']
+           'check_locks', 'parts_folder', 'Part', 'place_parts', 'make_parts']
 
 # %% ../../nbs/01_study/11_parts.ipynb #9a4bb7c0
 import hashlib
 import json
-import multiprocessing
 import os
-import pickle
 import shutil
-import signal
-import sys
-import threading
 import warnings
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import h5py
 import numpy as np
-import torch
 import dwiml_nb
 from ..core.errors import DataProblem, need_file
 from ..core.files import atomic_file, parse_json, partial_name, progress
-from ..core.registry import SameTrust
+from ..core.parallel import REGISTRIES, can_be_sent, in_parallel, registered_outside
 from ..core.space import short_dimensions
-from ..core.tractograms import TRACTOGRAM_FORMATS, tractogram_format
+from ..core.tractograms import tractogram_format
 from .lines_in import (LineOptions, LinesReport, StoredLines, connectivity_of, label_remarks,
                                      lines_of)
 from .config import VolumeSpec, raise_problems
@@ -268,12 +260,13 @@ def finished_part(
 # %% ../../nbs/01_study/11_parts.ipynb #c6eea3da
 def locked(
     path, # A lock file
+    shared:bool=False, # With others that share it
 ): # -> the open file that holds the lock, or None when another process holds it
     "Hold a lock until the file is closed."
-    file = open(path, 'w')
+    file = open(path, 'w+')
     try:
         import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except ImportError: return file                                            # a system without such locks
     except BlockingIOError: file.close(); return None
     except OSError: return file                                                # a file system without them
@@ -297,6 +290,7 @@ def check_locks(
 @contextmanager
 def parts_folder(
     study, # Path of the study
+    shared:bool=False, # With other shares of the same creation: the folder stays
 ): # -> the folder
     "The folder of a study's parts, ours alone; it goes when all went well, or when it has no finished part."
     folder = Path(study).with_name(f'.{Path(study).stem}.parts')
@@ -306,67 +300,21 @@ def parts_folder(
         raise DataProblem("the place of the study's parts is taken", expected="a folder of its own",
                           found="something else", file=folder, do="move it away.")
     folder.mkdir(exist_ok=True)
-    if (lock := locked(lock)) is None:
+    if (lock := locked(lock, shared)) is None:
         raise DataProblem("another process is making this study, or adding to it", file=study,
                           do="wait for it to end.")
     try:
         check_locks(folder)
         yield folder
     except BaseException:
-        if not any(folder.glob('[!.]*.hdf5')): shutil.rmtree(folder, ignore_errors=True)
+        if not (shared or any(folder.glob('[!.]*.hdf5'))): shutil.rmtree(folder, ignore_errors=True)
         raise
-    else: shutil.rmtree(folder, ignore_errors=True)
+    else:
+        if not shared: shutil.rmtree(folder, ignore_errors=True)
     finally: lock.close()
 
 # %% ../../nbs/01_study/11_parts.ipynb #a3712643
-REGISTRIES = TRACTOGRAM_FORMATS, STANDARDIZATIONS    # what may be needed to make a subject
-
-def registered_outside() -> list: # of (number of the registry, name, object)
-    "What was registered, and not by this library."
-    return [(i, name, o) for i,registry in enumerate(REGISTRIES) for name,o in registry.items()
-            if not o.__module__.startswith('dwiml_nb.')]
-
-def can_be_sent(
-    obj, # A class or a function
-) -> bool:
-    "Whether another process can have it: it is found there by its name."
-    # of a cell
-    if obj.__module__ == '__main__' and not hasattr(sys.modules['__main__'], '__file__'): return False
-    try: pickle.dumps(obj)
-    except (pickle.PicklingError, AttributeError): return False
-    return True
-
-def in_worker(
-    trust=None, # `SameTrust`: what the parent trusts was imported before this was called
-    entries=(), # From `registered_outside`
-):
-    "How a process that makes subjects begins."
-    torch.set_num_threads(1)
-    for i,name,obj in entries: REGISTRIES[i].register(name, obj)
-    parent = multiprocessing.parent_process()
-    if not parent: return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-# %% ../../nbs/01_study/11_parts.ipynb #63f56900
-def reports_in_turn(
-    jobs:dict, # path of a part -> the other arguments of `make_part`
-    n_procs:int, # Processes
-): # -> iterator over `SubjectReport`s, in the order of the jobs
-    "Make parts, here or in processes."
-    if n_procs <= 1:
-        yield from (make_part(p, *args) for p,args in jobs.items())
-        return
-    told = SameTrust(), [(i, name, o) for i,name,o in registered_outside() if can_be_sent(o)]
-    pool = ProcessPoolExecutor(min(n_procs, len(jobs)), multiprocessing.get_context('spawn'), in_worker, told)
-    try:
-        for job in [pool.submit(make_part, p, *args) for p,args in jobs.items()]: yield job.result()
-    except BrokenProcessPool as e:
-        raise RuntimeError("A process that made a subject ended before it was done: out of memory "
-                           "(use fewer, n_procs), or a script that lacks `if __name__ == '__main__':` "
-                           "around the call, which processes need. What is finished is taken next time."
-                           ) from e
-    finally: pool.shutdown(cancel_futures=True)
+REGISTRIES.append(STANDARDIZATIONS)    # what may be needed to make a subject
 
 # %% ../../nbs/01_study/11_parts.ipynb #c1ecd4ca
 @dataclass
@@ -407,19 +355,23 @@ def make_parts(
     folder:Path, # Hidden folder
     sources:Sources,
     options:StudyOptions,
-    n_procs:int=1, # Processes
+    n_procs:int=None, # Processes
+    executor=None, # Any `concurrent.futures.Executor` instead
+    shared:bool=False, # Other shares of the same creation are at work in the folder
 ) -> list: # of `SubjectReport`, in the order of the lists
     "Make the parts that are not there yet."
-    for p in set(folder.glob('*.hdf5')) - {part.path for part in parts.values() if part.report}: p.unlink()
-    if n_procs > 1 and (names := only_here(sources)):
+    taken,left = ({s: part for s,part in parts.items() if bool(part.report) == done} for done in (True, False))
+    if not shared:
+        for p in set(folder.glob('*.hdf5')) - {part.path for part in taken.values()}: p.unlink()
+    if (executor is not None or (n_procs or 1) > 1) and (names := only_here(sources)):
         warnings.warn(f"{', '.join(names)}: other processes cannot have what is defined in a notebook's cell "
                       "or in a function, so subjects are made one after another. Define it in a .py file and "
                       "import that.", stacklevel=2)
-        n_procs = 1
-    job = lambda s,mark: (sources.subjects[s], sources.specs, options, mark)
-    made = reports_in_turn({part.path: job(s, part.mark) for s,part in parts.items() if not part.report},
-                           n_procs)
-    taken = sum(part.report is not None for part in parts.values())
+        executor = n_procs = None
+    jobs = ((s, (part.path, sources.subjects[s], sources.specs, options, part.mark))
+            for s,part in left.items())
+    made = in_parallel(make_part, jobs, executor, n_procs, do="What is finished is taken next time.")
     what = "creating study"
-    if taken: what += f" ({taken} of {len(parts)} subjects were finished before)"
-    return [part.report or next(made) for part in progress(list(parts.values()), what, unit='subject')]
+    if taken: what += f" ({len(taken)} of {len(parts)} subjects were finished before)"
+    found = dict(progress(made, what, total=len(left), unit='subject'))
+    return [part.report or found[s] for s,part in parts.items()]

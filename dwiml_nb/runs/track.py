@@ -6,24 +6,22 @@
 __all__ = ['read_experiment', 'record_of_dwi_ml', 'experiment_model', 'track_from_model', 'seeds_of_group']
 
 # %% ../../nbs/08_runs/00_track.ipynb #ad878e5d
-import multiprocessing
 import warnings
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
+from secrets import token_hex
 import numpy as np
 import torch
 from ..core.errors import DataProblem, need_file, stand_in
 from ..core.files import check_outputs, read_json
 from ..core.folders import whole_folder
 from ..core.options import check_number
+from ..core.parallel import can_be_sent, in_parallel
 from ..core.ragged import Ragged
-from ..core.registry import SameTrust, trusting
+from ..core.registry import trusting
 from ..core.space import convert
 from ..core.tractograms import Tractogram, save_tractogram, suffixes, tractogram_format
 from ..study.create import linked_files
-from ..study.parts import can_be_sent, in_worker
 from ..data.dataset import MultiSubjectDataset
 from ..batch.loader import known_group
 from ..models.base import load_model
@@ -111,17 +109,17 @@ def tracker_of_run(
 
 of_this_process = {}                              # what a process that works for another one has opened
 
-def begin_tracking(trust, how):
-    "How a process that tracks begins."
-    in_worker(trust)
-    of_this_process['tracker'],_ = tracker_of_run(*how)
-
 def batch_of_process(
+    run:str, # A word for what follows: it is opened once
+    how:tuple, # Arguments of `tracker_of_run`
     seeds:np.ndarray, # (n, 3) voxmm
     numbers:np.ndarray, # (n,)
 ) -> tuple: # arrays of what `one_batch` gives: points, offsets, short, codes
     "Track a batch for another process."
-    tracker = of_this_process['tracker']
+    if (tracker := of_this_process.get(run)) is None:
+        tracker,_ = tracker_of_run(*how)
+        of_this_process.clear()                         # one is enough
+        of_this_process[run] = tracker
     lines,short,codes = tracker.one_batch(torch.from_numpy(seeds), torch.from_numpy(numbers))
     return *lines.numpy(), short.numpy(), codes.numpy()
 
@@ -131,29 +129,27 @@ def in_processes(
     jobs:list, # of (seeds, numbers)
     processes:int, # At most so many
     how:tuple, # Arguments of `tracker_of_run`
+    executor=None, # Any `concurrent.futures.Executor` instead
 ): # -> iterator over what `one_batch` gives of each job
     "Batches, tracked by other processes."
-    pool = ProcessPoolExecutor(min(processes, max(1, len(jobs))), multiprocessing.get_context('spawn'),
-                               begin_tracking, (SameTrust(), how))
-    try:
-        done = [pool.submit(batch_of_process, *(o.cpu().numpy() for o in job)) for job in jobs]
-        for points,offsets,*more in (o.result() for o in done):
-            yield Ragged(torch.from_numpy(points), torch.from_numpy(offsets)), *map(torch.from_numpy, more)
-    except BrokenProcessPool as e:
-        raise RuntimeError("A process that tracked ended before it was done: out of memory (use fewer "
-                           "processes, or a smaller batch_size), or a script that lacks `if __name__ == "
-                           "'__main__':` around the call, which processes need.") from e
-    finally: pool.shutdown(cancel_futures=True)
+    run = token_hex(8)
+    work = ((f'batch {i}', (run, how, *(o.cpu().numpy() for o in job))) for i,job in enumerate(jobs))
+    done = in_parallel(batch_of_process, work, executor, max(processes, 2), 4*max(processes, 16),
+                       do="A smaller batch_size takes less memory.")
+    for _,(points,offsets,*more) in done:
+        yield Ragged(torch.from_numpy(points), torch.from_numpy(offsets)), *map(torch.from_numpy, more)
 
 def several(
     tracker:Tracker,
     processes:int, # Wanted
     nb_seeds:int,
     batch_size:int=None, # Wanted; None: all processes get some
+    executor=None, # Any `concurrent.futures.Executor` instead
 ) -> bool: # Are there several?
     "Whether several processes can track; they get batches that suit their number."
-    if check_number('processes', processes, least=1, most=1024, whole=True) == 1: return False
-    if tracker.walk.device.type != 'cpu':
+    one = check_number('processes', processes, least=1, most=1024, whole=True) == 1
+    if one and executor is None: return False
+    if tracker.walk.device.type != 'cpu' and executor is None:
         raise ValueError("several processes do not share a GPU. Give device='cpu', or processes=1: a larger "
                          "batch_size uses a GPU better.")
     own = (*map(type, [tracker.model]), *tracker.walk.stop_rules)
@@ -186,6 +182,7 @@ def track_from_model(
     allow_links:bool=False, # Also follow links that lead out of the study's folder
     skip:int=0, # Begin with seed number `skip`: another run has those before it
     processes:int=1, # On the CPU: batches of lines are tracked by so many processes
+    executor=None, # Or by any `concurrent.futures.Executor`, such as dask's
     **options, # Of `Tracker`: tracking_mask_group, step_mm, theta_deg, algo, …
 ) -> Tractogram:
     "The lines of a subject, tracked with a trained experiment and saved."
@@ -201,8 +198,8 @@ def track_from_model(
         tracker,dataset = tracker_of_run(*how)
     if seeds is None: seeds = seeds_of_group(tracker, dataset, seeding_mask_group, npv, nt, seed, skip)
     else: seeds = seeds[check_number('skip', skip, least=0, most=max(0, len(seeds) - 1), whole=True):]
-    elsewhere = several(tracker, processes, len(seeds), options.get('batch_size'))
-    batches = partial(in_processes, processes=processes, how=how) if elsewhere else None
+    elsewhere = several(tracker, processes, len(seeds), options.get('batch_size'), executor)
+    batches = partial(in_processes, processes=processes, how=how, executor=executor) if elsewhere else None
     tractogram = tracker.track(seeds, first_number=skip, batches=batches)
     if save_seeds:
         seeds_vox = convert(tractogram.info['seeds'], tracker.grid, 'rasmm', 'vox_center')

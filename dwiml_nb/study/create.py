@@ -542,7 +542,8 @@ def create_study(
         check_sources_stay(path, sources)
         if save_intermediate: check_copies(sources)
         if dry_run: return plan_study(path, sources, options)
-        check_room(path.parent, sources.volume_bytes//(2 if volume_dtype == 'float16' else 1)*(1 if shard else 2))
+        size = sources.volume_bytes//(2 if volume_dtype == 'float16' else 1)
+        check_room(path.parent, size*(1 if shard else 2))
         if shard: reports,size = write_shard(path, sources, options, **workers)
         else: reports = write_study(path, sources, options, config, save_intermediate, overwrite, **workers)
     remarks = sources.warnings + [w for r in reports for w in r.remarks]

@@ -360,7 +360,8 @@ def make_parts(
     shared:bool=False, # Other shares of the same creation are at work in the folder
 ) -> list: # of `SubjectReport`, in the order of the lists
     "Make the parts that are not there yet."
-    taken,left = ({s: part for s,part in parts.items() if bool(part.report) == done} for done in (True, False))
+    of = lambda done: {s: part for s,part in parts.items() if bool(part.report) == done}
+    taken,left = of(True), of(False)
     if not shared:
         for p in set(folder.glob('*.hdf5')) - {part.path for part in taken.values()}: p.unlink()
     if (executor is not None or (n_procs or 1) > 1) and (names := only_here(sources)):

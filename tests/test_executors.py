@@ -1,10 +1,9 @@
 """Subjects in parallel: the same bytes from one process, several, dask's workers and shares; a killed worker costs one subject, which is done again."""
+import multiprocessing
 import os
-import signal
+import shutil
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 
@@ -44,7 +43,7 @@ def here(tmp_path_factory):
     (folder / "own_for_executors.py").write_text(MODULE)
     (folder / "parent").write_text(str(os.getpid()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dwiml_nb.study.create.time.strftime", lambda *_: "now")
+        patch.setattr("dwiml_nb.study.create.time.strftime", lambda *_: "now")  # the one thing that differs
         make(folder, "one")
         yield folder
     STANDARDIZATIONS.entries.pop("killed_once")
@@ -77,3 +76,46 @@ def test_dask_loses_a_worker(here):
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50, local_directory=here / "workers") as cluster, distributed.Client(cluster) as client:
         make(here, "dask", executor=client.get_executor())
     assert (here / "killed").exists() and same(here, "dask")
+
+
+# ---- shares of an array job
+
+def test_shares_are_joined(here):
+    "Three jobs, one of them twice and one with nothing to do; then the same call without a share."
+    with pytest.raises(DataProblem, match="Expected: i/n with i from 1 to n, .* Found: '0/3'"): make(here, "shares", shard="0/3")
+    made = [[r.subject for r in make(here, "shares", shard=f"{i}/5").reports] for i in (2, 5, 1, 1, 3)]
+    assert made == [["sub-02"], [], ["sub-01"], ["sub-01"], ["sub-03"]] and not (here / "shares.hdf5").exists()
+    assert [r.taken for r in make(here, "shares").reports] == [True, True, True, False] and same(here, "shares")
+
+
+def test_shares_are_added(here):
+    "The study is the same folder of files, whoever made the new subject."
+    def grow(name, **how):
+        (here / name).mkdir()
+        for file in ("one.hdf5", "one.json"): shutil.copy(here / file, here / name)
+        for shard in how.pop("shards", [None]): add_subjects(here / name / "one.hdf5", here / "in", ["sub-05"], trust=here / "own_for_executors.py", shard=shard, **how)
+        return {str(p.relative_to(here / name)): p.read_bytes() for p in (here / name).rglob("*") if p.is_file()}
+    one = grow("plain")
+    with ThreadPoolExecutor(2) as pool: assert grow("threads", executor=pool) == one
+    assert grow("joined", shards=["1/2", "2/2", None]) == one and "one.subjects/sub-05.hdf5" in one
+
+
+# ---- what goes wrong
+
+def test_bad_contents_are_told_as_by_one_process(here):
+    bad = here / "in/sub-02/bundles/bad.trk"
+    bad.write_bytes(b"TRACK" + bytes(1000))
+    told = []
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            for how in ({}, {"executor": pool}):
+                with pytest.raises(DataProblem, match="subject sub-02.*bad.trk") as e: make(here, "bad", **how)
+                told.append(str(e.value))
+    finally: bad.unlink()
+    assert told[0] == told[1]
+    with pytest.raises(DataProblem, match="Expected: a concurrent.futures.Executor. Found: str. To do: of dask's Client, give client.get_executor()"): make(here, "bad", executor="dask")
+
+
+def test_a_given_pool_that_breaks_is_replaced_and_the_lost_are_named():
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+        with pytest.raises(LostWorkers, match="a: its process ended before it was done, 3 times: .*It waits."): list(in_parallel(os._exit, [("a", (1,)), ("b", (1,))], pool, do="It waits."))

@@ -6,6 +6,7 @@
 __all__ = ['TRIES', 'shard_numbers', 'of_shard', 'LostWorkers', 'lost_sentence', 'Job', 'in_parallel']
 
 # %% ../../nbs/00_core/21_parallel.ipynb #103b77ba
+import importlib
 import math
 import multiprocessing
 import os
@@ -47,16 +48,17 @@ def of_shard(
     return list(items)[i - 1::n]
 
 # %% ../../nbs/00_core/21_parallel.ipynb #d88a68a3
-REGISTRIES = [TRACTOGRAM_FORMATS]               # what a worker may need; other pages add theirs
+# what a worker may need, by where it finds it; other pages add theirs
+REGISTRIES = {('dwiml_nb.core.tractograms', 'TRACTOGRAM_FORMATS'): TRACTOGRAM_FORMATS}
 HERE = token_hex(8)
 
 def this_process() -> tuple: # Another one in every process
     "Which process this is."
     return HERE, os.getpid()
 
-def registered_outside() -> list: # of (number of the registry, name, object)
+def registered_outside() -> list: # of (where the registry is, name, object)
     "What was registered, and not by this library."
-    return [(i, name, o) for i,registry in enumerate(REGISTRIES) for name,o in registry.items()
+    return [(place, name, o) for place,registry in REGISTRIES.items() for name,o in registry.items()
             if not o.__module__.startswith('dwiml_nb.')]
 
 def can_be_sent(
@@ -75,7 +77,7 @@ def packed(
     args:tuple,
 ) -> bytes:
     "A job for another process."
-    sendable = [(i, name, o) for i,name,o in registered_outside() if can_be_sent(o)]
+    sendable = [entry for entry in registered_outside() if can_be_sent(entry[-1])]
     return pickle.dumps((SameTrust(), f, args, sendable))
 
 def do_packed(
@@ -86,7 +88,8 @@ def do_packed(
     _,f,args,entries = pickle.loads(job)
     if this_process() != sender:
         torch.set_num_threads(1)
-        for i,name,obj in entries: REGISTRIES[i].register(name, obj)
+        for (module,registry),name,obj in entries:
+            getattr(importlib.import_module(module), registry).register(name, obj)
     return f(*args)
 
 # %% ../../nbs/00_core/21_parallel.ipynb #31e2b845

@@ -314,7 +314,7 @@ def parts_folder(
     finally: lock.close()
 
 # %% ../../nbs/01_study/11_parts.ipynb #a3712643
-REGISTRIES.append(STANDARDIZATIONS)    # what may be needed to make a subject
+REGISTRIES['dwiml_nb.study.standardize', 'STANDARDIZATIONS'] = STANDARDIZATIONS    # a worker may need them
 
 # %% ../../nbs/01_study/11_parts.ipynb #c1ecd4ca
 @dataclass

@@ -35,7 +35,7 @@ from .checkpoints import (Checkpoint, check_same, checkpoint_parts, read_checkpo
 from .control import check_held, only_one
 from .means import BestEpochMonitor, Sums, WeightedMean
 from .sessions import session
-from .optimizers import OPTIMIZERS, torch_optimizers
+from .optimizers import OPTIMIZERS, by_dotted_path, torch_optimizers
 from .schedules import SCHEDULES, torch_schedulers
 from .sinks import PHASES, SINKS, read_rows
 
@@ -488,10 +488,11 @@ def arguments_again(
 ) -> dict:
     "The arguments of a trainer that goes on."
     given = {name: value for name,value in given.items() if value is not None}
-    of_torch = ['plateau', *torch_schedulers()]
-    for name,*known in (('lr_schedule', SCHEDULES, of_torch), ('optimizer', OPTIMIZERS, torch_optimizers())):
+    known = {'lr_schedule': (SCHEDULES, ['plateau', *torch_schedulers()]),
+             'optimizer': (OPTIMIZERS, [*torch_optimizers(), *by_dotted_path()])}
+    for name,(registry,others) in known.items():
         if name in given or kept.get(name) is None: continue
-        if is_name(kept[name]): check_known(name, key_and_options(kept[name])[0], *known)
+        if is_name(kept[name]): check_known(name, key_and_options(kept[name])[0], registry, others)
         else: raise ValueError(f"the run's {name} was a function, {kept[name]}. "
                                f"Give it again: init_from_checkpoint(…, {name}=…)")
     new,was_function = given.get('optimizer'), not is_name(kept.get('optimizer') or '')

@@ -231,7 +231,7 @@ def test_buttons_make_sense(trainer_of):
 def test_runs_are_compared(trainer_of, tmp_path):
     for name, options in (("a", {}), ("b", {"max_epochs": 1})): trainer_of(name, **options).train_and_validate()
     both = viz(tmp_path / "runs")
-    assert both.table.differ["trainer.max_epochs"] == {"a": 2, "b": 1} and "trainer.max_epochs" in both.still() and "<img" in both.still()
+    assert both.table.differ["trainer.max_epochs"] == {"a": 2, "b": 1} and "trainer.<wbr>max_<wbr>epochs" in both.still() and "<img" in both.still()
     assert {o.run for o in both.curves.lines} == {"a", "b"} and "trainer.max_epochs" in repr(both)
     with pytest.raises(RuntimeError, match="several"): both.start()
     one = viz(tmp_path / "runs" / "a")

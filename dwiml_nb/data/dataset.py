@@ -308,7 +308,7 @@ def table(self:MultiSubjectDataset) -> list: # of tuples of str, the first one t
 @patch
 def headline(self:MultiSubjectDataset) -> str:
     "One line: name, way of reading, points."
-    way = 'lazy' if self.lazy else 'in memory'
+    way = 'read as needed' if self.lazy else 'in memory'
     said = dict(step_size=self.step_size, nb_points=self.nb_points, compress=self.compress)
     points = ', '.join(f"{k} {v}" for k,v in said.items() if v is not None) or 'points as in the files'
     out = f", without {len(self.leave_out)} of its subjects" if self.leave_out else ''

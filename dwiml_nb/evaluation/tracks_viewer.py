@@ -137,7 +137,7 @@ def look(self:TracksViewer) -> bool: # Was there anything new?
     if not rows and not again: return False
     self.rows = ({} if again else self.rows) | {row['epoch']: row for row in rows}
     if self.loop is None or self.thread == threading.get_ident(): self.update()
-    else: self.loop.call_soon_threadsafe(self.guard(self.update))
+    else: self.loop.call_soon_threadsafe(self.guard(self.update, by_itself=True))
     return True
 
 @patch

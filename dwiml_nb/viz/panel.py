@@ -188,11 +188,14 @@ def say(self:Panel, text:str, error:bool=False):
     self.message.value = f'<div class="{look}">{escape(str(text))}</div>' if text else ''
 
 @patch
-def guard(self:Panel, callback):
+def guard(self:Panel,
+    callback,
+    by_itself:bool=False, # Called by no hand: an error that stands there stays
+):
     "The callback, with its errors shown under the widget."
     @wraps(callback)
     def guarded(*args, **kwargs):
-        if self.error: self.error = ''; self.say('')
+        if self.error and not by_itself: self.error = ''; self.say('')
         try: return callback(*args, **kwargs)
         except Exception as e:
             self.error = f"{type(e).__name__}: {e}"

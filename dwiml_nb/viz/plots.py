@@ -33,9 +33,11 @@ def figure_png(
     for figure in figures:
         file = BytesIO()
         figure.savefig(file, dpi=dpi, format='png')
-        pictures.append(np.asarray(Picture.open(file).convert('RGB')))
+        has_paper = figures[0].get_facecolor()[3] > 0
+        pictures.append(np.asarray(Picture.open(file).convert('RGB' if has_paper else 'RGBA')))
     width = max(p.shape[1] for p in pictures)
-    return to_png(np.concatenate([np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255)
+    blank = 255*has_paper
+    return to_png(np.concatenate([np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=blank)
                                   for p in pictures]))
 
 def showing(
@@ -303,13 +305,14 @@ def histogram(
 def spread_of(
     groups:dict, # name -> (n,) values
     counts:dict, # name -> (bins,) counts, as of `histogram`
+    each:str='groups', # What they are
 ) -> tuple: # (5, bins) lowest, 5 %, median, 95 % and highest count; and a sentence
     "Many histograms as one."
     table = np.percentile(np.stack(list(counts.values())), [0, 5, 50, 95, 100], axis=0)
     middles = {name: np.nanmedian(v) for name,v in groups.items() if np.isfinite(np.asarray(v)).any()}
-    if not middles: return table,f"{len(counts)} groups without values"
+    if not middles: return table,f"{len(counts)} {each} without values"
     low,high = min(middles, key=middles.get),max(middles, key=middles.get)
-    return table,(f"{len(counts)} groups; lowest median {low} ({middles[low]:.3g}), "
+    return table,(f"{len(counts)} {each}; lowest median {low} ({middles[low]:.3g}), "
                   f"highest {high} ({middles[high]:.3g})")
 
 # %% ../../nbs/09_viz/08_plots.ipynb #18e3c87d
@@ -341,20 +344,23 @@ def histogram_picture(
     xlabel:str='', # What the values are, with their unit
     nb_bins:int=40,
     fig_size:tuple=None, # Inches
+    ylabel:str='count',
+    dark:bool=False, # Light on a dark ground; None: without paper, read on any ground
+    each:str='groups', # What they are
 ): # -> a matplotlib `Figure`
     "A histogram for a file or a page."
     import matplotlib
     from matplotlib.figure import Figure
     edges,counts = histogram(groups, nb_bins)
-    with matplotlib.rc_context(matplotlib_style()):
+    with matplotlib.rc_context(matplotlib_style(dark)):
         few = len(counts) <= len(PALETTE)
         figure = Figure(figsize=fig_size or ((4, 2.4) if few else (6.4, 3)), layout='constrained')
         ax = figure.subplots()
-        ax.set(xlabel=xlabel, ylabel='count')
+        ax.set(xlabel=xlabel, ylabel=ylabel)
         if few:
             for name,n in counts.items(): ax.stairs(n, edges, fill=True, alpha=.6, label=name)
         else:
-            table,sentence = spread_of(groups, counts)
+            table,sentence = spread_of(groups, counts, each)
             for a,b,alpha,name in ((0, 4, .2, 'all'), (1, 3, .4, '5 to 95 %')):
                 ax.stairs(table[b], edges, baseline=table[a], fill=True, alpha=alpha, color=PALETTE[0],
                           label=name)

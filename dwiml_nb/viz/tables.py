@@ -7,11 +7,13 @@ __all__ = ['SAFE', 'KINDS', 'DRAWN', 'WORDS', 'Column', 'Wire', 'LazyTable']
 
 # %% ../../nbs/09_viz/13_tables.ipynb #47f29d00
 import json
+import math
 from typing import NamedTuple
 import ipywidgets as W
 import traitlets as T
 from anywidget import AnyWidget
 from fastcore.basics import patch
+from ..core.errors import html_text
 from .theme import DARK_QUIET, DARK_WARN, PALETTE, QUIET, WARN
 
 # %% ../../nbs/09_viz/13_tables.ipynb #1170ea21
@@ -53,12 +55,49 @@ def column_options(
     return dict(title=column.title, render=JavascriptFunction(render), searchable=column.search, type=kind,
                 orderable=column.kind != 'bars', className=f'dwiml-{column.kind}')
 
+# %% ../../nbs/09_viz/13_tables.ipynb #33f924d4
+def size_text(
+    nbytes:float,
+) -> str:
+    "A size as the table writes it."
+    k = 0 if nbytes < 1e3 else min(4, int(math.log10(nbytes)//3))
+    n = nbytes/1000**k
+    return f"{n:.{int(k > 0 and n < 100)}f} {('B', 'kB', 'MB', 'GB', 'TB')[k]}"
+
+def cell_text(
+    kind:str, # Of `KINDS`
+    value, # Of a cell; None: not known
+) -> str:
+    "A cell in words."
+    if value is None: return ''
+    if kind == 'bytes': return size_text(value)
+    if kind == 'decimal': return f'{value:.1f}'
+    if kind == 'warning': return str(value) or '–'
+    return f'{value:,}' if isinstance(value, (int, float)) else str(value)
+
+def cell_html(
+    kind:str, # Of `KINDS`
+    value, # Of a cell; None: not known
+) -> str:
+    "A cell of a page that is kept."
+    if kind != 'bars' or not value: return html_text(cell_text(kind, value if kind != 'bars' else None))
+    most = max(1, *value)
+    bars = ''.join(f'<rect x="{4*i}" y="{20 - 20*v/most:.3g}" width="3" height="{20*v/most:.3g}"/>'
+                   for i,v in enumerate(value))
+    return f'<svg width="{4*len(value)}" height="20" fill="#3a94cc">{bars}</svg>'
+
 # %% ../../nbs/09_viz/13_tables.ipynb #c7a98593
 TABLE_STYLE = f"""
 .dwiml-table table.dataTable {{ width: 100%; white-space: nowrap }}
 .dwiml-table table.dataTable td {{ max-width: 17em; overflow: hidden; text-overflow: ellipsis;
                                    cursor: pointer; height: 28px; box-sizing: border-box }}
-.dwiml-table .itables_anywidget {{ overflow-x: auto; padding: 2px }}
+.dwiml-table .itables_anywidget {{ overflow-x: auto; padding: 2px; container-type: inline-size }}
+@container (max-width: 800px) {{
+  .dwiml-table table.dataTable.compact > :is(thead, tbody) > tr > :is(th, td) {{
+      font-size: 12px; padding: 2px 5px; white-space: normal }}
+  .dwiml-table table.dataTable.compact > thead > tr > th {{ padding-right: 16px }}
+  .dwiml-table table.dataTable td :is(span, svg) {{ white-space: nowrap }} }}
+.dwiml-table table.dataTable :is(.dwiml-number, .dwiml-decimal, .dwiml-bytes) {{ text-align: right }}
 .dwiml-table .dwiml-bars {{ fill: {PALETTE[0]}; vertical-align: middle }}
 .dwiml-table tr.selected .dwiml-bars {{ fill: currentColor }}
 [data-jp-theme-light="false"] .dwiml-table .dwiml-bars {{ fill: {PALETTE[5]} }}

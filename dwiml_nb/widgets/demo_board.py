@@ -255,10 +255,7 @@ def study_rows(
     browser:StudyBrowser,
 ) -> str: # HTML
     "The table of a study's subjects; a row knows its subject."
-    head,*rows = browser.facts.text_rows()
-    cells = lambda tag, row: ''.join(f'<{tag}>{html_text(c)}</{tag}>' for c in row)
-    body = ''.join(f'<tr data-subject="{html_text(r[1])}">{cells("td", r)}</tr>' for r in rows)
-    return f"<p>{browser.heading.value}</p><table><tr>{cells('th', head)}</tr>{body}</table>"
+    return f"<p>{browser.heading.value}</p>{browser.facts.html_rows()}"
 
 @parts_of.register
 def parts_of_demo(

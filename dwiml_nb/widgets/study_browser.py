@@ -7,6 +7,7 @@ __all__ = ['StudyBrowser', 'take_over']
 
 # %% ../../nbs/11_widgets/01_study_browser.ipynb #cfe1c2de
 import math
+from functools import partial
 from html import escape
 import ipywidgets as W
 import traitlets as T
@@ -17,7 +18,6 @@ from ..data.dataset import MultiSubjectDataset
 from ..data.fingerprint import some_of
 from ..data.line_filter import LineFilter, length_range, with_length_range
 from ..batch.choice import StudyChoice, checked_filter
-from ..study.describe import html_table
 from ..study.lists import SUBSETS
 from ..viz.plots import figure_png, histogram_picture
 from ..viz.scene import first_group, scene_of_subject
@@ -62,7 +62,8 @@ class StudyBrowser(Panel):
         self.input_group_name = max(study.volume_groups, key=study.nb_features.get, default='')
         self.streamline_group_name = next(iter(study.streamline_groups), '')
         super().__init__()
-        self.facts = StudyFacts(study, self.streamline_group_name or None, self.heard, self.guard)
+        self.facts = StudyFacts(study, self.streamline_group_name or None, self.heard,
+                                partial(self.guard, by_itself=True))
         self.table = self.facts.table
         self.children = [self.heading, controls_of(self), self.table, self.about, self.below, self.message]
         self.fill()
@@ -70,11 +71,10 @@ class StudyBrowser(Panel):
         connect(self)
 
     def still(self) -> str:
-        rows,n = self.facts.text_rows(self.subset), len(self.subject_options)
-        more = f"<p>… and {n - len(rows) + 1:,} more</p>" if n >= len(rows) else ''
+        about = self.about_subject(waits=False)
         picture = {None: '', 'look': self.viewer and self.viewer.still(),
                    'plot_lengths': self.lengths and picture_html(self.lengths, 'lengths')}[self.shown[0]]
-        return f'{self.heading.value}{html_table(rows)}{more}{self.about.value}{picture}'
+        return f'{self.heading.value}{self.facts.html_rows(self.subset)}{about}{picture}'
     def close(self):
         "Close the viewer, the table and its file too."
         if self.viewer is not None: self.viewer.close()
@@ -140,7 +140,8 @@ def controls_of(
               chooser(browser, 'streamline_group_name', 'streamlines'),
               *length_fields(browser), text]
     buttons = [getattr(browser, f'{name}_button') for name in BUTTONS]
-    return W.VBox([W.HBox(groups, layout=wrap), W.HBox([subsets, *buttons], layout=wrap), browser.code_box])
+    row = W.HBox([subsets, *buttons], layout=W.Layout(flex_flow='row wrap', align_items='center'))
+    return W.VBox([W.HBox(groups, layout=wrap), row, browser.code_box])
 
 # %% ../../nbs/11_widgets/01_study_browser.ipynb #9c6a450c
 def connect(
@@ -179,7 +180,8 @@ def heard(self:StudyBrowser,
     if self.subject in subjects: self.tell()
     self.renewal()
     if not self.facts.checks_all: return
-    self.say(self.facts.progress())
+    said = self.facts.progress()
+    if not self.error: self.say(said)
     self.check_button.description = 'Stop' if self.facts.checks_all else 'Check all'
 
 # %% ../../nbs/11_widgets/01_study_browser.ipynb #c7f6fdf1
@@ -208,10 +210,17 @@ def point_out(self:StudyBrowser):
 @patch
 def tell(self:StudyBrowser):
     "Show what is known of the chosen subject."
-    if not self.subject: self.about.value = ''; return
+    self.about.value = self.about_subject()
+
+@patch
+def about_subject(self:StudyBrowser,
+    waits:bool=True, # Is a place kept for pictures that are not there yet?
+) -> str: # HTML
+    "What is known of the chosen subject."
+    if not self.subject: return ''
     image = first_group(self.input_group_name) if self.input_group_name else None
     key = self.facts.ask_pictures(self.subject, image, self.line_filter)
-    self.about.value = self.facts.about(self.row_of[self.subject], key)
+    return self.facts.about(self.row_of[self.subject], key, waits)
 
 @patch
 def where(self:StudyBrowser) -> tuple: # subset, number in it
@@ -244,13 +253,16 @@ def plot_lengths(self:StudyBrowser,
 ) -> Image:
     "A histogram of the lengths of each subject's lines."
     self.say('reading lengths …')
-    inside,group = [self.facts.rows[i] for i in self.row_of.values()], self.streamline_group_name
+    inside,group = [self.facts.rows[i] for i in sorted(self.row_of.values())], self.streamline_group_name
     some = [inside[i] for i in some_of(len(inside), most)]
     mm = lambda r: self.dataset.subset(r.subset).streamlines_of(r.index, group).lengths_mm
     lengths = {r.subject: mm(r) for r in some}
     of = f", {len(some)} of {len(inside):,} subjects" if len(some) < len(inside) else ''
-    self.lengths = figure_png(histogram_picture(lengths, f"length of {group} (mm), {self.subset}{of}"))
-    self.put_below('plot_lengths', W.Image(value=self.lengths, layout=W.Layout(width='max-content')))
+    words = f"length of {group} (mm), {self.subset} subjects{of}"
+    picture = histogram_picture(lengths, words, ylabel='lines', dark=None, each='subjects')
+    self.lengths = figure_png(picture)
+    fits = W.Layout(width='max-content', max_width='100%')
+    self.put_below('plot_lengths', W.Image(value=self.lengths, layout=fits))
     if of: self.say(f"lengths{of}, evenly spread; browser.plot_lengths(most=…) reads those of more")
     return Image(self.lengths)
 

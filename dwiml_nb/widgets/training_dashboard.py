@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ASKED', 'folders_of', 'SteeredRun', 'TrainingDashboard', 'check_start', 'take_up', 'Steering', 'make_steering',
-           'make_tracks', 'make_table', 'between_batches', 'open_batch']
+           'make_tracks', 'runs_html', 'make_table', 'between_batches', 'open_batch']
 
 # %% ../../nbs/11_widgets/03_training_dashboard.ipynb #5e3dad2a
+import re
 import threading
 import time
 from concurrent.futures import Future
@@ -356,9 +357,11 @@ def keep(self:TrainingDashboard):
 @patch
 def watch(self:TrainingDashboard):
     "Look at the folder again and again, in a notebook."
+    look = self.guard(self.look, by_itself=True)
     def follow():
         while self.trainer is None and not self.closed.wait(2*self.seconds):
-            if not self.guard(self.look)() and self.error: break
+            stood = self.error
+            if look() is None and self.error != stood: break         # it failed, and says so
     if in_notebook(): threading.Thread(target=follow, name=f"watching {self.run_name}", daemon=True).start()
 
 @patch
@@ -380,7 +383,7 @@ def draw(self:TrainingDashboard):
         known = {p.name: self.trainer.nb_batches(p.name, self.trainer.epoch) for p in self.trainer.phases}
         self.run.log.nb_known.update(known)
     if self.table: self.tabulate()
-    else: self.draw_state(); self.tracks.guard(self.tracks.look)()
+    else: self.draw_state(); self.tracks.guard(self.tracks.look, by_itself=True)()
     self.curves.draw()
 
 @patch
@@ -412,13 +415,25 @@ def make_tracks(
     made.owner = dashboard
     return made
 
+def runs_html(
+    table:RunsTable,
+) -> str:
+    "The table, which breaks its words where a reader would."
+    def breaks(words):                              # 2026-11-29 | 01:06:33; 0.0091 | (epoch 7)
+        parts = re.split(r' (?=\(|\d\d:)', words) if len(words) < 45 else [words]
+        return ' '.join(f'<span>{html_text(o)}</span>' if len(words) < 45 else html_text(o) for o in parts)
+    named = (re.sub('([._])', r'\1<wbr>', html_text(o)) for o in table.table()[0])
+    heads = ''.join(f'<th>{o}</th>' for o in named)
+    rows = ''.join(f"<tr>{''.join(f'<td>{breaks(o)}</td>' for o in row)}</tr>" for row in table.table()[1:])
+    return f'<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
+
 def make_table(
     dashboard, # `TrainingDashboard`
 ): # -> a widget
     "The runs, and in what they differ."
     rows = [{**run_row(run.folder), 'name': label} for label,run in dashboard.runs.items()]
     dashboard.table = RunsTable(rows)
-    html = f'<div class="dwiml-table">{dashboard.table._repr_html_()}</div>'
+    html = f'<div class="dwiml-table">{runs_html(dashboard.table)}</div>'
     if (made := getattr(dashboard, 'table_html', None)) is None: made = dashboard.table_html = W.HTML()
     made.value = html
     return made

@@ -278,7 +278,8 @@ def parts_of_player(x:TrackingPlayer) -> list: return parts_around(x, x.viewer)
 def parts_of_study(x:StudyBrowser) -> list: return parts_around(x, x.viewer if x.shown[0] == 'look' else None)
 
 @parts_of.register
-def parts_of_dashboard(x:TrainingDashboard) -> list: return parts_around(x, x.tracks, x.preview)
+def parts_of_dashboard(x:TrainingDashboard) -> list:
+    return parts_around(x, x.curves, x.tracks, x.preview)
 
 @parts_of.register
 def parts_of_run(x:RunPanel) -> list:

@@ -27,6 +27,13 @@ def test_the_study_as_a_table(notebook):  # noqa: F811 - a fixture
     texts = lambda: rows.all_inner_texts()
     wait_until(lambda: rows.count() == 10 and widget.locator("tbody svg").count() == 10, said=texts)
     assert widget.locator(".dwiml-table").bounding_box()["height"] <= 450
+    sides = rows.nth(1).locator("td").evaluate_all("all => all.map(o => getComputedStyle(o).textAlign)")
+    assert sides == rows.nth(0).locator("td").evaluate_all("all => all.map(o => getComputedStyle(o).textAlign)") and "right" in sides
+    page.set_viewport_size({"width": 820, "height": 1000})
+    edge = lambda o: o.bounding_box()["x"] + o.bounding_box()["width"]
+    wait_until(lambda: widget.get_by_alt_text("from three sides").filter(visible=True).count() == 1)
+    wait_until(lambda: edge(widget.get_by_alt_text("from three sides").filter(visible=True)) <= edge(widget) + 1)
+    page.set_viewport_size({"width": 1400, "height": 1000})
     search = widget.locator(".dt-search input")
     search.fill("<img src")
     wait_until(lambda: rows.count() == 1 and "sub-<img src=x onerror" in texts()[0], said=texts)

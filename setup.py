@@ -28,7 +28,7 @@ setup(
                  *(f"Programming Language :: Python :: 3.{minor}" for minor in minors)],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[lib, f"{lib}.*"]),
-    package_data={lib: ["**/*.toml", "**/*.js", "**/*.css", "**/*.json"]},
+    package_data={lib: ["**/*.toml", "**/*.js", "**/*.css", "**/*.json", "py.typed"]},
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{lib}={lib}._modidx:d"]},

@@ -32,3 +32,10 @@ def test_warnings_are_left_on():
     code = ("import warnings, dwiml_nb.all\nfrom dwiml_nb.core.sphere import sphere_vertices\nfrom dwiml_nb.viz.stage import import_fury\n"
             "sphere_vertices(); import_fury()\nassert ('ignore', None, Warning, None, 0) not in warnings.filters, warnings.filters")
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_lies_beside_the_package_is_in_step():
+    "The version to cite is the version; type checkers are told that the package has types."
+    root, here = Path(__file__).parent.parent, Path(dwiml_nb.__file__).parent
+    assert f"\nversion: {dwiml_nb.__version__}\n" in (root / "CITATION.cff").read_text(encoding="utf-8")
+    assert (here / "py.typed").exists() and "py.typed" in (root / "setup.py").read_text(encoding="utf-8")

@@ -24,7 +24,7 @@ from ..core.space import need_right_angles, to_vox_matrix
 from ..core.lines import compress, resample_nb_points, resample_step
 from .spec import spec_of
 from .inputs import InputsAt, groups_of_inputs, known_group, model_scale
-from .order import keyed_rng
+from .order import keyed_rng, rank_seed
 from .sampler import BatchIds, batch_words
 from .augment import Augmentation, Draws, augment, displaced, draw, points_left, silent
 
@@ -142,6 +142,7 @@ class DWIMLBatchLoader(NamesOfDwiml):
     "Loads the streamlines of a batch as the model wants them."
     listen = staticmethod(silent) # Told each stage that lines go through: `batch_in_stages` listens
     given = None # `Ragged` (P, 3) vox, lines in the place of the study's
+    rank = 0 # Of this process, among several that train together
 
     def __init__(self,
         dataset, # `MultiSubjectDataset`, loaded
@@ -314,7 +315,7 @@ def draw_batch(self:DWIMLBatchLoader,
 ) -> Draws:
     "The draws of a training batch; empty draws for any other."
     if ids_per_subj.subset != 'training': return Draws()
-    rng = keyed_rng(self.seed, 'augment', ids_per_subj.epoch, ids_per_subj.index)
+    rng = keyed_rng(rank_seed(self.seed, self.rank), 'augment', ids_per_subj.epoch, ids_per_subj.index)
     draws = draw(lengths, self.augmentation, self.spec.step_size, rng)
     if self.noise_mm_forward: draws.forward_seed = self.noise_seed(ids_per_subj.place, 'forward')
     if self.noise_mm_loss: draws.loss_seed = self.noise_seed(ids_per_subj.place, 'loss')
@@ -326,7 +327,8 @@ def noise_seed(self:DWIMLBatchLoader,
     purpose:str, # 'forward' or 'loss'
 ) -> int:
     "The seed of a batch's white noise; it depends on the place of the batch."
-    return int(keyed_rng(self.seed, f'noise {purpose}', place.epoch, place.index).integers(2**62))
+    seed = rank_seed(self.seed, self.rank)
+    return int(keyed_rng(seed, f'noise {purpose}', place.epoch, place.index).integers(2**62))
 
 # %% ../../nbs/03_batch/07_loader.ipynb #f3fdb5fc
 @patch

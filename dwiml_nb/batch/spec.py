@@ -188,7 +188,7 @@ def enter(self:ModelSpec,
 # %% ../../nbs/03_batch/00_spec.ipynb #91333440
 MODEL_METHODS = (
     'to', 'train', 'eval', 'training', 'parameters', 'state_dict', 'load_state_dict',  # `torch.nn.Module`
-    'named_parameters', 'modules', 'register_forward_pre_hook', 'register_forward_hook',
+    'named_parameters', 'buffers', 'modules', 'register_forward_pre_hook', 'register_forward_hook',
     'double', 'device', 'compute_loss', 'set_context',
     'tracking_step', 'warm_up', 'select_state', 'get_tracking_directions',  # only to track
     'params_for_checkpoint', 'class_for_checkpoint', 'save_params_and_state', 'load_state',  # only to save

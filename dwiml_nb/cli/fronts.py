@@ -39,7 +39,8 @@ TRAINING = { # Options of all three commands
            noise_gaussian_size_loss='noise_mm_loss'),
     **keys('optimizer', 'weight_decay', optimizer='name'),
     **keys('training', 'max_epochs', 'patience', 'patience_delta', 'max_batches_per_epoch_training',
-           'max_batches_per_epoch_validation', 'clip_grad', processes='nb_cpu_processes'),
+           'max_batches_per_epoch_validation', 'clip_grad', 'devices', 'num_nodes',
+           processes='nb_cpu_processes'),
     **keys('data', 'lazy'), 'rng': 'seed'}
 
 TRACKING_PHASE = keys('training', 'add_a_tracking_validation_phase', 'tracking_phase_frequency',

@@ -11,6 +11,7 @@ import logging
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from .arguments import count
 from .common import Param, call_parse, plain_problems, switch
 from .training import train_and_tell
 from ..core.errors import DataProblem
@@ -92,10 +93,14 @@ def dwiml_config(
 def dwiml_train(
     run_file:str, # A run file, as dwiml_config new writes it, or the folder of an experiment
     values:VALUES,
+    devices:count=None, # Processes of this machine, each with a GPU or a core; the file's when not given
+    num_nodes:count=None, # Machines; the file's when not given
     allow_links:Param("Also follow links that lead out of the study's folder", action='store_true')=False,
 ):
     "Train what a run file says."
     logging.basicConfig(level=logging.INFO, format='%(message)s')
+    many = {'devices': devices, 'num_nodes': num_nodes}
+    values = [*values, *(f'training.{name}={number}' for name,number in many.items() if number is not None)]
     with plain_problems():
         train_and_tell(run_parts(run_config(run_file, *values), allow_links=allow_links).trainer)
 

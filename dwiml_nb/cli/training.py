@@ -26,6 +26,7 @@ def train_and_tell(
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped at epoch {trainer.epoch + 1}, {trainer.phase} batch "
                                 f"{trainer.batch}; the checkpoint is written") from None
+    if not trainer.ranks.is_first: return
     best = trainer.monitor.best_epoch
     judged = '' if best is None else \
         f"; best epoch {best + 1} with {trainer.loop.monitor} {trainer.monitor.best_value:.6g}"
@@ -45,6 +46,8 @@ def dwiml_resume_training_from_checkpoint(
     sinks:Param("Loggers instead of the run's: names, or {key = 'mlflow', uri = '…'}; none when none "
                 "follows", typed_value, nargs='*')=None,
     device:device=None, # cpu, cuda; the first GPU if there is one
+    devices:count=1, # Processes of this machine; not necessarily as many as before
+    num_nodes:count=1, # Machines
     allow_links:Param("Also follow links that lead out of the study's folder", action='store_true')=False,
     other_data:bool=False, # Go on even if the study holds other data than the run was trained on
 ):
@@ -55,9 +58,11 @@ def dwiml_resume_training_from_checkpoint(
                                       new_patience=new_patience, new_max_epochs=new_max_epochs,
                                       nb_cpu_processes=nb_cpu_processes, device=device,
                                       max_hours=max_hours, keep_last=keep_last, sinks=sinks,
-                                      allow_links=allow_links, other_data=other_data)
-        print(f"resuming at epoch {trainer.epoch + 1} of {trainer.max_epochs}, "
-              f"{trainer.phase} batch {trainer.batch + 1}")
+                                      allow_links=allow_links, other_data=other_data,
+                                      devices=devices, num_nodes=num_nodes)
+        if trainer.ranks.is_first:
+            print(f"resuming at epoch {trainer.epoch + 1} of {trainer.max_epochs}, "
+                  f"{trainer.phase} batch {trainer.batch + 1}")
         train_and_tell(trainer)
 
 # %% ../../nbs/12_cli/04_training.ipynb #4a66ecd5

@@ -27,7 +27,7 @@ from ..core.sizes import need_memory
 from ..data.dataset import MultiSubjectDataset
 from ..batch.augment import Draws
 from ..batch.loader import Batch, DWIMLBatchLoader, DWIMLBatchLoaderOneInput
-from ..batch.order import keyed_chance, keyed_rng
+from ..batch.order import keyed_chance, keyed_rng, rank_seed
 from ..batch.sampler import BatchIds
 
 # %% ../../nbs/05_models/15_items.ipynb #dbd19152
@@ -250,7 +250,7 @@ class RegisteredBatchLoader(DWIMLBatchLoaderOneInput):
         batch = super().load_batch_streamlines(batch_ids, draws)
         batch = ItemBatch(**{k: getattr(batch, k) for k in Batch.__dataclass_fields__})
         if self.spec.to_tensor is None or self.spec.accepts_ragged: return batch
-        with drawing_at(self.seed, batch.place):
+        with drawing_at(rank_seed(self.seed, self.rank), batch.place):
             return replace(batch, given=as_tensors(self.spec.to_tensor(self.data_dict(batch))))
 
 # %% ../../nbs/05_models/15_items.ipynb #7ea3b0be

@@ -159,6 +159,12 @@ def look_at_time(self:TrainingControl):
     self.ask('stop', by='max_hours')
 
 @patch
+def take_in(self:TrainingControl):
+    "What the clock and the file ask for."
+    self.look_at_time()
+    self.read_file()
+
+@patch
 def obey(self:TrainingControl,
     place:dict, # epoch, phase and batch
     do:dict, # order -> function that sees to it, called with its arguments
@@ -167,8 +173,7 @@ def obey(self:TrainingControl,
     "See to all that was asked for since the last batch; wait while there is a pause."
     former = self.state
     while True:
-        self.look_at_time()
-        self.read_file()
+        self.take_in()
         while self.asked:
             order = self.asked.popleft()
             args = {name: order[name] for name in ORDERS[order['do']]}

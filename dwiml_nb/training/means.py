@@ -60,6 +60,7 @@ class Row:
     loss:float # Mean over n points
     n:int # Points behind the loss
     values:dict=field(default_factory=dict) # name -> number or `Logged`
+    points:int=None # Of the lines of all processes; None: of those at hand
 
     def numbers(self) -> dict: # name -> number
         "The further values without their weights."

@@ -14,7 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -38,19 +38,20 @@ class RegisteredStep:
     set_rate:Callable=None # () -> learning rate of this step, once it is set; None: nothing is learnt
     describe:Callable=repr # batch -> words, for an error
     norms:list=field(default_factory=list) # Of the gradient before each optimizer step, newest last
+    agree:Callable=lambda batch, row: (row, row.n) # -> `Row` of all processes, items of this one
 
     def __call__(self, batch) -> Row:
         rate = self.set_rate and self.set_rate()
         self.norms.clear()
         try: loss,n,values = self.loss_of(batch)
         except NotFinite as e: refuse("gradient's norm", e.found, self.describe(batch))
-        values = checked_values(values)
-        if not math.isfinite(value := float(loss)): refuse("loss", value, self.describe(batch))
-        if not self.set_rate: return Row(value, n, values)
+        row,_ = self.agree(batch, Row(float(loss), n, checked_values(values)))
+        if not math.isfinite(row.loss): refuse("loss", row.loss, self.describe(batch))
+        if not self.set_rate: return row
         if not self.norms: raise no_step()
         norm = sum(self.norms)/len(self.norms)
         learnt = {'grad_norm': Logged(norm, weight=1), 'learning_rate': Logged(rate, how='last')}
-        return Row(value, n, {**learnt, **values})
+        return replace(row, values={**learnt, **row.values})
 
 def no_step() -> DataProblem:
     return DataProblem("the train_step never calls self.optimizer.step(), so nothing would be learnt",
@@ -59,10 +60,13 @@ def no_step() -> DataProblem:
 def before_step(
     norms:list, # The norm is put there
     clip_grad:float=None, # Largest norm of the gradient
+    weigh=None, # Function of parameters, which makes their gradient that of all processes
 ): # -> a function for `register_step_pre_hook`
     "Clip the gradient and keep its norm, whenever an optimizer is about to step."
     def hook(optimizer, args, kwargs):
-        grads = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
+        every = [p for group in optimizer.param_groups for p in group['params']]
+        if weigh: weigh(every)
+        grads = [p for p in every if p.grad is not None]
         if not grads:
             raise DataProblem("the loss reaches no weight of the model, so nothing would be learnt",
                               expected="loss.backward() before self.optimizer.step()", found="no gradient")
@@ -156,7 +160,8 @@ class RegisteredTrainer(DWIMLTrainer):
                          checkpoint=checkpoint, **options)
         self.registered.net.optimizer = self.optimizer
         self.registered.net.scheduler = self.rates.lr_schedule and Scheduler(self.rates, self.optimizer)
-        self.optimizer.register_step_pre_hook(before_step(self.norms, self.clip_grad))
+        def weigh(parameters): self.ranks.weigh(parameters, self.nb_items)
+        self.optimizer.register_step_pre_hook(before_step(self.norms, self.clip_grad, weigh))
         if checkpoint is None:
             trace_model(self)
             check_sample(self.registered, self.batch_loader.sample())
@@ -184,13 +189,13 @@ def make_phases(self:RegisteredTrainer):
 @patch
 def make_step(self:RegisteredTrainer, loss_of, learn, set_lr, describe):
     "A step of the model's own."
-    return RegisteredStep(loss_of, set_lr if learn else None, describe, self.norms)
+    return RegisteredStep(loss_of, set_lr if learn else None, describe, self.norms, self.ranks.agree)
 
 @patch
 def run_one_batch(self:RegisteredTrainer, batch) -> tuple: # (loss, n, {name: number})
     "The model's own step on a batch: it learns in training mode."
     given = self.batch_loader.given_to_model(batch.to(self.device))
-    own = self.registered
+    own,self.nb_items = self.registered,self.ranks.nb_that_count(batch)
     loss,values = (own.train_step if own.training else own.validate_step)(given)
     return loss, len(batch), values
 

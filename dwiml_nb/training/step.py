@@ -10,7 +10,7 @@ __all__ = ['TAKEN', 'NotFinite', 'clip_and_step', 'descend', 'Gather', 'in_autoc
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 from fastcore.basics import patch
@@ -65,8 +65,9 @@ class Gather:
     def __init__(self,
         model:torch.nn.Module,
         size:int=1, # Batches to a step
+        nb_processes:int=1, # That share each batch
     ):
-        self.model,self.size = model,size
+        self.model,self.size,self.sums = model,size,size > 1 or nb_processes > 1
         self.n,self.done,self.begins,self.is_last = 0,0,True,True
 
     def at(self,
@@ -77,15 +78,16 @@ class Gather:
         self.is_last = (batch + 1) % self.size == 0 or batch + 1 == total
 
     def add(self,
-        loss:Tensor, # Mean over n points
-        n:int,
+        loss:Tensor, # Mean over this process's points
+        n:int, # Points of all processes
+        mine:int=None, # Points of this process; None: all of them
     ) -> Tensor: # What backward is called on
         "Count a batch in."
         self.begins,self.n,self.done = not self.done, self.n + n, self.done + 1
-        return loss if self.size == 1 else loss*n
+        return loss*(n if mine is None else mine) if self.sums else loss
 
     @property
-    def divisor(self) -> int: return None if self.size == 1 or not self.n else self.n
+    def divisor(self) -> int: return self.n if self.sums and self.n else None
     def clear(self): self.n,self.done,self.begins = 0,0,True
     def state(self) -> dict:
         "What a checkpoint keeps: nothing, right after a step."
@@ -233,6 +235,7 @@ class Step:
     describe:Callable=repr # batch -> words, for an error
     gather:Gather=field(default_factory=lambda: Gather(None)) # Of the gradients of several batches
     skips:Skips=field(default_factory=Skips) # What is done about a batch that is not finite
+    agree:Callable=lambda batch, row: (row, row.n) # -> `Row` of all processes, points of this one
 
     def __call__(self, batch) -> Row:
         rate = self.set_rate() if self.learn else None
@@ -241,26 +244,29 @@ class Step:
             raise TypeError("the loss of a batch comes as (loss, n) or (loss, n, values), "
                             f"found a {type(result).__name__}")
         loss,n,*more = checked_loss(result, None)
-        values = checked_values(more[0]) if more else {}
-        if bad := not math.isfinite(value := loss.item()):
-            self.skips.skip("loss", value, lambda: self.describe(batch))
-            value,n,values = math.nan,0,{}
-        learnt,lost = self.learnt(None if bad else loss, n, rate, batch) if self.learn else ({}, 0)
+        row = Row(loss.item(), n, checked_values(more[0]) if more else {})
+        row,mine = self.agree(batch, row)
+        if bad := not math.isfinite(row.loss):
+            self.skips.skip("loss", row.loss, lambda: self.describe(batch))
+            row = Row(math.nan, 0, points=row.points)
+        learnt,lost = ({}, 0)
+        if self.learn: learnt,lost = self.learnt(None if bad else loss, row.n, mine, rate, batch)
         if not bad and not lost: self.skips.in_a_row = 0
-        if lost and not bad: value,n,values = math.nan,0,{}
-        return Row(value, n, {**learnt, **self.skips.column(bad + lost), **values})
+        if lost and not bad: row = Row(math.nan, 0, points=row.points)
+        return replace(row, values={**learnt, **self.skips.column(bad + lost), **row.values})
 
 # %% ../../nbs/07_training/08_step.ipynb #9f783269
 @patch
 def learnt(self:Step,
     loss:Tensor, # Scalar; None: the batch is skipped
-    n:int, # Points behind it
+    n:int, # Points of all processes
+    mine:int, # Points of this process, behind the loss
     rate:float, # Of this step
     batch, # For an error
 ) -> tuple: # values to log, number of batches that were lost
     "Learn from a batch, and make the step if it is due."
     g = self.gather
-    if loss is not None: loss = g.add(loss, n)
+    if loss is not None: loss = g.add(loss, n, mine)
     elif not (g.done and g.is_last): return {}, 0
     else: loss,g.begins = torch.zeros(()),False                     # what the others gave is there
     try: norm = self.learn(loss)

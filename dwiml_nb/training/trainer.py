@@ -30,17 +30,18 @@ from ..core.kernels import tell_busy, threads_in_words
 from ..core.options import (check_number, check_numbers, check_seed, no_rest, options_of,
                                     refuse_others, with_parts)
 from ..core.registry import class_path
-from ..batch.order import keyed_chance
+from ..batch.order import keyed_chance, rank_seed
 from ..batch.spec import spec_of
 from .checkpoints import (Checkpoint, check_options, check_same, check_state, check_whole,
                                            load_weights, other_version, read_checkpoint)
-from .control import TrainingControl, changes_again, stop_on_signals
-from .feed import Phase, check_columns, choose_device, feed
+from .control import changes_again, stop_on_signals
+from .feed import Phase, check_columns, feed
 from .means import BestEpochMonitor, Row, Sums
 from .optimizers import WEIGHT_DECAY, make_optimizer, named_groups, set_rate
 from .run import (BestModels, Experiment, arguments_again, check_not_empty, check_not_ended,
                                    check_phase, check_same_data, check_same_run, data_of,
                                    in_words, is_there, run_params, sums_again, where)
+from .several import Silent, ranks_for
 from .schedules import Rates, parse_learning_rates
 from .sinks import ExperimentLogs, JSONLLog, Sinks, list_of_sinks, row_position
 from .step import (Gather, Skips, Step, clip_and_step, describe_batch, in_autocast,
@@ -160,10 +161,14 @@ def make_parts(
 ):
     "Parts of the loop that have a state; a checkpoint keeps it under these names."
     o,model = trainer.loop,trainer.model
-    trainer.gather,trainer.skips = Gather(model, o.accumulate),Skips(o.on_nan)
-    trainer.average,trainer.best_models = Average(model, o.ema_decay),BestModels(o.keep_best, o.monitor_mode)
+    trainer.gather,trainer.skips = Gather(model, o.accumulate, trainer.ranks.size),Skips(o.on_nan)
+    keep_best = o.keep_best if trainer.ranks.is_first else 1
+    trainer.average,trainer.best_models = Average(model, o.ema_decay),BestModels(keep_best, o.monitor_mode)
     trainer.parts = {'rates': trainer.rates, 'gathered': trainer.gather, 'skips': trainer.skips,
                      'average': trainer.average, 'best_models': trainer.best_models}
+    trainer.batch_loader.rank = trainer.ranks.rank
+    logs = ExperimentLogs(trainer.experiment_folder/'logs', [phase.name for phase in trainer.phases])
+    trainer.sinks = Sinks(logs, trainer.given_sinks) if trainer.ranks.is_first else Silent()
 
 # %% ../../nbs/07_training/12_trainer.ipynb #fcba1a82
 @with_parts
@@ -198,12 +203,13 @@ class DWIMLTrainer(LoopOptions):
         checkpoint:Checkpoint=None, # What to go on from; `init_from_checkpoint` gives it
         optimizer_args:dict=None, # Further arguments of an optimiser that is named
         sinks=(), # Who else receives the rows: `Sink`s, names of `SINKS`, or dict(key=name, option=…)
+        devices:int=1, # Processes of this machine, each with a device; or a lightning `Fabric`, launched
+        num_nodes:int=1, # Machines; with each as many processes
         **loop, # Options of `LoopOptions`
     ):
         super().__init__(**loop)
         self.model,self.batch_sampler,self.batch_loader = model,batch_sampler,batch_loader
-        self.spec,self.experiment = spec_of(model),Experiment(experiments_path, experiment_name)
-        self.experiments_path,self.experiment_name = self.experiment.experiments_path,self.experiment.name
+        self.spec = spec_of(model)
         self.learning_rates,self.lr_schedule = parse_learning_rates(learning_rates),lr_schedule
         self.optimizer_name,self.weight_decay,self.optimizer_args = optimizer,weight_decay,optimizer_args
         self.max_epochs,self.patience,self.patience_delta = max_epochs,patience,patience_delta
@@ -213,19 +219,21 @@ class DWIMLTrainer(LoopOptions):
         self.rates = Rates(self.learning_rates, lr_schedule, max_epochs, self.loop.monitor_mode)
         self.check_arguments()
         self.resume_call = f'{type(self).__name__}.init_from_checkpoint'
+        self.ranks = ranks_for(devices, num_nodes, device)
+        self.device = self.ranks.device
+        self.experiment = self.ranks.experiment(experiments_path, experiment_name)
+        self.experiments_path,self.experiment_name = self.experiment.experiments_path,self.experiment.name
         if checkpoint is None: self.experiment.check_new(self.resume_call)
-        self.device = choose_device(device)
         self.loaded = prepare(model.to(self.device), self.loop, checkpoint)
         self.optimizer = optimizer_for(self, checkpoint is not None)
-        self.control = TrainingControl()
+        self.control = self.ranks.control()
         self.monitor = BestEpochMonitor(patience, patience_delta, self.loop.monitor_mode)
-        make_parts(self)
         self.phases,self.counted,self.given_sinks = self.make_phases(),{},list_of_sinks(sinks)
-        logs = ExperimentLogs(self.experiment_folder/'logs', [phase.name for phase in self.phases])
-        self.sinks = Sinks(logs, self.given_sinks)
+        make_parts(self)
         self.doing,self.runner,self.known = None,None,None          # a phase, a thread, the last checkpoint
         self.begin_epoch(0)
         if checkpoint is not None: self.load_state(checkpoint)
+        self.ranks.begin(self)
 
 # %% ../../nbs/07_training/12_trainer.ipynb #749a2790
 @patch(as_prop=True)
@@ -331,7 +339,7 @@ def batches(self:DWIMLTrainer,
     "The batches of an epoch, from `start` on, made here or by workers."
     subset = next(p.subset for p in self.phases if p.name == phase)
     ids = self.batch_sampler.batches(subset, epoch, start=start)
-    ids = itertools.islice(ids, self.nb_batches(phase, epoch) - start)
+    ids = self.ranks.share(itertools.islice(ids, self.nb_batches(phase, epoch) - start))
     return feed(ids, self.batch_loader.load_batch_streamlines, self.device, self.nb_cpu_processes)
 
 # %% ../../nbs/07_training/12_trainer.ipynb #bb6b28c1
@@ -351,7 +359,8 @@ def back_propagation(self:DWIMLTrainer,
 ) -> float: # The norm of the gradient before clipping; None: more batches belong to the step
     "Backward; then, if the step is due, clip and step."
     if self.gather.begins: self.optimizer.zero_grad(set_to_none=True)
-    if loss.requires_grad: loss.backward()
+    with self.ranks.summing(self.model):
+        if loss.requires_grad: loss.backward()
     if not self.gather.is_last: return None
     return clip_and_step(self.model.parameters(), self.optimizer, self.clip_grad, self.loop.clip_value,
                          self.gather.divisor)
@@ -385,7 +394,7 @@ def make_step(self:DWIMLTrainer,
     describe, # batch -> words, for an error
 ): # -> function: batch -> `Row`
     "What is done with each batch of a phase; made once a phase."
-    return Step(loss_of, learn, set_lr, describe, self.gather, self.skips)
+    return Step(loss_of, learn, set_lr, describe, self.gather, self.skips, self.ranks.agree)
 
 def check_step(
     step, # As `make_step` gave it
@@ -410,7 +419,7 @@ def obey(
     def change(rate): again(rate); control.changes.clear()              # what was asked for later, is not now
     log = JSONLLog(trainer.experiment_folder/'logs'/'control.jsonl')
     def keep(order):
-        log.write(order)
+        if trainer.ranks.is_first: log.write(order)
         if not control.asked: log.flush()                               # once for all that came together
     while control.changes and control.changes[0][0] <= here: again(control.changes.pop(0)[1])
     do = {'checkpoint_now': trainer.save_checkpoint, 'set_learning_rate': change}
@@ -464,28 +473,30 @@ def go_through(self:DWIMLTrainer,
         return self.do_phase(name, epoch, lambda epoch: self.go_through(name, epoch, loss_of, learn))
     phase,dataset = next(p for p in self.phases if p.name == name),self.batch_sampler.dataset
     def set_lr(): return set_rate(self.optimizer, self.learning_rate(epoch, self.batch))
-    def describe(batch): return describe_batch(batch, dataset, self.batch_loader, self.device)
+    def describe(batch):
+        return self.ranks.words(describe_batch(batch, dataset, self.batch_loader, self.device))
     loss_of,total = in_autocast(loss_of, self.loop.autocast, self.device),self.nb_batches(name, epoch)
     check_step(step := self.make_step(loss_of, learn, set_lr, describe), self.loop)
     if learn and not self.batch: self.gather.clear()
     self.control.set_state(phase.state or name)
     self.model.train(learn is not None)
+    self.ranks.begin_phase(self.model, total)
     self.spec.enter(self.model, phase.subset)
     bar = progress(self.batches(name, epoch, self.batch), f"epoch {epoch+1}/{self.max_epochs} {name}",
-                   total=total - self.batch, unit='batch')
-    began = time.perf_counter()
+                   total=total - self.batch, unit='batch', disable=None if self.ranks.is_first else True)
+    began,seed = time.perf_counter(),rank_seed(self.seed, self.ranks.rank)
     for batch in bar:
         there = time.perf_counter()
         waited = there - began
         if not obey(self): break
         began += time.perf_counter() - there
         self.gather.at(self.batch, total)
-        seed_batch(self.seed, name, epoch, self.batch, self.device)
-        chance = keyed_chance(self.seed, 'model', name, epoch, self.batch)
+        seed_batch(seed, name, epoch, self.batch, self.device)
+        chance = keyed_chance(seed, 'model', name, epoch, self.batch)
         with chance, torch.set_grad_enabled(learn is not None), targets_kept(self.model, self.batch_loader):
             row = step(self.batch_loader.hand_out(batch))
         began,seconds = time.perf_counter(), time.perf_counter() - began
-        count_batch(self, phase, row, len(batch.lines.data), seconds, waited)
+        count_batch(self, phase, row, row.points or len(batch.lines.data), seconds, waited)
         bar.set_postfix(loss=f"{self.sums[name, 'loss'].mean:.4g}", refresh=False)
 
 # %% ../../nbs/07_training/12_trainer.ipynb #ffcde9ac
@@ -572,7 +583,7 @@ def end_epoch(self:DWIMLTrainer) -> dict: # its row
     "Judge the epoch, keep the best model, send the row, step to the next epoch."
     self.experiment.check_held()
     row = epoch_row(self.epoch, self.phases, self.sums)
-    with self.average.used(): row |= self.sinks.measured(self, row)
+    with self.average.used(): row = self.ranks.from_first(row | self.sinks.measured(self, row))
     monitor,value = self.loop.monitor,monitored(row, self.loop.monitor, self.phases, self.sums)
     row['is_best'] = value is not None and self.monitor.update(value, self.epoch)
     with self.average.used():
@@ -586,7 +597,8 @@ def end_epoch(self:DWIMLTrainer) -> dict: # its row
     self.sinks.send('epoch', row)
     best = ", best" if row['is_best'] else ""
     news = self.epoch+1, self.max_epochs, row['train_loss'], row['valid_loss'], best
-    logging.getLogger(__name__).info("epoch %d/%d: training loss %.6g, validation loss %s%s", *news)
+    if self.ranks.is_first:
+        logging.getLogger(__name__).info("epoch %d/%d: training loss %.6g, validation loss %s%s", *news)
     self.begin_epoch(self.epoch + 1)
     self.control.end_epoch()
     return row
@@ -635,6 +647,7 @@ def save_checkpoint(self:DWIMLTrainer,
         self.experiment.write_checkpoint(self.model, state, self.params, folder)
     if folder is None: self.known = where(state)
     if folder is None and row: self.experiment.keep_checkpoint(row['epoch'], self.loop.keep_last)
+    self.ranks.end_checkpoint(self.model)
     if row: self.control.tell(self.control.on_epoch_end, row)
 
 # %% ../../nbs/07_training/12_trainer.ipynb #04276819
@@ -644,9 +657,10 @@ def running(self:DWIMLTrainer):
     "Around a run: folder, lock, signals, sinks that go on where the run does, and the state it ends in."
     if self.runner == threading.get_ident(): yield; return           # within a run already
     if self.control.is_running: raise RuntimeError("this trainer is training already; ask it to stop first.")
+    self.ranks.begin_run()
     per_epoch = self.nb_batches('training')
     check_not_empty(per_epoch, self.batch_sampler)
-    self.control.listen(self.experiment_folder)
+    if self.ranks.is_first: self.control.listen(self.experiment_folder)
     again = self.load_state if self.control.state == 'failed' else None
     within = self.experiment.entered(self.known, lambda: self.params, self.save_checkpoint, self.resume_call,
                                      again)
@@ -666,6 +680,7 @@ def running(self:DWIMLTrainer):
         hook = self.optimizer.register_step_post_hook(lambda *_: (self.average.update(), self.rates.step()))
         self.runner = threading.get_ident()
         try:
+            self.ranks.wait()
             yield
             self.control.is_paused = False
             obey(self)
@@ -679,6 +694,7 @@ def running(self:DWIMLTrainer):
             hook.remove()
             self.sinks.send('ended', self.control.state)
             self.sinks.send('close')
+            if self.control.state != 'failed': self.ranks.end_run()
 
 # %% ../../nbs/07_training/12_trainer.ipynb #47d9d2d6
 @patch
@@ -737,6 +753,8 @@ def init_from_checkpoint(cls:DWIMLTrainer,
     other_data:bool=False, # Go on even if the study holds other data than the run was trained on
     max_hours:float=None, # Instead of the run's
     keep_last:int=None, # Instead of the run's
+    devices:int=1, # Processes, as for a new run; not necessarily as many as the run had
+    num_nodes:int=1,
     **kwargs, # Further arguments of a child class
 ) -> DWIMLTrainer:
     "A trainer that goes on where the checkpoint of an experiment was written."
@@ -754,7 +772,7 @@ def init_from_checkpoint(cls:DWIMLTrainer,
         raise ValueError(f"{name} goes on as it was in the run, {params.get(name)!r:.80}: leave it out, or "
                          "start a new experiment.")
     trainer = cls(model, experiments_path, experiment_name, batch_sampler, batch_loader, **params,
-                  device=device, checkpoint=checkpoint, **kwargs)
+                  device=device, devices=devices, num_nodes=num_nodes, checkpoint=checkpoint, **kwargs)
     data = trainer.params['fingerprint']
     if not other_data: check_same_data(checkpoint, data, batch_sampler.dataset.path)
     check_not_ended(trainer.epoch, trainer.max_epochs, trainer.monitor, trainer.experiment_folder)

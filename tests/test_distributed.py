@@ -1,0 +1,94 @@
+"""Training in several processes: the numbers of one process, one decision for all, and a process that is killed.
+
+Ranks are forked (tests/distributed_script.py) and connected by Fabric with gloo; `benchmarks/several.py` prints longer tables.
+"""
+import os
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from distributed_script import free_port, in_ranks, make, make_registered, start, train
+
+from dwiml_nb.runs.resume import trainer_from_folder
+from dwiml_nb.study.toy import toy_study
+from dwiml_nb.training.checkpoints import read_checkpoint
+from dwiml_nb.training.sinks import read_logs, read_rows
+
+pytest.importorskip("lightning_fabric")
+NOISY = dict(dropout=.2, noise=.1, learning_rates=[.01], optimizer="AdamW", ema_decay=.9, clip_grad=1.)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory): return toy_study(tmp_path_factory.mktemp("study"))
+
+
+def apart(a, b): return max(np.abs(a[name] - b[name]).max() for name in a)
+def same(a, b): return all((a[name] == b[name]).all() for name in a)
+def losses(folder, name, which="batches"): return [row["loss" if which == "batches" else "train_loss"] for row in read_rows(folder/name/"logs"/f"{which}.jsonl")]
+
+
+@pytest.mark.parametrize("of, dtype, options", [
+    (make, "float64", dict(max_batches_per_epoch_training=None, max_epochs=1, accumulate=2, clip_grad=.5, ema_decay=.9)),   # the last batch is small
+    (make, "float32", dict(batch_size=1, max_epochs=1)),                                                                     # rank 1 has nothing to do
+    (make_registered, "float64", dict(max_batches_per_epoch_training=None, max_epochs=1, clip_grad=.5)),
+])
+def test_two_processes_give_the_numbers_of_one(study, tmp_path, of, dtype, options):
+    one = train(of, study, tmp_path, "one", dtype=dtype, **options)
+    two, other = in_ranks(partial(train, of, study, tmp_path, "two", devices=2, dtype=dtype, **options))
+    assert same(two, other)
+    assert apart(one, two) < (1e-9 if dtype == "float64" else 1e-4)
+    for which in "batches", "epochs":
+        a, b = (read_logs(tmp_path/name, which) for name in ("one", "two"))
+        assert a.keys() == b.keys() and len(a["n"]) > 1 - (which == "epochs")
+        assert a["n"] == b["n"]
+        for column in a.keys() & {"loss", "train_loss", "valid_loss", "grad_norm"}:
+            assert np.allclose(*(np.array(o[column], float) for o in (a, b)), rtol=0, atol=1e-9 if dtype == "float64" else 1e-4, equal_nan=True)
+
+
+def stop_after(trainer, nb, rank):
+    "A stop that only one rank is asked for."
+    left = iter(range(nb - 1, -1, -1))
+    if trainer.ranks.rank == rank: trainer.control.on_batch_end.append(lambda row: next(left, 1) or trainer.control.request_stop())
+
+
+def test_a_stop_is_the_same_in_all_ranks_and_what_follows_is_what_had_followed(study, tmp_path):
+    whole, _ = in_ranks(partial(train, make, study, tmp_path, "whole", devices=2, **NOISY))
+    stopped = in_ranks(partial(train, make, study, tmp_path, "cut", devices=2, after=partial(stop_after, nb=3, rank=1), **NOISY))
+    assert same(*stopped) and not same(whole, stopped[0])
+    assert read_checkpoint(tmp_path/"cut").state["batch"] == 3
+    again, other = in_ranks(partial(train, make, study, tmp_path, "cut", devices=2, resume=True, dropout=.2, noise=.1))
+    assert same(whole, again) and same(again, other)
+    assert losses(tmp_path, "whole") == losses(tmp_path, "cut")
+
+
+def test_a_checkpoint_moves_between_numbers_of_processes(study, tmp_path):
+    options = dict(dtype="float64", accumulate=3)
+    one = train(make, study, tmp_path, "one", **options)
+    in_ranks(partial(train, make, study, tmp_path, "moves", devices=2, after=partial(stop_after, nb=2, rank=0), **options))
+    train(make, study, tmp_path, "moves", resume=True, dtype="float64", after=partial(stop_after, nb=3, rank=0))
+    moved, _ = in_ranks(partial(train, make, study, tmp_path, "moves", devices=2, resume=True, dtype="float64"))
+    assert apart(one, moved) < 1e-12
+    assert np.allclose(losses(tmp_path, "one"), losses(tmp_path, "moves"), rtol=0, atol=1e-12)
+    record = read_checkpoint(tmp_path/"moves").params
+    assert record.keys() == read_checkpoint(tmp_path/"one").params.keys() and "devices" not in record["trainer"]["params"]
+
+
+def killed_at(trainer, nb):
+    left = iter(range(nb - 1, -1, -1))
+    if trainer.ranks.rank == 1: trainer.control.on_batch_end.append(lambda row: next(left, 1) or os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_a_killed_rank_ends_the_run_with_its_name_and_a_whole_checkpoint(study, tmp_path):
+    whole, _ = in_ranks(partial(train, make, study, tmp_path, "whole", devices=2, **NOISY))
+    ranks, talk = start(partial(train, make, study, tmp_path, "cut", devices=2, after=partial(killed_at, nb=8), **NOISY))
+    rank, told = talk.get(timeout=60)
+    for process in ranks: process.join(20)
+    assert rank == 0 and [process.exitcode for process in ranks] == [1, -signal.SIGKILL]
+    assert f"rank 1 (process {ranks[1].pid} of" in told and "does not answer any more" in told
+    assert read_checkpoint(tmp_path/"cut").state["epoch"] == 1
+    again, _ = in_ranks(partial(train, make, study, tmp_path, "cut", devices=2, resume=True, dropout=.2, noise=.1))
+    assert same(whole, again)

@@ -4,16 +4,12 @@ Ranks are forked (tests/distributed_script.py) and connected by Fabric with gloo
 """
 import os
 import signal
-import sys
-import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
-from distributed_script import free_port, in_ranks, make, make_registered, start, train
+from distributed_script import in_ranks, make, make_registered, start, train
 
-from dwiml_nb.runs.resume import trainer_from_folder
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.training.checkpoints import read_checkpoint
 from dwiml_nb.training.sinks import read_logs, read_rows

@@ -82,6 +82,8 @@ def dwiml_track_from_model(
     use_latest_epoch:Param("The checkpoint's model instead of the best one", action=on_off)=None,
     batch_size:count=None, # Lines walking together
     processes:processes=None, # On the CPU: that track at the same time
+    points:Param("Type of coordinates in the file: float32 (the default), or float16 in a .trx",
+                 choices=['float32', 'float16'])=None,
     device:device=None, # cpu, cuda; the first GPU if there is one
     rng_seed:whole=None, # Of seeds and draws; 1234 when not given
     overwrite:Param("Replace an existing file", action=switch('-f'))=False,
@@ -91,7 +93,7 @@ def dwiml_track_from_model(
     typed = {k: v for k,v in locals().items() if k not in ('experiment_path', 'subj_id', 'in_custom_seeds')}
     with plain_problems():
         if in_custom_seeds is not None: typed['seeds'] = read_seeds(in_custom_seeds)
-        lines = track_run(experiment_path, subj_id, **typed_options(typed))
+        lines = track_run(experiment_path, subj_id, in_memory=False, **typed_options(typed))
         print(f"{len(lines)} streamlines in {out_tractogram}; dropped: {lines.info['dropped'] or 'none'}; "
               f"stopped by {lines.info['reasons']}")
 

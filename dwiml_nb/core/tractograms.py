@@ -4,20 +4,26 @@
 
 # %% auto #0
 __all__ = ['TRACTOGRAM_FORMATS', 'Tractogram', 'TractogramFormat', 'as_table', 'is_tractogram', 'tractogram_format', 'suffixes',
-           'check_finite', 'save_tractogram', 'need_tractogram', 'read_tractogram', 'load_tractogram', 'matching_grid']
+           'check_finite', 'check_kept', 'save_tractogram', 'save_pieces', 'need_tractogram', 'read_tractogram',
+           'load_tractogram', 'matching_grid']
 
 # %% ../../nbs/00_core/11_tractograms.ipynb #aa506217
 import gzip
+import io
 import json
 import math
 import mmap
 import os
 import re
+import shutil
+import tempfile
 import warnings
 import zipfile
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 import numba
 import numpy as np
@@ -25,7 +31,8 @@ import torch
 import nibabel as nib
 from nibabel.streamlines import Field
 from nibabel.streamlines.trk import (decode_value_from_name, encode_value_in_name,
-                                     get_affine_trackvis_to_rasmm, header_2_dtype)
+                                     get_affine_rasmm_to_trackvis, get_affine_trackvis_to_rasmm,
+                                     header_2_dtype)
 from .errors import DataProblem, naming, need_file
 from .files import MOST_JSON, atomic_file, parse_json
 from .kernels import kernel
@@ -65,6 +72,7 @@ class TractogramFormat:
     keeps_grid = True # Does a file name the grid of its image? If not, the image's is used
     keeps_dps = True # Does a file keep data per streamline?
     keeps_dpp = False # Does a file keep data per point?
+    point_types = ('float32',) # What a file can keep coordinates as
     reads_gz = False # Does it read files with `.gz` after their suffix, as they are?
     def __init__(self,
         suffix:str, # '.trk': the name it was registered under
@@ -75,6 +83,9 @@ class TractogramFormat:
     def save(self, tractogram:Tractogram, path):
         "Write a file."
         raise NotImplementedError(f"the format {self.suffix} has no `save`")
+    def save_pieces(self, pieces, grid:Grid, path, points:str='float32'):
+        "Write a file from an iterable of tractograms; without a method of its own, all are held."
+        self.save(joined(pieces, grid), path)
     def check(self, tractogram:Tractogram):
         "Raise if a file cannot keep something."
     def header(self, path) -> tuple: # `Grid` or None, dict of the data per streamline: name -> columns
@@ -99,6 +110,25 @@ def as_table(
     "Data per streamline with one row a line."
     values = np.asarray(values)
     return values.reshape(len(values), math.prod(values.shape[1:]))
+
+# %% ../../nbs/00_core/11_tractograms.ipynb #d9618d5c
+def joined(
+    pieces, # Iterable of `Tractogram`s with the same kinds of data
+    grid:Grid=None, # Of the whole
+) -> Tractogram: # Without groups
+    "One tractogram, of all lines of some."
+    pieces = list(pieces)
+    rows = lambda named: {k: np.concatenate([as_table(o[k]) for o in named])
+                          for k in (named[0] if named else ())}
+    lines = Ragged.cat([o.lines for o in pieces]) if pieces else Ragged.from_list([])
+    return Tractogram(lines, grid, rows([o.dps for o in pieces]), dpp=rows([o.dpp for o in pieces]))
+
+def pieces_of(
+    tractogram:Tractogram,
+    most:int=20_000, # Lines of each
+): # -> iterator over `Tractogram`s
+    "A tractogram, some lines at a time."
+    for i in range(0, len(tractogram), most): yield tractogram[i:i + most]
 
 # %% ../../nbs/00_core/11_tractograms.ipynb #2e7e21ca
 TRACTOGRAM_FORMATS = Registry('tractogram format', TractogramFormat) # suffix, such as '.trk' -> class
@@ -274,21 +304,48 @@ def trk_columns(
     return found | ({rest: slice(at, n)} if at < n else {})
 
 # %% ../../nbs/00_core/11_tractograms.ipynb #525600c4
-class NibabelFormat(TractogramFormat):
-    "What nibabel writes for us: `.trk` and `.tck`."
-    reads_gz = True
-    def write(self, tractogram:Tractogram, path, header=None, dps=None, dpp=None):
-        "Write lines, with the other things that the format keeps."
-        lines = tractogram.lines.to(torch.float32).to_array_sequence()
-        content = nib.streamlines.Tractogram(lines, data_per_streamline=dps, data_per_point=dpp,
-                                             affine_to_rasmm=np.eye(4))
-        nib.streamlines.save(content, str(path), header=header)
+def empty_file(
+    kind, # A class of nibabel's tractogram files
+    header:dict=None,
+) -> bytes:
+    "What nibabel writes if there is no line."
+    buffer = io.BytesIO()
+    kind(nib.streamlines.Tractogram(affine_to_rasmm=np.eye(4)), header).save(buffer)
+    return buffer.getvalue()
 
-# %% ../../nbs/00_core/11_tractograms.ipynb #4900d733
+def named_columns(
+    named:dict, # name -> (n, k) array
+) -> tuple: # how many columns; (10,) names and widths
+    "Kinds of data in the header of a `.trk`, in the order of their names."
+    widths = {k: as_table(named[k]).shape[1] for k in sorted(named)}
+    names = [encode_value_in_name(width, k) for k,width in widths.items()]
+    return sum(widths.values()), np.array(names + [b'']*(10 - len(names)), 'S20')
+
+# %% ../../nbs/00_core/11_tractograms.ipynb #ee501189
+def trk_words(
+    tractogram:Tractogram,
+    to_trackvis:np.ndarray, # (4, 4), from rasmm
+) -> np.ndarray: # (W,) float32, the number of points before each line is an int32
+    "The lines of a `.trk` as its words."
+    points,offsets = tractogram.lines.to(torch.float32).numpy()
+    table = lambda named: [as_table(named[k]).astype(np.float32) for k in sorted(named)]
+    rows = np.concatenate([nib.affines.apply_affine(to_trackvis, points).astype(np.float32),
+                           *table(tractogram.dpp)], 1)
+    after = np.concatenate([np.zeros((len(tractogram), 0), np.float32), *table(tractogram.dps)], 1)
+    counts,width = np.diff(offsets), after.shape[1]
+    ends = np.cumsum(1 + counts*rows.shape[1] + width)
+    words,is_point = np.empty(ends[-1], np.float32), np.ones(ends[-1], bool)
+    starts,places = ends - width - counts*rows.shape[1] - 1, ends[:, None] - np.arange(width, 0, -1)
+    is_point[starts] = is_point[places] = False
+    words.view(np.int32)[starts] = counts
+    words[places],words[is_point] = after, rows.ravel()
+    return words
+
+# %% ../../nbs/00_core/11_tractograms.ipynb #5659ff2c
 @TRACTOGRAM_FORMATS.register('.trk')
-class Trk(NibabelFormat):
+class Trk(TractogramFormat):
     "TrackVis: the grid in the header, ten kinds of data per streamline and ten per point."
-    keeps_dpp = True
+    keeps_dpp = reads_gz = True
     def check(self, tractogram:Tractogram):
         grid,data = tractogram.grid, (('streamline', tractogram.dps), ('point', tractogram.dpp))
         if grid is not None and max(grid.dimensions) > 32767:
@@ -308,15 +365,23 @@ class Trk(NibabelFormat):
                 raise DataProblem(f"a .trk file has no room for the name '{name}'",
                                   "20 bytes with the number of columns", found=e, do="save a .trx.") from e
     def save(self, tractogram:Tractogram, path):
-        grid = tractogram.grid
+        self.save_pieces(pieces_of(tractogram), tractogram.grid, path)
+    def save_pieces(self, pieces, grid:Grid, path, points:str='float32'):
         header = {Field.VOXEL_TO_RASMM: grid.affine.astype(np.float32),
                   Field.DIMENSIONS: short_dimensions(grid.dimensions),
                   Field.VOXEL_SIZES: grid.voxel_sizes.astype(np.float32), Field.VOXEL_ORDER: grid.voxel_order}
-        table = lambda v: as_table(v).astype(np.float32)
-        dps = {k: table(v) for k,v in tractogram.dps.items()}
-        dpp = {k: tractogram.lines.with_data(torch.from_numpy(table(v))).to_array_sequence()
-               for k,v in tractogram.dpp.items()}
-        self.write(tractogram, path, header, dps, dpp)
+        header = np.frombuffer(empty_file(nib.streamlines.TrkFile, header), header_2_dtype).copy()
+        to_trackvis = get_affine_rasmm_to_trackvis(dict(zip(header.dtype.names, header[0])))
+        with open(path, 'wb') as f:
+            f.write(header.tobytes())
+            for piece in pieces:
+                if not len(piece): continue
+                for count,names,named in ((Field.NB_SCALARS_PER_POINT, 'scalar_name', piece.dpp),
+                                          (Field.NB_PROPERTIES_PER_STREAMLINE, 'property_name', piece.dps)):
+                    header[count],header[names] = named_columns(named)
+                header[Field.NB_STREAMLINES] += len(piece)
+                f.write(trk_words(piece, to_trackvis).data)
+            f.seek(0); f.write(header.tobytes())
     def opened(self, path, most:int=None) -> tuple:
         "A file's bytes, its header, and where its lines are."
         data = file_bytes(path)
@@ -425,10 +490,20 @@ def line_ends(
 
 # %% ../../nbs/00_core/11_tractograms.ipynb #fb46a8ad
 @TRACTOGRAM_FORMATS.register('.tck')
-class Tck(NibabelFormat):
+class Tck(TractogramFormat):
     "MRtrix: points only."
-    keeps_grid = keeps_dps = False
-    def save(self, tractogram:Tractogram, path): self.write(tractogram, path)
+    keeps_grid,keeps_dps,reads_gz = False, False, True
+    def save(self, tractogram:Tractogram, path):
+        self.save_pieces(pieces_of(tractogram), tractogram.grid, path)
+    def save_pieces(self, pieces, grid:Grid, path, points:str='float32'):
+        empty,n = empty_file(nib.streamlines.TckFile), 0
+        with open(path, 'wb') as f:
+            f.write(empty[:-12])
+            for piece in pieces:
+                n += len(piece)
+                f.write(rows_of_lines(piece.lines))
+            f.write(empty[-12:])
+            f.seek(0); f.write(re.sub(rb'count: \d+', b'count: %010d' % n, empty[:-12], count=1))
     def rows(self, path) -> np.ndarray:
         "The rows of a file."
         return tck_rows(data := file_bytes(path), tck_header(data))
@@ -454,6 +529,15 @@ class Tck(NibabelFormat):
     def is_empty(self, path) -> bool: return not len(self.rows(path))
 
 # %% ../../nbs/00_core/11_tractograms.ipynb #9a2d6cde
+def rows_of_lines(
+    lines:Ragged, # (P, 3)
+) -> np.ndarray: # (P + S, 3) float32
+    "The rows of a `.tck`: points, and a row of NaN after each line."
+    points,offsets = lines.to(torch.float32).numpy()
+    rows = np.full((len(points) + len(lines), 3), np.nan, np.float32)
+    rows[np.arange(len(points)) + np.repeat(np.arange(len(lines)), np.diff(offsets))] = points
+    return rows
+
 def lines_of_rows(
     rows, # (R, 3), a row of NaN after each line
 ) -> Ragged: # (P, 3) float32
@@ -464,6 +548,47 @@ def lines_of_rows(
     return Ragged.from_lengths(torch.from_numpy(points), torch.from_numpy(np.diff(ends, prepend=-1) - 1))
 
 # %% ../../nbs/00_core/11_tractograms.ipynb #1d8fb897
+def points_as(
+    lines:Ragged, # (P, 3)
+    kind:str, # 'float32', 'float16'
+) -> np.ndarray: # (P, 3)
+    "The coordinates of lines in another type."
+    with np.errstate(over='ignore'): values = np.ascontiguousarray(lines.data.numpy(), kind)
+    if kind != 'float16' or np.isfinite(values).all(): return values
+    raise DataProblem("a coordinate is too large for float16", "at most 65504 mm",
+                      f"{float(lines.data.abs().max()):g}", "save float32.")
+
+def trx_arrays(
+    tractogram:Tractogram,
+    before:int, # Points before its own
+) -> dict: # name in the archive -> array
+    "What a `.trx` keeps of lines beside their points."
+    arrays = {'offsets.uint64': (tractogram.lines.offsets[:-1] + before).numpy().astype(np.uint64)}
+    for place,named in (('dps', tractogram.dps), ('dpv', tractogram.dpp)):
+        for k,v in named.items():
+            width = as_table(v).shape[1]
+            arrays[f"{place}/{k}.{f'{width}.'*(width != 1)}float32"] = as_table(v).astype(np.float32)
+    return arrays
+
+class Spools:
+    "Arrays that grow on the disk, in files without a name: a process that is killed leaves none."
+    def __init__(self, files:ExitStack, folder): self.files,self.folder,self.of = files, folder, {}
+    def add(self, name:str, values):
+        "Add rows to an array."
+        if name not in self.of:
+            self.of[name] = self.files.enter_context(tempfile.TemporaryFile(dir=self.folder))
+        self.of[name].write(np.ascontiguousarray(values).data)
+    def empty_into(self, archive:zipfile.ZipFile, narrower:dict):
+        "Put the arrays into an archive; `narrower` says under which name, and so in which type."
+        for name,spool in self.of.items():
+            new = narrower.get(name, name)
+            old,kind = (np.dtype(o.split('.')[-1]) for o in (name, new))
+            spool.seek(0)
+            with archive.open(new, 'w', force_zip64=True) as f:
+                while block := spool.read(1 << 20):
+                    f.write(block if old == kind else np.frombuffer(block, old).astype(kind).data)
+
+# %% ../../nbs/00_core/11_tractograms.ipynb #ec578da0
 @TRACTOGRAM_FORMATS.register('.trx')
 class Trx(TractogramFormat):
     "TRX: a zip of arrays, with data per streamline and per point, and groups of lines."
@@ -474,22 +599,26 @@ class Trx(TractogramFormat):
                 raise DataProblem(f"a .trx file cannot keep the name '{name}'", found=name,
                                   do="rename it, or save a .trk.",
                                   expected="data with no '.' and no '/' in their names")
+    point_types = ('float32', 'float16')
     def save(self, tractogram:Tractogram, path):
-        data,offsets = tractogram.lines.to(torch.float32).numpy()
-        grid,n = tractogram.grid, len(tractogram)
-        header = {'DIMENSIONS': list(grid.dimensions), 'NB_STREAMLINES': n, 'NB_VERTICES': len(data),
-                  'VOXEL_TO_RASMM': grid.affine.astype(np.float32).tolist()}
-        kind = 'uint32' if len(data) < 2**32 else 'uint64'
-        arrays = {'positions.3.float32': data, f'offsets.{kind}': offsets.astype(kind)}
-        data = [('dps', *o) for o in tractogram.dps.items()] + [('dpv', *o) for o in tractogram.dpp.items()]
-        for place,k,v in data:
-            width = as_table(v).shape[1]
-            arrays[f"{place}/{k}.{f'{width}.'*(width != 1)}float32"] = as_table(v).astype(np.float32)
-        arrays |= {f'groups/{k}.uint32': np.asarray(v, np.uint32) for k,v in tractogram.groups.items()}
-        with zipfile.ZipFile(path, 'w') as z:
-            z.writestr('header.json', json.dumps(header))
-            for name,values in arrays.items() if n else ():
-                with z.open(name, 'w', force_zip64=True) as f: f.write(np.ascontiguousarray(values).data)
+        groups = {f'groups/{k}.uint32': np.asarray(v, np.uint32) for k,v in tractogram.groups.items()}
+        self.save_pieces(pieces_of(tractogram), tractogram.grid, path, groups=groups)
+    def save_pieces(self, pieces, grid:Grid, path, points:str='float32', groups={}):
+        pieces = (o for o in pieces if len(o))
+        first,n,total = next(pieces, None), 0, 0
+        with zipfile.ZipFile(path, 'w') as z, ExitStack() as files:
+            if first is not None:
+                spools = Spools(files, Path(path).parent)
+                with z.open(f'positions.3.{points}', 'w', force_zip64=True) as f:
+                    for piece in chain([first], pieces):
+                        f.write(points_as(piece.lines, points).data)
+                        for name,values in trx_arrays(piece, total).items(): spools.add(name, values)
+                        n,total = n + len(piece), total + len(piece.lines.data)
+                spools.add('offsets.uint64', np.array([total], np.uint64))
+                spools.empty_into(z, {'offsets.uint64': 'offsets.uint32'} if total < 2**32 else {})
+                for name,values in groups.items(): z.writestr(name, values.tobytes())
+            z.writestr('header.json', json.dumps({'DIMENSIONS': list(grid.dimensions), 'NB_STREAMLINES': n,
+                       'NB_VERTICES': total, 'VOXEL_TO_RASMM': grid.affine.astype(np.float32).tolist()}))
     def load(self, path) -> Tractogram:
         h = check_trx(path)
         with zipfile.ZipFile(path) as z:
@@ -637,14 +766,13 @@ def check_finite(
                       expected="finite coordinates", do="remove these lines.",
                       found=f"{lines.data[wrong[0]].tolist()}, point {point} of line {line}, counted from 0")
 
-def save_tractogram(
-    tractogram:Tractogram, # Lines, their grid and data
-    path, # .trk, .tck, .trx, or a suffix of `TRACTOGRAM_FORMATS`
-    drop_dps:bool=False, # Drop data per streamline and per point if the format has none, such as `.tck`
-    overwrite:bool=True, # False: an existing file is an error, also one that appears meanwhile
+def check_kept(
+    tractogram:Tractogram,
+    format:TractogramFormat,
+    path, # For messages
+    drop_dps:bool=False, # What the format does not keep is left out
 ):
-    "Write streamlines to a file, whole or not at all."
-    format = tractogram_format(path, write=True)
+    "Refuse what a file cannot keep."
     if format.keeps_grid and tractogram.grid is None:
         do = f"give the tractogram a grid, or save a {suffixes(lambda o: not o.keeps_grid)}."
         raise DataProblem(f"a {format.suffix} file needs the grid of the image the lines belong to", do=do,
@@ -662,7 +790,51 @@ def save_tractogram(
     with naming("the tractogram cannot be saved", file=path):
         check_finite(tractogram.lines)
         format.check(tractogram)
+
+# %% ../../nbs/00_core/11_tractograms.ipynb #df267822
+def save_tractogram(
+    tractogram:Tractogram, # Lines, their grid and data
+    path, # .trk, .tck, .trx, or a suffix of `TRACTOGRAM_FORMATS`
+    drop_dps:bool=False, # Drop data per streamline and per point if the format has none, such as `.tck`
+    overwrite:bool=True, # False: an existing file is an error, also one that appears meanwhile
+):
+    "Write streamlines to a file, whole or not at all."
+    format = tractogram_format(path, write=True)
+    check_kept(tractogram, format, path, drop_dps)
     with atomic_file(path, overwrite) as tmp: format.save(tractogram, tmp)
+
+# %% ../../nbs/00_core/11_tractograms.ipynb #782d40b3
+def point_format(
+    path, # A file to write
+    points:str, # 'float32', 'float16'
+) -> TractogramFormat:
+    "The format of a file, if it keeps coordinates of a type."
+    format = tractogram_format(path, write=True)
+    if points in format.point_types: return format
+    others = [s for s,o in TRACTOGRAM_FORMATS.items() if points in o.point_types]
+    raise DataProblem(f"a {format.suffix} file does not keep coordinates as {points}",
+                      ' or '.join(format.point_types), points, file=path,
+                      do=f"save a {' or '.join(others)}." if others else "choose another type.")
+
+# %% ../../nbs/00_core/11_tractograms.ipynb #1d4e6152
+def save_pieces(
+    pieces, # Iterable of `Tractogram`s with the same kinds of data; it is gone through once
+    grid:Grid, # Of the whole
+    path, # .trk, .tck, .trx, or a suffix of `TRACTOGRAM_FORMATS`
+    points:str='float32', # Type of coordinates; a .trx also keeps 'float16', to 1/32 mm within 128 mm
+    overwrite:bool=True, # False: an existing file is an error, also one that appears meanwhile
+):
+    "Write a tractogram that comes in pieces, whole or not at all."
+    format = point_format(path, points)
+    def checked(first=None):
+        for piece in pieces:
+            check_kept(piece, format, path)
+            kinds = [{k: as_table(v).shape[1] for k,v in named.items()} for *_,named,_ in data_of(piece)]
+            if first is not None and kinds != first:
+                raise DataProblem("the pieces of a tractogram have different data", first, kinds, file=path)
+            first = kinds
+            yield piece
+    with atomic_file(path, overwrite) as tmp: format.save_pieces(checked(), grid, tmp, points)
 
 # %% ../../nbs/00_core/11_tractograms.ipynb #d0167619
 def need_tractogram(

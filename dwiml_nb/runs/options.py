@@ -311,7 +311,8 @@ def criterion_options(
 def tracking_options() -> dict: # name -> `Option`
     "The keys of `[tracking]`: nothing of it must be given."
     track = {**left(Tracker, *GROUPS), **left(track_from_model, 'experiment_path', 'trust', 'hdf5_file',
-             'overwrite', 'out_tractogram', 'subj_id', 'seeds')}
+             'overwrite', 'out_tractogram', 'subj_id', 'seeds', 'executor',
+             'in_memory')}
     return {k: o if o.default is not NEEDED else Option(k, None, o.kind, o.about) for k,o in track.items()}
 
 def tables_of(

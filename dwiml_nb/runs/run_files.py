@@ -528,9 +528,10 @@ def track_run(
     overwrite:bool=False, # Replace a file of that name
     run_file=None, # Whose [tracking] counts; None: the file of the experiment
     **changes, # Instead of what [tracking] says, or beside it: theta_deg=30, seeds=…, hdf5_file=…
-): # -> `Tractogram`
+): # -> `Tractogram`; without `in_memory`, a `TrackedFile`
     "Track a subject with a trained run, as its file says."
-    beside = ('hdf5_file', 'input_group_name', 'seeds', 'allow_links', 'executor')   # a file cannot say these
+    # a file cannot say these
+    beside = ('hdf5_file', 'input_group_name', 'seeds', 'allow_links', 'executor', 'in_memory')
     more = {k: changes.pop(k) for k in beside if k in changes}
     if run_file is not None: need_file(run_file, "there is no such run file", "check the path.")
     said = tracking_said(run_file or Path(experiment)/'run.toml', changes)

@@ -10,6 +10,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
+from typing import Literal
 import numpy as np
 import torch
 from ..core.errors import DataProblem, need_file, stand_in
@@ -17,17 +18,15 @@ from ..core.files import check_outputs, read_json
 from ..core.folders import whole_folder
 from ..core.options import check_number
 from ..core.parallel import can_be_sent, in_parallel
-from ..core.ragged import Ragged
 from ..core.registry import trusting
-from ..core.space import convert
-from ..core.tractograms import Tractogram, save_tractogram, suffixes, tractogram_format
+from ..core.tractograms import point_format, suffixes
 from ..study.create import linked_files
 from ..data.dataset import MultiSubjectDataset
 from ..batch.loader import known_group
 from ..models.base import load_model
-from ..tracking.answers import data_of_reasons
-from ..tracking.seeds import seeds_from_mask
+from ..tracking.seeds import SeedsInMask
 from ..tracking.tracker import Tracker
+from ..tracking.whole_brain import TrackedParts, track_here
 from ..training.feed import choose_device
 
 # %% ../../nbs/08_runs/00_track.ipynb #470f50df
@@ -71,9 +70,10 @@ def check_output(
     keeps_data:bool, # Whether it must keep data per streamline
     overwrite:bool,
     inputs=(), # Files that are read
+    points:str='float32', # Type of coordinates
 ):
     "Refuse a file that cannot be written."
-    format = tractogram_format(out_tractogram, write=True)
+    format = point_format(out_tractogram, points)
     if keeps_data and not format.keeps_dps:
         raise DataProblem(f"a {format.suffix} file cannot keep seeds or reasons", file=out_tractogram,
                           do=f"save a {suffixes(lambda o: o.keeps_dps)}, or leave out save_seeds and "
@@ -109,35 +109,41 @@ def tracker_of_run(
 
 of_this_process = {}                              # what a process that works for another one has opened
 
-def batch_of_process(
+def part_of_process(
     run:str, # A word for what follows: it is opened once
     how:tuple, # Arguments of `tracker_of_run`
-    seeds:np.ndarray, # (n, 3) voxmm
-    numbers:np.ndarray, # (n,)
-) -> tuple: # arrays of what `one_batch` gives: points, offsets, short, codes
+    parts:TrackedParts, # Where the batch is kept
+    number:int, # Of the part
+    seeds:np.ndarray, # (n, 3) rasmm
+    first_number:int, # Of the first seed
+    threads:int, # Of torch
+) -> int: # Seeds
     "Track a batch for another process."
     if (tracker := of_this_process.get(run)) is None:
         tracker,_ = tracker_of_run(*how)
         of_this_process.clear()                         # one is enough
         of_this_process[run] = tracker
-    lines,short,codes = tracker.one_batch(torch.from_numpy(seeds), torch.from_numpy(numbers))
-    return *lines.numpy(), short.numpy(), codes.numpy()
+    track_here(tracker, parts, [(number, torch.from_numpy(seeds), first_number)], None, threads)
+    return len(seeds)
 
 # %% ../../nbs/08_runs/00_track.ipynb #8b7cf40e
-def in_processes(
+def track_in_processes(
     tracker:Tracker,
-    jobs:list, # of (seeds, numbers)
+    parts:TrackedParts,
+    jobs, # Iterable of (number of the part, its seeds, their first number)
+    on_end, # Called with the number of lines that have just been completed
+    threads:int, # Of torch, in each process
     processes:int, # At most so many
     how:tuple, # Arguments of `tracker_of_run`
     executor=None, # Any `concurrent.futures.Executor` instead
-): # -> iterator over what `one_batch` gives of each job
-    "Batches, tracked by other processes."
+):
+    "Have what is missing tracked by other processes, which see the folder of the parts."
     run = token_hex(8)
-    work = ((f'batch {i}', (run, how, *(o.cpu().numpy() for o in job))) for i,job in enumerate(jobs))
-    done = in_parallel(batch_of_process, work, executor, max(processes, 2), 4*max(processes, 16),
-                       do="A smaller batch_size takes less memory.")
-    for _,(points,offsets,*more) in done:
-        yield Ragged(torch.from_numpy(points), torch.from_numpy(offsets)), *map(torch.from_numpy, more)
+    work = ((f'batch {i}', (run, how, parts, i, seeds.numpy(), first, threads)) for i,seeds,first in jobs)
+    done = in_parallel(part_of_process, work, executor, max(processes, 2), 4*max(processes, 16),
+                       do="A smaller batch_size takes less memory. What was tracked is kept: the same call "
+                          "goes on with it.")
+    for _,n in done: on_end(n)
 
 def several(
     tracker:Tracker,
@@ -182,16 +188,18 @@ def track_from_model(
     allow_links:bool=False, # Also follow links that lead out of the study's folder
     skip:int=0, # Begin with seed number `skip`: another run has those before it
     processes:int=1, # On the CPU: batches of lines are tracked by so many processes
-    executor=None, # Or by any `concurrent.futures.Executor`, such as dask's
+    executor=None, # Or by any `concurrent.futures.Executor`, such as dask's; it sees the parts' folder
+    points:Literal['float32', 'float16']='float32', # Type of coordinates in the file; float16 in a .trx
+    in_memory:bool=True, # Give the lines back; False: memory does not grow with the seeds
     **options, # Of `Tracker`: tracking_mask_group, step_mm, theta_deg, algo, …
-) -> Tractogram:
-    "The lines of a subject, tracked with a trained experiment and saved."
+): # -> `Tractogram`; without `in_memory`, a `TrackedFile`
+    "The lines of a subject, tracked with a trained experiment and saved. A run that was killed goes on."
     with trusting(trust):
         data = save_seeds or save_reasons
-        check_output(out_tractogram, data, overwrite, [hdf5_file])
+        check_output(out_tractogram, data, overwrite, [hdf5_file], points)
         record = read_experiment(experiment_path)
         study = hdf5_file or record['dataset']['hdf5_file']
-        check_output(out_tractogram, data, overwrite, files_of_run(experiment_path, study))
+        check_output(out_tractogram, data, overwrite, files_of_run(experiment_path, study), points)
         group = input_group_name or record['loader']['params']['input_group_name']
         options = dict(options, seed=seed)
         how = experiment_path, subj_id, study, group, use_latest_epoch, device, allow_links, options
@@ -199,15 +207,11 @@ def track_from_model(
     if seeds is None: seeds = seeds_of_group(tracker, dataset, seeding_mask_group, npv, nt, seed, skip)
     else: seeds = seeds[check_number('skip', skip, least=0, most=max(0, len(seeds) - 1), whole=True):]
     elsewhere = several(tracker, processes, len(seeds), options.get('batch_size'), executor)
-    batches = partial(in_processes, processes=processes, how=how, executor=executor) if elsewhere else None
-    tractogram = tracker.track(seeds, first_number=skip, batches=batches)
-    if save_seeds:
-        seeds_vox = convert(tractogram.info['seeds'], tracker.grid, 'rasmm', 'vox_center')
-        tractogram.dps['seeds'] = seeds_vox.numpy()
-    if save_reasons:
-        tractogram.dps |= data_of_reasons(*(tractogram.info[k] for k in ('stop_reasons', 'stop_names')))
-    save_tractogram(tractogram, out_tractogram, overwrite=overwrite)
-    return tractogram
+    by = partial(track_in_processes, processes=processes, how=how, executor=executor) if elsewhere else \
+        track_here
+    given = [] if options.get('batch_size') is None else ['batch_size']
+    return tracker.track_to_file(seeds, out_tractogram, points, save_seeds, save_reasons, overwrite, skip,
+                                 1 if elsewhere else None, given, by, in_memory)
 
 # %% ../../nbs/08_runs/00_track.ipynb #803015ac
 def seeds_of_group(
@@ -218,7 +222,7 @@ def seeds_of_group(
     nt:int=None, # Seeds in total
     seed:int=1234, # Of their places
     skip:int=0, # Begin with this number
-): # -> (n, 3) Tensor, rasmm
+) -> SeedsInMask:
     "Seeds in a mask of the tracker's subject."
     mask = tracker.subset.get_volume(tracker.subject, known_group(group, dataset.volume_groups, 'volume'))
-    return seeds_from_mask(mask, tracker.subset.grid(tracker.subject, group).affine, npv, nt, seed, skip)
+    return SeedsInMask(mask, tracker.subset.grid(tracker.subject, group).affine, npv, nt, seed, skip)

@@ -25,11 +25,12 @@ from .tracker import Tracker
 def data_of_reasons(
     codes, # (S, 2) as in `info['stop_reasons']`
     names, # What they mean, `info['stop_names']`
+    among=None, # Codes that have a column even if no line has them; None: none do
 ) -> dict: # name -> (S, 2) float32
     "Stop reasons as data per streamline."
     codes = np.asarray(codes)
-    which = {name: codes == i for i,name in enumerate(names)}
-    return {f'stop_{name}': own.astype(np.float32) for name,own in which.items() if own.any()}
+    found = np.unique(codes) if among is None else among
+    return {f'stop_{name}': (codes == i).astype(np.float32) for i,name in enumerate(names) if i in found}
 
 def reasons_of_data(
     dps:dict, # Data per streamline

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['check_tracking_options', 'check_temperature_of', 'find_subject', 'peaks_group', 'volume_on_grid', 'Tracker',
-           'join_halves']
+           'join_halves', 'sum_of_counts']
 
 # %% ../../nbs/06_tracking/03_tracker.ipynb #c9e1db7b
+from collections import Counter
+from dataclasses import dataclass
 from numbers import Real
 from typing import Literal
 import torch
@@ -260,6 +262,22 @@ def join_halves(
     return joined
 
 # %% ../../nbs/06_tracking/03_tracker.ipynb #2e2841e6
+# why a seed has no line
+DROPPED = ('seed outside the mask', 'shorter than min_length_mm')
+
+@dataclass
+class TrackedBatch:
+    "The lines of some seeds, as they are saved, and what became of the other seeds."
+    lines:Ragged # (P, 3) rasmm, on the CPU
+    seeds:Tensor # (S, 3) rasmm, where these lines began
+    codes:Tensor # (S, 2) why these lines end and start: indices of the tracker's `stop_names`
+    counts:dict # 'dropped', 'end', 'start': reason -> how many of all lines
+
+@patch(as_prop=True)
+def stop_names(self:Tracker) -> tuple: # of names
+    "What the stop codes of lines mean."
+    return (*self.walk.reasons, *['seed']*self.forward_only)
+
 @patch
 def finished(self:Tracker,
     lines:Ragged, # (P, 3) voxmm, on the CPU
@@ -269,48 +287,76 @@ def finished(self:Tracker,
     short = (lengths_of(lines) < self.min_length_mm - 1e-3) | (lines.lengths < 2)
     return lines[~short], short
 
+# %% ../../nbs/06_tracking/03_tracker.ipynb #3fecbcb1
 @patch
 def one_batch(self:Tracker,
-    seeds:Tensor, # (n, 3) voxmm
-    numbers:Tensor, # (n,) each line's number
-    on_step=None, # See `propagate`
+    seeds:Tensor, # (n, 3) rasmm
+    first_number:int=0, # The first seed's number, for draws
+    on_step=None, # f(numbers (n,), positions (n, 3) voxmm, codes (n,)), in each half: at its seed, each step
     on_end=None, # See `track_batch`
-) -> tuple: # Ragged of the lines to save, (n,) bool: too short; (n, 2) stop codes; all on the CPU
-    "A batch from its seeds to what will be saved."
-    lines,codes = self.track_batch(seeds.to(self.walk.device), numbers.to(self.walk.device), on_step, on_end)
-    return *self.finished(lines.to('cpu')), codes.cpu()
+) -> TrackedBatch:
+    "Some seeds, tracked together."
+    start = convert(seeds, self.grid, 'rasmm', 'voxmm').to(self.walk.device)
+    numbers,was_training = torch.arange(len(seeds), device=start.device) + first_number, self.model.training
+    self.model.train(False)
+    try: lines,codes = self.track_batch(start, numbers, on_step, on_end)
+    finally: self.model.train(was_training)
+    (lines,short),codes = self.finished(lines.to('cpu')), codes.cpu()
+    lost = self.walk.leaving(start).cpu() != 0
+    dropped = {'seed outside the mask': int(lost.sum()),
+               'shorter than min_length_mm': int((short & ~lost).sum())}
+    end,begin = (count_reasons(o, self.stop_names) for o in codes.T)
+    return TrackedBatch(convert(lines, self.grid, 'voxmm', 'rasmm'), seeds[~short], codes[~short],
+                        dict(dropped={k: n for k,n in dropped.items() if n}, end=end, start=begin))
 
-# %% ../../nbs/06_tracking/03_tracker.ipynb #3fecbcb1
+@patch
+def batches(self:Tracker,
+    seeds, # (n, 3) rasmm, or `SeedsInMask`
+    which=None, # Numbers of batches; None: all of them, in order
+    first_number:int=0, # The first seed's number
+    on_step=None, # See `one_batch`
+    on_end=None, # See `track_batch`
+): # -> generator of `TrackedBatch`es
+    "Batches, one at a time."
+    for i in range(-(-len(seeds)//self.batch_size)) if which is None else which:
+        some = checked_seeds(seeds[i*self.batch_size:(i + 1)*self.batch_size], self.grid, self.subj_id)
+        yield self.one_batch(some, first_number + i*self.batch_size, on_step, on_end)
+
+# %% ../../nbs/06_tracking/03_tracker.ipynb #c9d0f7ce
+def sum_of_counts(
+    counts, # of `TrackedBatch`es
+    names:tuple, # All reasons, in the order of their codes
+) -> dict: # 'dropped': reason -> lines; 'reasons': 'end', 'start' -> reason -> lines
+    "What became of the seeds of some batches."
+    total = {k: Counter() for k in ('dropped', 'end', 'start')}
+    for some in counts:
+        for k,found in some.items(): total[k].update(found)
+    end,start = ({name: total[k][name] for name in names if total[k][name]} for k in ('end', 'start'))
+    return dict(dropped={k: total['dropped'][k] for k in DROPPED if total['dropped'][k]},
+                reasons=dict(end=end, start=start))
+
+@patch
+def gathered(self:Tracker,
+    batches, # Iterable of `TrackedBatch`es
+) -> Tractogram:
+    "One tractogram; `info` has seeds and stop reasons of its lines, and counts."
+    nothing = TrackedBatch(Ragged.from_list([]), torch.zeros(0, 3), torch.zeros(0, 2).long(), {})
+    batches = list(batches) or [nothing]
+    info = dict(seeds=torch.cat([o.seeds for o in batches]),
+                stop_reasons=torch.cat([o.codes for o in batches]), stop_names=self.stop_names)
+    return Tractogram(Ragged.cat([o.lines for o in batches]), self.grid,
+                      info=info | sum_of_counts([o.counts for o in batches], self.stop_names))
+
 @patch
 def track(self:Tracker,
     seeds, # (n, 3) rasmm, see `seeds_from_mask`
     quiet:bool=None, # No progress bar
-    on_step=None, # f(numbers (n,), positions (n, 3) voxmm, codes (n,)), in each half: at its seed, each step
+    on_step=None, # See `one_batch`
     first_number:int=0, # The first seed's number, where those before it are tracked elsewhere; for draws
-    batches=None, # f(tracker, [(seeds, numbers), …]): what `one_batch` gives of each, in order
 ) -> Tractogram:
     "A line from every seed, in RAS mm; `info` has seeds and stop reasons of kept lines, and dropped counts."
     seeds = checked_seeds(seeds, self.grid, self.subj_id)
     check_number('first_number', first_number, least=0, most=1 << 62, whole=True)
-    in_mm = convert(seeds, self.grid, 'rasmm', 'voxmm').to(self.walk.device)
-    names = (*self.walk.reasons, *['seed']*self.forward_only)
-    was_training = self.model.training
-    self.model.train(False)
-    bar,parts = progress(None, 'tracking', total=len(seeds), unit='line', disable=quiet), []
-    numbers = torch.arange(len(seeds)) + first_number
-    jobs = list(zip(in_mm.split(self.batch_size), numbers.split(self.batch_size))) if len(seeds) else []
-    try:
-        if batches is None: parts = [self.one_batch(*job, on_step, bar.update) for job in jobs]
-        else:
-            for part in batches(self, jobs): parts.append(part); bar.update(len(part[1]))
-    finally:
-        bar.close(); self.model.train(was_training)
-    if not parts: parts = [(Ragged.from_list([]), torch.zeros(0).bool(), torch.zeros(0, 2).long())]
-    lines,short,codes = Ragged.cat([p[0] for p in parts]), *(torch.cat(o) for o in list(zip(*parts))[1:])
-    lost = self.walk.leaving(in_mm).cpu() != 0
-    dropped = {'seed outside the mask': int(lost.sum()),
-               'shorter than min_length_mm': int((short & ~lost).sum())}
-    info = dict(seeds=seeds[~short], stop_reasons=codes[~short], stop_names=names,
-                dropped={k: v for k,v in dropped.items() if v},
-                reasons=dict(end=count_reasons(codes[:, 0], names), start=count_reasons(codes[:, 1], names)))
-    return Tractogram(convert(lines, self.grid, 'voxmm', 'rasmm'), self.grid, info=info)
+    bar = progress(None, 'tracking', total=len(seeds), unit='line', disable=quiet)
+    try: return self.gathered(self.batches(seeds, None, first_number, on_step, bar.update))
+    finally: bar.close()

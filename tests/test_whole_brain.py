@@ -2,7 +2,6 @@
 import multiprocessing
 import os
 import signal
-import time
 import zipfile
 from pathlib import Path
 

@@ -15,7 +15,6 @@ import math
 import mmap
 import os
 import re
-import shutil
 import tempfile
 import warnings
 import zipfile

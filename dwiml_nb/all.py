@@ -117,6 +117,7 @@ from .widgets.study_browser import StudyBrowser
 from .widgets.batch_preview import BatchPreview
 from .widgets.training_dashboard import TrainingDashboard
 from .widgets.tracking_player import TrackingPlayer
+from .widgets.report import report_run
 from .widgets.viz import viz
 
 # %% ../nbs/all.ipynb #07ad66c8

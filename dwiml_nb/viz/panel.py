@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEPT_STYLE', 'KEPT_THEME', 'in_cell', 'CellEnd', 'Settled', 'Foot', 'Panel', 'loaded_again', 'picture_html',
-           'page_still', 'Part', 'parts_of', 'page_of']
+           'page_still', 'Part', 'parts_of', 'parts_around', 'page_of']
 
 # %% ../../nbs/09_viz/04_panel.ipynb #08f15d10
 import asyncio
@@ -136,6 +136,7 @@ class Foot(AnyWidget):
 class Panel(W.VBox):
     "A widget with a line for messages under it."
     error = T.Unicode('', help="What went wrong last, or nothing.")
+    kept_as = 'page.html'               # where `to_html` writes if nothing is said
 
     def __init__(self,
         children=(), # Widgets, from top to bottom
@@ -246,6 +247,18 @@ def parts_of(
     "What a panel shows now, for a page to keep; a kind of panel registers its own."
     return [Part(panel.still())]
 
+def parts_around(
+    panel, # `Panel`
+    *within, # `Panel`s within it, from top to bottom; None: there is none now
+) -> list: # of `Part`
+    "The still of a panel, with what turns in the place of the stills of panels within it."
+    parts,rest = [], panel.still()
+    for inner in within:
+        if inner is None or not (still := inner.still()): continue
+        before,_,rest = rest.partition(still)
+        parts += [Part(before), *parts_of(inner)]
+    return [*parts, Part(rest)]
+
 # %% ../../nbs/09_viz/04_panel.ipynb #a044deda
 KEPT_STYLE = f"""
 body {{ margin: 1em auto; max-width: 1240px; padding: 0 1em; font: 15px/1.45 system-ui, sans-serif;
@@ -281,11 +294,11 @@ def page_of(
 # %% ../../nbs/09_viz/04_panel.ipynb #b30e541a
 @patch
 def to_html(self:Panel,
-    path, # An .html file
+    path=None, # An .html file; None: page.html, or report.html in the folder of an experiment
     overwrite:bool=False, # Replace a file that exists
 ) -> Path: # Where it is
     "Write what is seen now as one page that needs nothing else; its 3-D still turns."
-    path = Path(path)
+    path = Path(self.kept_as if path is None else path)
     if path.suffix != '.html': raise ValueError(f"pages are saved as .html, found '{path.name}'")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists: choose another name, or give overwrite=True.")

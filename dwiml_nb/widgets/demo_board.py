@@ -19,7 +19,7 @@ from ..core.ragged import Ragged
 from ..core.tractograms import load_tractogram
 from ..evaluation.bundles import REASONS, load_reference, score_tractogram
 from ..viz.scene import Scene
-from ..viz.panel import Panel, Part, parts_of
+from ..viz.panel import Panel, Part, parts_around, parts_of
 from ..viz.side_by_side import SideBySide, parts_of_beside
 from .score_view import ScoreView
 from .state import Choice
@@ -267,4 +267,4 @@ def parts_of_demo(
     return [head('Scores'), *parts_of(board.scores),
             head(board.title()), *parts_of_beside(board.beside, scenes),
             head('Study'), Part(study_rows(board.browser)),
-            head('Training'), *parts_of(board.dashboard)]
+            head('Training'), *parts_around(board.dashboard, board.dashboard.curves, board.dashboard.tracks)]

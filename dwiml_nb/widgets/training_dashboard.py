@@ -152,7 +152,7 @@ class TrainingDashboard(Panel):
         self.preview,self.tracks = None,None                    # of a batch that was clicked; of the epochs
         self.on_pick.append(self.guard(partial(open_batch, self)))
         first = make_table(self) if len(self.runs) > 1 else make_steering(self)
-        if not self.table: self.tracks = make_tracks(self)
+        if not self.table: self.tracks,self.kept_as = make_tracks(self), self.run.folder/'report.html'
         self.children = [first, self.message, self.curves, *filter(None, [self.tracks])]
         if self.trainer is None: self.run.look(); self.nb_orders = len(self.run.orders)
         self.draw()

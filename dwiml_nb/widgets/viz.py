@@ -6,8 +6,8 @@
 __all__ = ['INSTEAD', 'takes', 'viz', 'viz_study', 'viz_subject', 'viz_subset', 'viz_batch', 'viz_loader', 'lines_scene',
            'viz_lines', 'viz_tractogram', 'viz_scene', 'in_rasmm', 'viz_image', 'viz_array', 'viz_tensor', 'viz_model',
            'viz_scores', 'viz_list', 'viz_dict', 'viz_trainer', 'viz_tracker', 'viz_experiment', 'viz_other',
-           'viz_sequence', 'check_there', 'viz_folder', 'viz_path', 'parts_around', 'parts_of_preview',
-           'parts_of_player', 'parts_of_study', 'parts_of_dashboard', 'parts_of_run']
+           'viz_sequence', 'check_there', 'viz_folder', 'viz_path', 'parts_of_preview', 'parts_of_player',
+           'parts_of_study', 'parts_of_run']
 
 # %% ../../nbs/11_widgets/11_viz.ipynb #36094ccc
 from functools import singledispatch
@@ -16,7 +16,6 @@ import nibabel as nib
 import numpy as np
 import torch
 from ..core.errors import DataProblem, did_you_mean, need_file, stand_in
-from ..core.files import read_json
 from ..core.ragged import Ragged, as_ragged
 from ..core.tractograms import TRACTOGRAM_FORMATS, Tractogram, is_tractogram, load_tractogram
 from ..data.dataset import MultiSubjectDataset
@@ -28,9 +27,10 @@ from ..tracking.tracker import Tracker
 from ..training.trainer import DWIMLTrainer
 from ..evaluation.bundles import Scores
 from ..viz.scene import Scene, scene_of_batch
-from ..viz.panel import Part, parts_of
+from ..viz.panel import parts_around, parts_of
 from ..viz.viewers import show
 from .batch_preview import BatchPreview
+from .report import parts_of_dashboard, scores_in  # noqa: F401 - how a dashboard is kept
 from .run_panel import RunPanel
 from .study_browser import StudyBrowser
 from .tracking_player import TrackingPlayer
@@ -246,28 +246,13 @@ def viz_path(
     if path.suffix in ('.hdf5', '.h5'): return StudyBrowser(path)
     if path.suffix == '.toml': return RunPanel(path, trust=trust)
     if is_image(path): return viz_image(path)
-    if path.suffix == '.json':
-        found = read_json(path, dict)
-        known = found if is_scores(found) else {k: v for k,v in found.items() if is_scores(v)}
-        if known: return viz_scores(known, path.name) if known is found else ScoreView(known)
+    if path.suffix == '.json' and (scores := scores_in(path)): return ScoreView(scores)
     known = ('.hdf5', '.h5', '.toml', *TRACTOGRAM_FORMATS, '.nii', '.nii.gz', '.json')
     raise DataProblem(f"don't know how to show this.{did_you_mean(path.suffix, known)}", file=path,
                       expected=f"a name that ends in {', '.join(known)} (of scores)",
                       found=path.suffix or 'no suffix')
 
 # %% ../../nbs/11_widgets/11_viz.ipynb #4e21143d
-def parts_around(
-    panel, # `Panel`
-    *within, # `Panel`s within it, from top to bottom; None: there is none now
-) -> list: # of `Part`
-    "The still of a panel, with what turns in the place of the stills of panels within it."
-    parts,rest = [], panel.still()
-    for inner in within:
-        if inner is None or not (still := inner.still()): continue
-        before,_,rest = rest.partition(still)
-        parts += [Part(before), *parts_of(inner)]
-    return [*parts, Part(rest)]
-
 @parts_of.register
 def parts_of_preview(x:BatchPreview) -> list: return parts_around(x, x.viewer)
 
@@ -278,9 +263,7 @@ def parts_of_player(x:TrackingPlayer) -> list: return parts_around(x, x.viewer)
 def parts_of_study(x:StudyBrowser) -> list: return parts_around(x, x.viewer if x.shown[0] == 'look' else None)
 
 @parts_of.register
-def parts_of_dashboard(x:TrainingDashboard) -> list:
-    return parts_around(x, x.curves, x.tracks, x.preview)
-
-@parts_of.register
 def parts_of_run(x:RunPanel) -> list:
-    return [part for panel in (x.browser, x.preview, x.dashboard) for part in parts_of(panel)]
+    board = x.dashboard
+    return [*parts_of(x.browser), *parts_of(x.preview),
+            *parts_around(board, board.curves, board.tracks, board.preview)]

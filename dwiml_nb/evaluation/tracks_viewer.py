@@ -52,7 +52,7 @@ def volume_of_run(
     experiment, # Its folder
     subj_id:str,
     dataset=None, # `MultiSubjectDataset` that is loaded; None: the run's study is opened
-) -> Slices: # None: it cannot be had
+) -> tuple: # `Slices`, None: it cannot be had; and why not, in words
     "The first volume that the model sees of a subject."
     try:
         record = read_experiment(experiment)
@@ -64,10 +64,13 @@ def volume_of_run(
         subset,subject = find_subject(dataset, subj_id)
         grid = subset.grid(subject, group)
         size = 4*np.prod(grid.dimensions, dtype=float)*dataset.nb_features[group]
-        if is_ours and size > MOST_TO_SEE: return None
+        if is_ours and size > MOST_TO_SEE:
+            return None,(f"{group} of {subj_id} is not drawn under the lines: it has {size/1e6:,.0f} MB, "
+                         f"and a study that is opened for a look is read up to {MOST_TO_SEE/1e6:,.0f} MB")
         volume,name = subset.get_volume(subject, group), f"{group} of {subj_id}"
-        return Slices(volume, grid.affine, name=name, planes='z')
-    except Exception: return None                           # the study was moved, say; lines can do without
+        return Slices(volume, grid.affine, name=name, planes='z'), ''
+    except Exception as e:                                  # lines can do without
+        return None,f"there is no volume under the lines, for the run's study cannot be read: {e}"
 
 VERDICTS = ('valid', 'wrong length', *REASONS[3:])          # 7 colours; too short and too long share one
 
@@ -104,7 +107,7 @@ class TracksViewer(Panel):
         dataset=None, # `MultiSubjectDataset` with the subject; None: the run's study is opened
     ):
         self.folder,self.dataset,self.rows = Path(experiment), dataset, {}
-        self.tail,self.viewer,self.under,self.shown = None, None, None, None
+        self.tail,self.viewer,self.under,self.shown,self.bare = None, None, None, None, ''
         self.tail = LogTail(self.folder/'logs'/'tracks.jsonl')
         self.thread,self.loop,self.is_moved = threading.get_ident(), running_loop(), False
         self.slider = W.IntSlider(1, 1, 2, description='epoch', layout=W.Layout(width='28em'))
@@ -180,7 +183,9 @@ def draw(self:TracksViewer):
     path = tracks_of(self.folder)[self.epoch]
     if self.shown == (self.epoch, path.stat().st_mtime_ns): return
     self.shown,row = (self.epoch, path.stat().st_mtime_ns), self.rows[self.epoch]
-    if self.under is None: self.under = volume_of_run(self.folder, row['subject'], self.dataset)
+    if self.under is None:
+        self.under,self.bare = volume_of_run(self.folder, row['subject'], self.dataset)
+        self.tell()
     scene = scene_of_tracks(path, row, self.under)
     if self.viewer is None:
         self.viewer = show(scene)
@@ -201,6 +206,7 @@ def tell(self:TracksViewer):
     latest = max(self.rows, default=-1)
     rows = [self.rows[o] for o in dict.fromkeys((self.epoch, latest)) if o in self.rows]
     said = [tracked_words(row) for row in rows if row['epoch'] == self.epoch or 'problem' in row]
+    if self.bare: said.append(self.bare)
     self.told.value = ''.join(f'<div class="dwiml-quiet">{html_text(words)}</div>' for words in said)
 
 # %% ../../nbs/10_evaluation/07_tracks_viewer.ipynb #26058d17

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SMALLEST_BEND', 'MOST_VOXELS', 'CAMERA_JS', 'SHADERS_JS', 'CARD_JS', 'LINES_JS', 'PICK_JS', 'VOLUMES_JS',
            'PICTURE_JS', 'LABELS_JS', 'MOUSE_JS', 'BAR_JS', 'PLAY_JS', 'STAGE_CSS', 'LOOK_JS', 'VIEW_JS', 'HEAR_JS',
-           'PAINT_JS', 'HAND_JS', 'PARTS_JS', 'STAGE_JS', 'SHARED', 'PAGE_JS', 'points_to_send', 'varies_along',
-           'line_state', 'colour_bytes', 'volume_state', 'scene_state', 'legend_state', 'as_css', 'look_state',
-           'as_sent', 'BrowserStage', 'camera_of', 'frame_of_camera', 'small_still', 'BrowserFace', 'turning_part',
-           'turning_page']
+           'PAINT_JS', 'HAND_JS', 'PARTS_JS', 'STAGE_JS', 'SHARED', 'PAGE_JS', 'MOST_COLOURS', 'points_to_send',
+           'varies_along', 'line_state', 'colour_bytes', 'volume_state', 'scene_state', 'legend_state', 'as_css',
+           'look_state', 'as_sent', 'BrowserStage', 'camera_of', 'frame_of_camera', 'small_still', 'BrowserFace',
+           'colouring_of', 'kept_colourings', 'turning_part', 'turning_page']
 
 # %% ../../nbs/09_viz/06_browser.ipynb #a3410eba
 import base64
@@ -21,7 +21,7 @@ from anywidget import AnyWidget
 from fastcore.basics import patch
 from ..core.lines import mark_bends
 from .painter import Frame, VIEWS, frame_of, paint, view_from
-from .scene import LineSet, Scene, Slices, scale_words
+from .scene import LineSet, Scene, Slices, colours_by, scale_words
 from .theme import DARK_INK, DARK_PAPER, DARK_QUIET, INK, PAPER, QUIET, rgba, value_colours
 from .panel import Part, page_of
 from .faces import Face, to_jpeg
@@ -146,9 +146,11 @@ def scene_state(
 def legend_state(
     scene:Scene,
     most:int=12, # The most words
+    colour:str=None, # One of its colourings; None: the present one
 ) -> dict: # `words`, each with a colour, or a scale; all as the page's pen takes it
     "What the colours of the lines mean."
     named = [s.colour for s in scene.lines if isinstance(s.colour, str) and s.colour in scene.colourings]
+    if colour is not None: named = [colour]
     legend = scene.legend(named[0]) if named else []
     if isinstance(legend, tuple):
         low,high = scale_words(legend)
@@ -1357,9 +1359,31 @@ function modelOf(values) {
     on: (name, f) => (heard[name] ??= []).push(f), off() {}, save_changes() {}, send() {},
   }
 }
+function chooser(el, names, now) {
+  const beside = el.closest(".dwiml-beside")
+  if (names.length < 2 || beside?.querySelector(".dwiml-colour")) return
+  const label = Object.assign(document.createElement("label"), {className: "dwiml-colour"})
+  const select = document.createElement("select")
+  select.setAttribute("aria-label", "colour of lines")
+  select.replaceChildren(...names.map(name => new Option(name)))
+  select.value = now
+  select.onchange = () => {
+    for (const { shown } of beside?.querySelectorAll(".dwiml-turns") ?? [el]) {
+      const found = shown?.get("colourings")[select.value]
+      if (!found) continue
+      shown.set("legend", found.legend)
+      shown.set("colours", found.colours)
+    }
+  }
+  label.append("lines by ", select)
+  if (beside) beside.querySelector(".dwiml-choice").append(label)
+  else el.append(label)
+}
 for (const el of document.querySelectorAll(".dwiml-turns")) {
   const values = await unpack(el.querySelector("script").textContent)
-  new StageView(modelOf(values), el)
+  el.shown = modelOf(values)
+  new StageView(el.shown, el)
+  chooser(el, Object.keys(values.colourings), values.colouring)
 }
 document.dispatchEvent(new Event("dwiml-ready"))
 """
@@ -1381,6 +1405,28 @@ def packed(
     return gzip.compress(len(text).to_bytes(4, 'little') + text + b''.join(chunks), 6, mtime=0)
 
 # %% ../../nbs/09_viz/06_browser.ipynb #cc9d03b7
+MOST_COLOURS = 1_000_000 # Of all points in all colourings of a page: 4 MB
+
+def colouring_of(scene) -> str: # '': each set has a colour of its own
+    "By what the lines are coloured now."
+    return next((s.colour for s in scene.lines if isinstance(s.colour, str) and s.colour in s.colourings), '')
+
+def kept_colourings(
+    scene:Scene,
+    sent, # of `line_state`, for each of its sets
+) -> dict: # name -> `colours` and `legend`
+    "The colours of lines among which a page lets its reader choose."
+    along = {name for s in scene.lines for name in s.data_per_point}    # their points are not all sent
+    names = [name for name in scene.colourings if name not in along or name == colouring_of(scene)]
+    if not scene.lines or len(names)*sum(len(p) for _,p in sent) > MOST_COLOURS: return {}
+    def of(name, s, points):
+        if name not in s.colourings or str(s.colour).startswith('#'): return colour_bytes(s, points)
+        low,high = scene.range_of(name)
+        colours = colours_by(s, name, low=low, high=high)[points]
+        return np.rint(255*np.nan_to_num(colours)).clip(0, 255).astype(np.uint8).tobytes()
+    return {name: {'legend': legend_state(scene, colour=name),
+                   'colours': [of(name, s, p) for s,(_,p) in zip(scene.lines, sent)]} for name in names}
+
 def turning_part(
     scene:Scene,
     camera=None, # As `BrowserStage.camera`; None: obliquely, all of it
@@ -1392,7 +1438,9 @@ def turning_part(
     defaults = {name: trait.default() for name,trait in BrowserStage.class_own_traits(sync=True).items()}
     state = {**defaults, **scene_state(scene), **look_state(scene), 'lines': [o for o,_ in sent],
              'colours': [colour_bytes(s, p) for s,(_,p) in zip(scene.lines, sent)], 'height': height,
-             'camera': camera or [30, 30, 0, 0, 0, 0, 600, 450], 'page': True, **traits}
+             'camera': camera or [30, 30, 0, 0, 0, 0, 600, 450], 'page': True, **traits,
+             'colourings': kept_colourings(scene, sent),
+             'colouring': colouring_of(scene)}
     lists = {name: list(v) for name,v in state.items() if isinstance(v, tuple)}
     data = base64.b64encode(packed(state | lists)).decode()
     return Part(f"""<div class="dwiml-turns"><div>{escape(scene.title)}</div>

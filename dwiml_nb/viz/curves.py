@@ -268,12 +268,12 @@ def is_positive(lines) -> bool: return all((o.y[np.isfinite(o.y)] > 0).all() for
 
 def plain_axes(ax, title:str, legend:bool):
     "Axes in an ink that is read on any paper."
-    ax.set_title(title, fontsize=10, color=MIDDLE, loc='left', parse_math=False)
+    ax.set_title(title, fontsize=11, color=MIDDLE, loc='left', parse_math=False)
     ax.grid(color=MIDDLE, alpha=.3, lw=.6)
-    ax.tick_params(colors=MIDDLE, labelsize=8)
+    ax.tick_params(colors=MIDDLE, labelsize=9)
     for side,spine in ax.spines.items(): spine.set(visible=side in ('left', 'bottom'), color=MIDDLE)
     if not legend or not ax.get_legend_handles_labels()[1]: return
-    box = ax.legend(frameon=False, fontsize=8, labelcolor=MIDDLE, ncols=4, loc='lower right',
+    box = ax.legend(frameon=False, fontsize=9, labelcolor=MIDDLE, ncols=4, loc='lower right',
                     bbox_to_anchor=(1, 1), borderaxespad=.2)
     for text in box.get_texts(): text.set_parse_math(False)
 
@@ -301,7 +301,7 @@ def curves_figure(
         is_first = name == list(places)[0]
         plain_axes(ax, title_of(name), legend=is_first)
         if is_first: ax.text(1, -38/(270 if name == 'loss' else 140), along, transform=ax.transAxes,
-                             ha='right', fontsize=8, color=MIDDLE)
+                             ha='right', fontsize=9, color=MIDDLE)
         drawn.append((ax, mine))
     return picture,drawn
 

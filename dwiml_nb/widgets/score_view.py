@@ -56,7 +56,7 @@ SCORE_STYLE = f"""<style>
 .dwiml-scores table {{ border-collapse: collapse; display: table }}
 .dwiml-scores :is(td, th) {{ padding: 2px 12px 2px 0; text-align: left; white-space: nowrap;
                                line-height: 1.5 }}
-.dwiml-bar-of {{ display: inline-block; width: 7em; height: .75em; background: {QUIET}33;
+.dwiml-bar-of {{ display: inline-block; width: clamp(2em, 7vw, 7em); height: .75em; background: {QUIET}33;
                  margin-right: .6em }}
 .dwiml-bar-of i {{ display: block; height: 100%; background: {PALETTE[0]} }}
 .dwiml-why {{ display: flex; height: 1.1em; width: 100%; max-width: 46em; margin: 2px 0 }}

@@ -53,6 +53,11 @@ def test_a_kept_page_turns_and_chooses(browser, tmp_path):
     page.mouse.up()
     oblique.click()
     wait_until(lambda: (pixels(pictures.nth(0)) == first).all(2).mean() > .999)
+    assert page.get_by_label("colour of lines").count() == 1, "one chooser for both"
+    page.get_by_label("colour of lines").select_option("bundle")
+    for i in (0, 1): wait_until(lambda i=i: (pixels(pictures.nth(i)) != (first, second)[i]).any(2).mean() > .005)
+    page.get_by_label("colour of lines").select_option("direction")
+    wait_until(lambda: (pixels(pictures.nth(0)) == first).all(2).mean() > .999)
     page.get_by_label("bundle").select_option("front")
     wait_until(lambda: counts.all_text_contents() == ["4 lines", "30 lines"])
     assert page.locator("tr.dwiml-on").count() == page.locator("tr.dwiml-off").count() == 1

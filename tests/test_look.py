@@ -73,13 +73,13 @@ def test_legends(viewer):
     viewer.colour = "bundle"
     assert [word for word, _ in viewer.legend] == ["0", "1", "2"]
     viewer.colour = "loss"
-    assert viewer.legend == (0., 2., "", "viridis")
+    assert viewer.legend == (0., 2., "loss", "viridis")
 
 
 def test_one_colour_means_one_value_in_all_line_sets():
     scene = Scene().add_lines(arcs(2), "a", data_per_line={"score": [0., 1]}).add_lines(arcs(2), "b", data_per_line={"score": [1., 2]})
     a, b = scene.colour_by("score").lines
-    assert (a.colours[a.offsets[1]] == b.colours[0]).all() and scene.legend("score") == (0., 2., "", "viridis")
+    assert (a.colours[a.offsets[1]] == b.colours[0]).all() and scene.legend("score") == (0., 2., "score", "viridis")
 
 
 def test_pointing_clicking_and_lassoing(viewer):

@@ -148,7 +148,7 @@ def test_that_very_batch_opens_in_the_colours_of_its_loss(trainer_of, preview_of
     assert torch.allclose(torch.from_numpy(scene.lines[0].data_per_point["loss"]), points, rtol=0, atol=0, equal_nan=True)
 
     preview.next_batch()
-    assert "now" in preview.info and "logged" not in preview.info
+    assert "; loss " in preview.info and "logged" not in preview.info
     preview.augmented = False
     assert preview.losses is None and preview.viewer.colour == "direction" and preview.worst.layout.display == "none"
 

@@ -178,3 +178,17 @@ def test_a_registered_model_is_asked_too(tmp_path):
     assert np.nanmax(player.answers.said.angles) < .1 and player.answers.said.head is None
     assert "mm from the nearest true line" in player.answers.told.value and "valid" in player.answers.told.value
     player.close()
+
+
+def test_a_click_lights_the_line_and_marks_its_point(ring):
+    player = TrackingPlayer(tracker_of(ring), ring[2][:20])
+    pixel = player.viewer.face.frame().project(player.tractogram.lines[5][9:10].numpy())[0]
+    line = player.viewer.click(pixel)  # as the rungs do that draw in the kernel
+    assert line >= 0 and player.line == line and player.viewer.selection == (line,)
+    (mark,) = player.viewer.marks
+    assert np.abs(player.tractogram.lines[line].numpy() - mark).sum(1).min() < 1e-4
+    at = player.viewer.face.frame().project(np.array([mark]))[0].astype(int)
+    assert (player.viewer.face.marked(np.zeros((450, 600, 3), np.uint8), player.viewer.face.frame())[at[1], at[0]] == 255).all()
+    player.line = -1
+    assert player.viewer.marks == ()
+    player.close()

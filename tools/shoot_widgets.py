@@ -1,9 +1,9 @@
 """See every widget in every place where people meet it: `python tools/shoot_widgets.py --out FOLDER [NAME …]`.
 
-For each widget a small notebook over the toy study is run in JupyterLab and in Notebook 7, used with real clicks and drags, and photographed: alive, light and dark (the theme changes while
+A notebook of the widgets, over the toy study, is run in JupyterLab and in Notebook 7; each widget is used with real clicks and drags, and photographed: alive, light and dark (the theme changes while
 it is open), 820 and 1,600 pixels wide; then saved, its kernel ended, and opened again without one; then as nbconvert's HTML. Pictures go to FOLDER (`NAME.app.form.theme.width.png`, what a click
 led to as `NAME.app.live.did-….png`), contact sheets to FOLDER/sheets. Beside them findings.txt: errors on the browser's console, requests that leave the machine, what stands past the edge of its cell,
-scroll bars inside a cell, words that nobody should read, cells that failed. `--list` names the widgets; a new one is a row of `WIDGETS`.
+scroll bars inside a cell, words that nobody should read, cells that failed. A new widget is a row of shoot_rows.py.
 """
 import argparse
 import json
@@ -21,27 +21,27 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).parent)]
 import conftest  # noqa: E402
+from playwright.sync_api import TimeoutError, sync_playwright  # noqa: E402
 from shoot_rows import WIDGETS  # noqa: E402
 
-THEMES, WIDTHS = ("light", "dark"), (820, 1600)
-QUIET = re.compile(r"GPU stall|cdnjs|GL Driver Message|swiftshader|WebGL: CONTEXT_LOST|favicon|/api/(sessions|kernels)|kernelspecs/.*logo|Failed to start the kernel")
+THEMES, WIDTHS, HEIGHT = ("light", "dark"), (820, 1600), 1800
+QUIET = re.compile(r"GPU stall|cdnjs|GL Driver Message|swiftshader|WebGL: CONTEXT_LOST|favicon|/api/(sessions|kernels)|kernelspecs/.*logo|Failed to start the kernel|jupyterlab-manager")
 NBCONVERT = r"cdnjs.cloudflare.com/.*/(mathjax|require\.js)/"  # what its pages load, whatever they show
 BAD_WORDS = ("model not found", "Loading widget", " object at 0x", "<dwiml", "Traceback", "[object Object]", "undefined", "NaN")
-LOOK = """() => {                                        // what is past its cell's edge, scrolls inside it, or is cut off
-  const found = [], areas = [...document.querySelectorAll(".jp-Cell-outputArea, .jp-OutputArea")].filter(o => o.offsetParent)
+LOOK = """area => {                                      // what is past its cell's edge, scrolls inside it, or is cut off
+  const found = []
   const name = o => `${o.tagName.toLowerCase()}.${[...o.classList].slice(-2).join(".")} “${(o.textContent || o.title || "").trim().slice(0, 30)}”`
-  for (const area of areas) {
-    const edge = area.getBoundingClientRect().right
-    for (const o of area.querySelectorAll("*")) {
-      const box = o.getBoundingClientRect(), style = getComputedStyle(o)
-      if (!o.checkVisibility({visibilityProperty: true, opacityProperty: true}) || !box.width || !box.height) continue
-      let clip = false
-      for (let up = o.parentElement; up && up !== area; up = up.parentElement) clip ||= getComputedStyle(up).overflowX !== "visible" && up.getBoundingClientRect().right <= edge + 1
-      if (box.right > edge + 1 && !clip) found.push(`past the edge by ${Math.round(box.right - edge)}: ${name(o)}`)
-      const scrolls = (over, full, seen) => /auto|scroll/.test(over) && full > seen + 1
-      if (scrolls(style.overflowY, o.scrollHeight, o.clientHeight) || scrolls(style.overflowX, o.scrollWidth, o.clientWidth)) found.push(`scrolls: ${name(o)}`)
-      if (/BUTTON|SELECT/.test(o.tagName) && o.scrollWidth > o.clientWidth + 1) found.push(`words cut off: ${name(o)}`)
-    } }
+  const edge = area.getBoundingClientRect().right
+  for (const o of area.querySelectorAll("*")) {
+    const box = o.getBoundingClientRect(), style = getComputedStyle(o)
+    if (!o.checkVisibility({visibilityProperty: true, opacityProperty: true}) || !box.width || !box.height) continue
+    let clip = false
+    for (let up = o.parentElement; up && up !== area; up = up.parentElement) clip ||= getComputedStyle(up).overflowX !== "visible" && up.getBoundingClientRect().right <= edge + 1
+    if (box.right > edge + 1 && !clip) found.push(`past the edge by ${Math.round(box.right - edge)}: ${name(o)}`)
+    const scrolls = (over, full, seen) => /auto|scroll/.test(over) && full > seen + 1
+    if (o.tagName !== "SELECT" && (scrolls(style.overflowY, o.scrollHeight, o.clientHeight) || scrolls(style.overflowX, o.scrollWidth, o.clientWidth))) found.push(`scrolls: ${name(o)}`)
+    if (/BUTTON|SELECT/.test(o.tagName) && o.scrollWidth > o.clientWidth + 1) found.push(`words cut off: ${name(o)}`)
+  }
   return [...new Set(found)] }"""
 
 
@@ -98,27 +98,27 @@ class Camera:
         page.on("request", lambda r: r.url.startswith(("http", "ws")) and not re.search("//127.0.0.1|" + NBCONVERT, r.url) and self.note(f"leaves the machine: {r.url}", where))
         if not with_kernel:
             for what in ("sessions", "kernels"): page.route(f"**/api/{what}*", lambda r: r.abort() if r.request.method == "POST" else r.continue_())
-        page.set_viewport_size({"width": 1600, "height": 2600})
+        page.set_viewport_size({"width": 1600, "height": HEIGHT})
         try: yield page
         finally: page.close()
 
-    def shoot(self, page, name):
-        "The cell's output, as it is now."
-        page.wait_for_timeout(700)
-        outputs = page.locator(".jp-Cell-outputArea, .jp-Cell-outputWrapper").filter(visible=True)
-        outputs.last.screenshot(path=self.out / f"{name}.png")
-        for what in page.evaluate(LOOK): self.note(what, name)
-        words = page.locator("body").inner_text()
+    def shoot(self, page, name, widget):
+        "A cell's output, as it is now."
+        widget.scroll_into_view_if_needed()
+        page.wait_for_timeout(400)
+        widget.screenshot(path=self.out / f"{name}.png")
+        for what in widget.evaluate(LOOK): self.note(what, name)
+        words = widget.inner_text()
         for bad in BAD_WORDS:
             if bad in words: self.note(f"words: {bad} in “{words[max(0, words.index(bad) - 60):words.index(bad) + 60]}”", name)
 
-    def everywhere(self, page, name, set_theme, themes=THEMES):
+    def everywhere(self, page, shown, where, set_theme, themes=THEMES):
         for theme in themes:
             set_theme(theme)
             for width in WIDTHS:
-                page.set_viewport_size({"width": width, "height": 2600})
+                page.set_viewport_size({"width": width, "height": HEIGHT})
                 page.wait_for_timeout(1500)
-                self.shoot(page, f"{name}.{theme}.{width}")
+                for name, i in shown.items(): self.shoot(page, f"{name}.{where}.{theme}.{width}", output(page, i))
 
 
 def command(page, name, **args): page.evaluate("([name, args]) => jupyterapp.commands.execute(name, args)", [name, args])
@@ -136,47 +136,65 @@ def opened(server, page, file):
 
 
 def run_all(page, seconds):
-    page.wait_for_function("() => document.querySelector('.jp-Notebook-ExecutionIndicator, .jp-NotebookPanel-toolbar')")
-    page.wait_for_timeout(4000)  # a kernel is being started
-    command(page, "notebook:run-all-cells")
-    page.wait_for_function("""() => document.querySelector('[data-mime-type="application/vnd.jupyter.error"]') ||
-        [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')].every(o => /\\[\\d+\\]/.test(o.textContent))""", timeout=1000*seconds)
+    "Run all cells, again if the kernel was not there yet."
+    prompts = "[...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')].map(o => o.textContent)"
+    for _ in range(5):
+        page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for(state="attached", timeout=90_000)
+        command(page, "notebook:run-all-cells")
+        try: page.wait_for_function(f"() => {prompts}.some(o => /\\d|\\*/.test(o))", timeout=15_000); break
+        except TimeoutError: continue
+    page.wait_for_function(f"() => {prompts}.every(o => /\\d/.test(o))", timeout=1000*seconds)
     page.wait_for_timeout(3000)
 
 
-def see(camera, server, name, row, forms):
-    "One widget in one app: alive, opened again, converted."
-    file, where = server.folder / f"{name}.ipynb", f"{name}.{server.app}"
-    cells = [{"cell_type": "code", "id": f"cell-{i}", "metadata": {}, "execution_count": None, "outputs": [], "source": cell.strip()} for i, cell in enumerate(row.cells)]
+def output(page, i): return page.locator(".jp-Cell").nth(i).locator(".jp-Cell-outputArea, .jp-Cell-outputWrapper").first
+
+
+def cells_of(names):
+    "The cells of one notebook for several widgets; the number of each one's cell."
+    cells, shown, before = [], {}, []
+    for row in map(WIDGETS.get, names):
+        if row.cells[0] not in before: before = []
+        cells += [cell for cell in row.cells[:-1] if cell not in before] + [row.cells[-1]]
+        before += row.cells[:-1]
+        shown[next(name for name in names if WIDGETS[name] is row)] = len(cells) - 1
+    return [{"cell_type": "code", "id": f"cell-{i}", "metadata": {"tags": ["raises-exception"]}, "execution_count": None, "outputs": [], "source": cell.strip()} for i, cell in enumerate(cells)], shown
+
+
+def see(camera, server, names, forms):
+    "Widgets in one app: alive, opened again, converted."
+    file, app = server.folder / "widgets.ipynb", server.app
+    cells, shown = cells_of(names)
     file.write_text(json.dumps({"cells": cells, "metadata": {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}, "nbformat": 4, "nbformat_minor": 5}))
-    with camera.page(f"{where}.live") as page:
+    with camera.page(f"{app}.live") as page:
         opened(server, page, file.name)
-        run_all(page, row.seconds)
-        for error in page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_text_contents(): camera.note(f"cell: {error[-200:]}", where)
-        widget = page.locator(".jp-Notebook .jp-Cell").last.locator(".jp-Cell-outputArea")
-        if row.act:
-            try: row.act(page, widget, lambda word: camera.shoot(page, f"{where}.live.did-{word}"))
-            except Exception as e: camera.note(f"act: {type(e).__name__}: {str(e)[:250]}", where); camera.shoot(page, f"{where}.live.did-fail")
-        if "live" in forms: camera.everywhere(page, f"{where}.live", themed(page))
+        run_all(page, sum(WIDGETS[name].seconds for name in names))
+        for error in page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_text_contents(): camera.note(f"cell: {error[-200:]}", app)
+        for name, i in shown.items():
+            if not (act := WIDGETS[name].act): continue
+            shoot = lambda word: camera.shoot(page, f"{name}.{app}.live.did-{word}", output(page, i))  # noqa: B023
+            try: act(page, output(page, i), shoot)
+            except Exception as e: camera.note(f"act: {type(e).__name__}: {str(e)[:250]}", f"{name}.{app}"); shoot("fail")
+        if "live" in forms: camera.everywhere(page, shown, f"{app}.live", themed(page))
         page.wait_for_timeout(2500)  # the still follows
         command(page, "docmanager:save")
-        page.wait_for_timeout(2500)
+        page.wait_for_timeout(3000)
     server.end_kernels()
     if "reopened" in forms:
-        with camera.page(f"{where}.reopened", with_kernel=False) as page:
+        with camera.page(f"{app}.reopened", with_kernel=False) as page:
             opened(server, page, file.name)
             for _ in range(12):  # longer than it looks for a widget; meanwhile it may ask for a kernel
                 if (buttons := page.locator(".jp-Dialog button")).count(): (no if (no := buttons.filter(has_text="No Kernel")).count() else buttons).last.click()
                 page.wait_for_timeout(500)
-            camera.everywhere(page, f"{where}.reopened", themed(page))
-    if "html" in forms and server.app == "lab":
+            camera.everywhere(page, shown, f"{app}.reopened", themed(page))
+    if "html" in forms and app == "lab":
         for theme in THEMES:
-            made = camera.out / f"{name}.{theme}.html"
+            made = camera.out / f"{names[0]}.{theme}.html"
             subprocess.run([sys.executable, "-m", "nbconvert", "--to", "html", "--theme", theme, "--output", str(made), str(file)], check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-            with camera.page(f"{name}.html") as page:
+            with camera.page("html") as page:
                 page.goto(made.as_uri(), wait_until="domcontentloaded")
                 page.wait_for_timeout(1500)
-                camera.everywhere(page, f"{name}.html", lambda _: None, [theme])
+                camera.everywhere(page, shown, "html", lambda _: None, [theme])
 
 
 def sheet(out, name):
@@ -206,7 +224,6 @@ def main():
     parser.add_argument("--notebook7", default="", help="a folder that holds Notebook 7, where it is not installed")
     args = parser.parse_args()
     if unknown := set(args.names) - set(WIDGETS): parser.error(f"no widget {unknown}; there are {', '.join(WIDGETS)}")
-    from playwright.sync_api import sync_playwright
     args.out.mkdir(parents=True, exist_ok=True)
     args.out = args.out.resolve()
     work = Path(tempfile.mkdtemp(prefix="shoot"))
@@ -217,7 +234,9 @@ def main():
             (folder := work / app).mkdir()
             server = Server(app, folder, args.notebook7)
             try:
-                for name in args.names or WIDGETS: begun = time.time(); see(camera, server, name, WIDGETS[name], args.forms); print(f"{name} in {app}: {time.time() - begun:.0f} s", flush=True)
+                begun = time.time()
+                see(camera, server, args.names or list(WIDGETS), args.forms)
+                print(f"{app}: {time.time() - begun:.0f} s", flush=True)
             finally: server.close()
         chromium.close()
     shutil.rmtree(work, ignore_errors=True)

@@ -96,7 +96,8 @@ def with_stage(
     lines = scene.lines[0]
     for what,values in stage.numbers.items():
         values = values[shown]
-        if what == 'noise, SD (mm)': lines.info[what] = values              # the same for all: no colours
+        if what == 'noise, SD (mm)':                                         # the same for all: no colours
+            lines.info[what] = [f'{v:.3g}' for v in values.tolist()]
         elif what in ('part', 'reversed'):
             lines.labels[what] = np.nan_to_num(values).astype(int)
             lines.legends[what] = (['whole', 'first part', 'second part'] if what == 'part' else

@@ -684,6 +684,12 @@ function label(pen, camera, look, loop) {
     pen.fillRect(w - 18, 9 + 17*i, 10, 10) })
   colours?.forEach((colour, i) => { pen.fillStyle = colour; pen.fillRect(w - 18, 90 - 2*i, 10, 2) })
   if (colours) { write(most, w - 24, 14, css(look.ink)); write(least, w - 24, 90, css(look.ink)) }
+  for (const mark of look.marks) {
+    pen.beginPath()
+    pen.arc(...camera.project(mark), 5, 0, 7)
+    Object.assign(pen, {lineWidth: 2, fillStyle: "white", strokeStyle: "#1f2933"})
+    pen.fill(); pen.stroke()
+  }
   if (loop?.length > 1) {
     pen.beginPath()
     loop.forEach(([x, y]) => pen.lineTo(x, y))
@@ -891,7 +897,7 @@ function lookOf(model) {
           planes: model.get("planes"), opacity: model.get("opacity"), slices: model.get("slice_opacity"),
           width: model.get("line_width"), grey: model.get("grey"), grown: model.get("grown"),
           highlighted: model.get("highlighted"), selection: model.get("selection"),
-          legend: model.get("legend")}
+          legend: model.get("legend"), marks: model.get("marks")}
 }
 """
 
@@ -1016,7 +1022,8 @@ Object.assign(StageView.prototype, {
     for (const name of ["steps", "grown"]) hear(name, this.showReel)
     hear("height", () => { this.frame.style.height = `${model.get("height")}px` })
     for (const name of ["cut_mm", "planes", "opacity", "slice_opacity", "line_width", "grey", "grown",
-                        "legend", "background", "highlighted", "selection"]) hear(name, () => this.redraw())
+                        "legend", "background", "highlighted", "selection", "marks"])
+      hear(name, () => this.redraw())
   },
   takeLines() {
     const sets = this.model.get("lines"), colours = this.model.get("colours")
@@ -1219,6 +1226,7 @@ class BrowserStage(AnyWidget):
     background = T.Unicode('auto', help="'light', 'dark', or 'auto': as the page.").tag(sync=True)
     highlighted = T.Int(-1, help="The line under the mouse, counted through all sets.").tag(sync=True)
     selection = T.List(help="The lines that were chosen, counted through all sets.").tag(sync=True)
+    marks = T.List(help="Points that are marked over everything else, RAS mm.").tag(sync=True)
     together = T.Unicode('', help="Stages of a page with the same word turn together.").tag(sync=True)
     still = T.Bytes(b'', help="A small picture that stands in until this one is drawn.").tag(sync=True)
     missing = T.Bool(False, help="The browser said that it cannot draw.").tag(sync=True)
@@ -1289,7 +1297,8 @@ def small_still(
     return to_jpeg(paint(viewer.scene, half, max_lines=most, title='', legend=viewer.legend, times=.5))
 
 # %% ../../nbs/09_viz/06_browser.ipynb #52a2a84b
-SHARED = 'cut_mm', 'planes', 'background', 'highlighted', 'selection', 'grown' # Traits here and in the page
+SHARED = ('cut_mm', 'planes', 'background', 'highlighted', 'selection', 'marks',
+          'grown') # Traits here and in the page
 
 class BrowserFace(Face):
     "The reader's browser draws."

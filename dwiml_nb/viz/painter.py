@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from ..core.errors import printable
 from .scene import LineSet, Look, Scene, Slices, has_grown, scale_words
-from .theme import INK, PAPER, rgba, value_colours
+from .theme import rgba, value_colours
 
 # %% ../../nbs/09_viz/02_painter.ipynb #9a37162d
 @dataclass
@@ -342,6 +342,7 @@ def to_png(
 def titled(
     pixels:np.ndarray, # (H, W, 3) uint8
     title:str,
+    look:Look=Look(), # Dark or light
 ) -> np.ndarray: # (H', W, 3) uint8
     "The picture under a strip with its title."
     from PIL import Image as Picture, ImageDraw, ImageFont
@@ -349,9 +350,9 @@ def titled(
     size = max(12, round(w/45))
     font = ImageFont.load_default(size)
     rows = wrapped(title, font, w - size)
-    strip = Picture.new('RGB', (w, round(size*1.4*len(rows) + size*.6)*bool(rows)), PAPER)
+    strip = Picture.new('RGB', (w, round(size*1.4*len(rows) + size*.6)*bool(rows)), look.paper)
     pen = ImageDraw.Draw(strip)
-    for i,row in enumerate(rows): pen.text((size/2, size*(.4 + 1.4*i)), row, fill=INK, font=font)
+    for i,row in enumerate(rows): pen.text((size/2, size*(.4 + 1.4*i)), row, fill=look.ink, font=font)
     return np.concatenate([np.asarray(strip), pixels])
 
 # %% ../../nbs/09_viz/02_painter.ipynb #d92c0247

@@ -13,7 +13,7 @@ from ..core.ragged import Ragged
 from ..core.lines import unit
 
 # %% ../../nbs/09_viz/00_theme.ipynb #052bd983
-PALETTE = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#5B5B5B')
+PALETTE = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#7D7D7D')
 INK,QUIET,PAPER = '#1f2933', '#5b6770', '#ffffff'
 WARN,DARK_PAPER,DARK_INK = '#b84f00', '#212121', '#e6eaee'
 DARK_QUIET,DARK_WARN = '#a9b4be', '#ff9a52'
@@ -44,7 +44,7 @@ PAGE_STYLE = f"""
 [data-jp-theme-light="false"] .dwiml-quiet {{ color: {DARK_QUIET} }}
 [data-jp-theme-light="false"] .dwiml-warn {{ color: {DARK_WARN} }}
 .dwiml-panel .dwiml-panel .dwiml-gone {{ display: none }}
-.dwiml-side .widget-html-content {{ line-height: 1.35 }}
+.dwiml-panel .widget-html-content {{ line-height: 1.35 }}
 .dwiml-side img {{ max-width: 100%; height: auto }}
 """
 

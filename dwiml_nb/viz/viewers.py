@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from ..core.errors import did_you_mean
 from ..core.files import atomic_file, in_notebook
 from .painter import VIEWS, Frame, frame_of, titled, to_png, view_from
-from .scene import Scene, pick
+from .scene import TARGETS, Scene, pick
 from .stage import gpu_adapter
 from .panel import Panel, page_of, parts_of, picture_html
 from .faces import LiveFace, PainterFace
@@ -46,7 +46,7 @@ class Viewer(Panel):
     rung = T.Unicode('painter', help="Who draws: live, browser or painter.")
     limits = T.Unicode('', help="What this rung is and cannot do, in a line.")
     colour = T.Unicode('direction', help="What lines are coloured by: one of the scene's `colourings`.")
-    legend = T.Any(help="Words and colours of the colouring, or (low, high, unit, colour map).",
+    legend = T.Any(help="Words and colours of the colouring, or (low, high, name, colour map).",
                    read_only=True)
     view = T.Unicode('oblique', help="Where it is seen from: oblique, axial, coronal or sagittal.")
     azimuth = T.Float(30., help="Of the oblique view, degrees: 0 from behind, 90 from the right.")
@@ -63,7 +63,7 @@ class Viewer(Panel):
     length_mm = T.Tuple(T.Float(), T.Float(), default_value=None, allow_none=True,
                         help="Only lines of a length between these two are shown; None: all.")
     only = T.Dict(help="Label -> the value that lines must have to be shown: {'bundle': 'AF_L'}.")
-    show_targets = T.Bool(True, help="Show the lines of the loss beside those that the model walks along.")
+    show_targets = T.Bool(True, help="Show the lines of the loss, or the true ones, beside the others.")
     grown = T.Float(None, allow_none=True,
                     help="Lines that grow are drawn up to so many steps; None: they are whole.")
     background = T.Enum(['auto', 'light', 'dark'], 'auto', help="'auto' follows the page.")
@@ -72,6 +72,7 @@ class Viewer(Panel):
     clicked = T.Tuple(T.Int(), T.Int(), default_value=(-1, -1),
                       help="Number in the scene of the line that was clicked last, and of the point on it.")
     selection = T.Tuple(help="Numbers in the scene of the lines that were clicked or lassoed.")
+    marks = T.Tuple(help="Points to mark over everything else, (x, y, z) in RAS mm each.")
 
     def __init__(self,
         scene:Scene,
@@ -104,7 +105,7 @@ class Viewer(Panel):
 
 FOLLOWED = ['colour', 'view', 'azimuth', 'elevation', 'zoom', 'cut_mm', 'planes', 'slice_opacity', 'window',
             'level', 'opacity', 'line_width', 'length_mm', 'only', 'show_targets', 'grown', 'background',
-            'highlighted', 'selection', 'rung']
+            'highlighted', 'selection', 'marks', 'rung']
 
 # %% ../../nbs/09_viz/07_viewers.ipynb #6a5157e3
 @patch
@@ -126,7 +127,7 @@ def set_state_from_scene(self:Viewer):
         inside = ((low <= self.cut_mm) & (self.cut_mm <= high)).all()
         if not inside: self.cut_mm = tuple(s.bounds.mean(0).tolist())
     for name in ('colour', 'cut_mm', 'planes', 'window', 'length_mm', 'opacity'): self.tell_scene(name)
-    self.highlighted,self.selection = -1,()
+    self.highlighted,self.selection,self.marks = -1,(),()
 
 @patch
 def tell_scene(self:Viewer,
@@ -215,8 +216,8 @@ def click(self:Viewer, pixel) -> int:
     "Select the line under a pixel, or no longer; say its name."
     line = self.point_at(pixel)
     self.say(self.picked if line >= 0 else '')
-    self.clicked = line, self.point_hit
     if line >= 0: self.selection = tuple(sorted({line} ^ set(self.selection)))
+    self.clicked = line, self.point_hit                     # last: who hears it may select other lines
     return line
 
 @patch
@@ -305,23 +306,34 @@ def view_button(self:Controls, name:str):
 def line_rows(self:Controls) -> list: # of widgets
     "How lines are drawn, and which."
     viewer,wrap = self.viewer,W.Layout(flex_flow='row wrap')
-    longest = max([1., *(s.lengths_mm.max(initial=0) for s in viewer.scene.lines)])
-    lengths = W.FloatRangeSlider(min=0, max=float(np.ceil(longest)), value=(0, np.ceil(longest)), step=1,
-                                 description='length mm', readout_format='.0f', continuous_update=False,
-                                 layout=W.Layout(width='22em'), style={'description_width': '6em'})
+    self.lengths = W.FloatRangeSlider(min=0, max=1, value=(0, 1), step=1, description='length mm',
+                                      readout_format='.0f', continuous_update=False,
+                                      layout=W.Layout(width='22em'), style={'description_width': '6em'})
     def choose(change):
-        whole = change['new'] == (lengths.min, lengths.max)
+        whole = change['new'] == (self.lengths.min, self.lengths.max)
         viewer.length_mm = None if whole else tuple(change['new'])
-    lengths.observe(viewer.guard(choose), 'value')
-    targets = W.Checkbox(description='targets', indent=False, layout=W.Layout(width='6em'))
-    W.link((viewer, 'show_targets'), (targets, 'value'))
+    self.targets = W.Checkbox(indent=False, layout=W.Layout(width='6em'))
+    W.link((viewer, 'show_targets'), (self.targets, 'value'))
+    self.fit_lines()
+    self.lengths.observe(viewer.guard(choose), 'value')
+    viewer.observe(lambda _: self.fit_lines(), 'length_mm')
     self.width = W.BoundedIntText(2*viewer.size[0], min=100, max=8000, description='PNG width', step=100,
                                   layout=W.Layout(width='12em'), style={'description_width': '6em'})
-    with_targets = [targets] if any(s.name == 'targets' for s in viewer.scene.lines) else []
-    return [W.HBox([self.slider('opacity', .05, 1, .05), self.slider('line_width', 1, 9, 1, 'width'), lengths,
-                    *with_targets], layout=wrap),
+    return [W.HBox([self.slider('opacity', .05, 1, .05), self.slider('line_width', 1, 9, 1, 'width'),
+                    self.lengths, self.targets], layout=wrap),
             W.HBox([self.chooser('background', ['auto', 'light', 'dark'], 'Background'), self.width],
                    layout=wrap)]
+
+@patch
+def fit_lines(self:Controls):
+    "Let the slider span the lengths of the lines at hand, and offer to hide those that are `TARGETS`."
+    sets,chosen = self.viewer.scene.lines, self.viewer.length_mm
+    longest = float(np.ceil(max([1., *(s.lengths_mm.max(initial=0) for s in sets)])))
+    self.lengths.max = longest if chosen is None else max(longest, chosen[1])
+    self.lengths.value = chosen or (0, longest)
+    names = [s.name for s in sets if s.name in TARGETS]
+    self.targets.layout.display = None if names else 'none'
+    if names: self.targets.description = names[0]
 
 # %% ../../nbs/09_viz/07_viewers.ipynb #33e03735
 @patch
@@ -422,7 +434,7 @@ def png(self:Viewer,
     size:tuple=None, # (W, H) pixels; None: twice what is on the page
 ) -> bytes:
     "What is seen now, drawn carefully, with the caption above it."
-    return to_png(titled(self.face.pixels(size), self.scene.title))
+    return to_png(titled(self.face.pixels(size), self.scene.title, self.scene.look))
 
 @patch
 def save_picture(self:Viewer,
@@ -446,7 +458,7 @@ def parts_of_viewer(
 ) -> list: # of `Part`
     "What is seen now, and turns."
     return [turning_part(viewer.scene, camera_of(viewer.face.frame()), selection=list(viewer.selection),
-                         background=viewer.background)]
+                         marks=list(viewer.marks), background=viewer.background)]
 
 # %% ../../nbs/09_viz/07_viewers.ipynb #b9ecd255
 @patch
@@ -463,6 +475,7 @@ def replace(self:Viewer,
         kept,self.controls.colours.options = self.colour, scene.colourings    # it begins with its first
         self.colour = kept
     if scene.slices: self.controls.fit_cuts()
+    self.controls.fit_lines()
     self.controls.fit_play()
     if fit: self.look()
     self.renewal()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BatchPreview', 'checked_batches', 'offer_stages', 'stage_of', 'number_field', 'make_columns', 'subset_lengths',
-           'tell_side', 'told_line', 'draw_scene', 'line_of_scene', 'heed_selection', 'heed_click', 'tell_of',
-           'worst_lines', 'show_worst', 'light']
+           'tell_side', 'told_line', 'draw_scene', 'mark_point', 'line_of_scene', 'heed_selection', 'heed_click',
+           'tell_of', 'worst_lines', 'show_worst', 'light']
 
 # %% ../../nbs/11_widgets/02_batch_preview.ipynb #ae47ab45
 from html import escape
@@ -213,6 +213,7 @@ def make_columns(
     viewer.observe(preview.guard(lambda _: heed_selection(preview)), 'selection')
     viewer.observe(preview.guard(lambda change: heed_click(preview, *change['new'])), 'clicked')
     T.dlink((viewer.message, 'dark'), (preview.side, 'dark'))
+    preview.side.observe(preview.guard(lambda _: mark_point(preview)), ['face', 'line', 'point'])
     preview.side.observe(lambda _: preview.renewal(), ['face', 'line', 'point', 'glyphs', 'which', 'dark'])
     return W.HBox([viewer, right], layout=W.Layout(flex_flow='row wrap', align_items='flex-start'))
 
@@ -260,6 +261,15 @@ def draw_scene(
         chosen = set(same_lines(preview.stages[-1], stage, preview.kept))
         viewer.selection = tuple(k for k,i in enumerate(preview.shown) if i in chosen)
     finally: preview.is_busy = False
+    mark_point(preview)
+
+def mark_point(
+    preview:BatchPreview,
+):
+    "Mark the point that the column tells of, where the lines are as the model gets them."
+    side,there = preview.side, stage_of(preview) is preview.stages[-1] and preview.side.line in preview.shown
+    if not there or side.face == 'batch' or side.facts is not preview.facts: preview.viewer.marks = (); return
+    preview.viewer.marks = tuple(batch_in_world(preview.batch)[side.line][side.point].tolist()),
 
 def line_of_scene(
     preview:BatchPreview,
@@ -327,7 +337,7 @@ def judge(self:BatchPreview):
             lambda: (deepcopy(self.model).eval(), losses_of_batch(self.model, facts.finished)))
         facts.losses = self.losses
     except Exception as e: self.info += f". Losses cannot be shown: {e}"
-    else: self.info += f"{';' if logged is None else ','} now {self.losses.loss:.4g}"
+    else: self.info += f"; loss {self.losses.loss:.4g}" if logged is None else f", now {self.losses.loss:.4g}"
 
 # %% ../../nbs/11_widgets/02_batch_preview.ipynb #4f71b624
 def worst_lines(
@@ -337,7 +347,13 @@ def worst_lines(
     "The lines with the highest losses."
     losses = scene.lines[0].data_per_line['mean loss']
     order = [i for i in np.argsort(-losses, kind='stable')[:most].tolist() if not np.isnan(losses[i])]
-    return [(f"{k + 1}. loss {losses[i]:.4g}: {scene.info_of(i)}", i) for k,i in enumerate(order)]
+    lines = scene.lines[0]
+    def name(i):
+        label = lambda k: str(lines.legends[k][int(lines.labels[k][i])])
+        whose = [label(k) for k in ('subject', 'part') if k in lines.labels and k in lines.legends]
+        ids = [f"{k} {v[i]}" for k,v in lines.info.items() if k == 'id in the study'] or [f"line {i}"]
+        return ', '.join([*whose, *ids, f"{lines.lengths_mm[i]:.1f} mm"])
+    return [(f"{k + 1}. loss {losses[i]:.4g}: {name(i)}", i) for k,i in enumerate(order)]
 
 def show_worst(
     preview:BatchPreview,

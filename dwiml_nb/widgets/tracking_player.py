@@ -6,7 +6,8 @@
 __all__ = ['ON_THE_WAY', 'BALL', 'FIRST_SEEDS', 'MOST_SEEDS', 'Making', 'making_of', 'label_of', 'end_labels',
            'scene_of_tracking', 'reason_rows', 'ReasonTable', 'Truth', 'truth_of', 'Nearest', 'nearest_true', 'verdict',
            'Signal', 'signal_kind', 'signal_at', 'Place', 'density_of', 'pins_of', 'balls_figure', 'curves_figure',
-           'LineAnswers', 'line_words', 'place_of', 'step_words', 'TrackingPlayer', 'joined', 'parts_of_player']
+           'LineAnswers', 'steps_are_missing', 'line_words', 'place_of', 'step_words', 'TrackingPlayer', 'joined',
+           'parts_of_player']
 
 # %% ../../nbs/11_widgets/05_tracking_player.ipynb #aeaba00b
 import threading
@@ -36,7 +37,7 @@ from ..tracking.stops import STOP_REASONS
 from ..tracking.tracker import Tracker
 from ..viz.panel import Panel, Settled, Part, parts_of, picture_html
 from ..viz.plots import figure_png
-from ..viz.scene import Scene, first_group
+from ..viz.scene import Scene, data_to_colour, first_group
 from ..viz.spheres import draw_ball, towards
 from ..viz.theme import DARK_INK, DARK_QUIET, PALETTE, QUIET, matplotlib_style
 from ..viz.viewers import show
@@ -94,6 +95,8 @@ def end_labels(
     behind,after = behind[line], lines.point_index.numpy() >= making.starts[line]
     half,left = np.where(after, total - behind, behind), np.where(after, total - along, along)
     codes = making.codes[line, np.where(after, 0, 1)]
+    at_seed = (lines.point_index.numpy() == 0) & (making.starts[line] == 0)   # the second half has no step
+    codes,left = np.where(at_seed, making.codes[line, 1], codes), np.where(at_seed, 0, left)
     known = np.isin(codes, [i for i,name in enumerate(making.names) if name != 'seed' and i > 0])
     return np.where(known & (left <= np.minimum(tip_mm, half/2) + 1e-6), label_of(codes), ON_THE_WAY)
 
@@ -111,9 +114,11 @@ def scene_of_tracking(
     names = {int(label_of(i)): name for i,name in enumerate(made.names)} | {ON_THE_WAY: 'on the way'}
     scene = Scene(title)
     if volume is not None: scene.add_slices(volume, affine, planes='z')
-    return scene.add_lines(lines, 'lines', 'end', starts=made.starts, labels=labels,
-                           labels_per_point={'end': end_labels(lines, made)},
-                           legends={'end': names} | (legends or {}))
+    data,ends = data_to_colour(tractogram.dps), end_labels(lines, made)
+    ends = {'end': ends} if (ends != ON_THE_WAY).any() or not len(ends) else {}      # none is known
+    return scene.add_lines(lines, 'lines', 'end' if ends else 'direction', starts=made.starts,
+                           labels=data['labels'] | (labels or {}), labels_per_point=ends,
+                           data_per_line=data['data_per_line'], legends={'end': names} | (legends or {}))
 
 # %% ../../nbs/11_widgets/05_tracking_player.ipynb #2af97473
 def reason_rows(
@@ -134,7 +139,7 @@ class ReasonTable(W.VBox):
     "A row for each reason; a pressed one leaves the lines that end for it."
     chosen = T.Tuple(help="The reasons whose lines are shown; (): all.")
     def __init__(self):
-        self.buttons,words = {}, ('', 'reason', 'ends', 'lines', '%', 'mm')
+        self.buttons,words = {}, ('', 'reason', 'ends', 'lines', '% of lines', 'mean mm')
         self.head = [W.HTML(f'<b>{o}</b>') for o in words]
         self.grid = W.GridBox(layout=W.Layout(grid_template_columns='1em 8em repeat(4, max-content)',
                                               grid_gap='0 .8em', align_items='center', width='max-content'))
@@ -147,7 +152,7 @@ class ReasonTable(W.VBox):
         cells,old = [], self.buttons
         self.buttons = {row['reason']: old.get(row['reason']) or self.button(row['reason']) for row in rows}
         for row in rows:
-            colour = PALETTE[int(label_of(row['code'])) % len(PALETTE)]
+            colour = PALETTE[int(label_of(row['code'])) % len(PALETTE)] if row['code'] else 'transparent'
             numbers = (f"{row['ends']:,}", f"{row['lines']:,}", f"{100*row['share']:.0f}",
                        f"{row['mean_mm']:.1f}")
             cells += [W.HTML(f'<div style="background:{colour};width:1em;height:1em"></div>'),
@@ -403,12 +408,16 @@ class LineAnswers(W.VBox):
         "Ask the model about the line of the player."
         player,i = self.player,self.player.line
         self.layout.display = 'none' if i < 0 else None
-        if i < 0: return
+        if i < 0: player.viewer.marks = (); return
         line,start = player.tractogram.lines[i].numpy(), int(player.making.starts[i])
         known = player.truth is not None and player.truth.lines is not None and len(player.truth.lines)
         self.near = nearest_true(player.truth, line) if known else None
         self.said = player.tracker.answers(line, start) if player.tracker is not None else None
         self.told.value = escape(line_words(player, i))
+        if self.said is not None and steps_are_missing(player.tracker, line):
+            self.told.value += (" Its points lie further apart than the tracker's steps (it was compressed, "
+                                "perhaps): the model is asked at those that are left, and may answer "
+                                "otherwise than when it tracked.")
         self.slider.layout.display = None if self.said else 'none'
         self.picture.layout.display = 'none'                                    # until it is drawn
         if self.said is None:
@@ -430,6 +439,8 @@ class LineAnswers(W.VBox):
         if self.said is None: return
         self.row = int(np.clip(self.player.step - self.said.steps[0], 0, len(self.said.steps) - 1))
         self.slider.value = int(self.said.steps[self.row])
+        line = self.player.tractogram.lines[self.player.line]
+        self.player.viewer.marks = tuple(line[int(self.said.points[self.row])].tolist()),
         self.drawn()
 
     def draw(self):
@@ -440,6 +451,15 @@ class LineAnswers(W.VBox):
         for picture,figure in zip(self.pictures, figures): picture.value = figure_png(figure, dpi=150)
         self.picture.layout.display = None
         self.player.renewal()
+
+# %% ../../nbs/11_widgets/05_tracking_player.ipynb #5b1c7e02
+def steps_are_missing(
+    tracker:Tracker,
+    line, # (N, 3) RAS mm
+) -> bool:
+    "Whether some points of a line lie further apart than a tracker's steps."
+    steps = np.linalg.norm(np.diff(line, axis=0), axis=1)
+    return tracker.step_mm > 0 and steps.max(initial=0) > 1.01*tracker.step_mm
 
 # %% ../../nbs/11_widgets/05_tracking_player.ipynb #3b1224c8
 def line_words(
@@ -521,7 +541,7 @@ class TrackingPlayer(Panel):
         signal:str=None, # Volume group to show beside answers; None: the model's first input, if it fits
         most:int=10_000, # Lines of a finished tractogram to show
     ):
-        self.viewer,self.stopping,self.over = None, False, threading.Event()
+        self.viewer,self.stopping,self.over,self.done = None, False, threading.Event(), 0
         self.tracker = source if isinstance(source, Tracker) else tracker
         self.seeds,finished = seeds_or_lines(self.tracker, source, seeds, seed, most)
         self.truth,self.signal = truth_of(truth), signal_of(self.tracker, signal)
@@ -530,7 +550,7 @@ class TrackingPlayer(Panel):
                              stop_reasons=torch.zeros(0, 2).long(), stop_names=STOP_REASONS))
         self.tractogram,self.making = finished or nothing, making_of(finished or nothing)
         self.viewer = show(self.scene())
-        self.viewer.colour = 'end'
+        if 'end' in self.viewer.scene.colourings: self.viewer.colour = 'end'
         self.viewer.owner = self
         self.table,self.told,self.dropped = ReasonTable(), W.HTML(), W.HTML()
         self.stop_button = W.Button(description='Stop', icon='stop', layout=W.Layout(width='6em'))
@@ -629,14 +649,15 @@ def listen(self:TrackingPlayer):
 def scene(self:TrackingPlayer) -> Scene:
     "What is there now: the lines, the true ones in grey, the model's input under them."
     t,labels,legends = self.tracker, {}, {}
-    title = f"{len(self.tractogram):,} lines" + (f" of {t.subj_id}" if t is not None else '')
+    title = f"{len(self.tractogram):,} lines" + (f" of {self.done:,} seeds" if self.done else '')
+    title += f" in {t.subj_id}" if t is not None else ''
     under = (t.walk.inputs_at.volumes[0][0], t.grid.affine) if t is not None else (None, None)
     if self.truth is not None and self.truth.reference is not None and len(self.tractogram):
         labels = {'verdict': judge(self.tractogram.lines, self.truth.reference)[0].astype(np.int64)}
         legends = {'verdict': REASONS}
     scene = scene_of_tracking(self.tractogram, *under, title, labels, legends)
     if self.truth is not None and self.truth.lines is not None:
-        scene.add_lines(self.truth.lines, 'targets', '#b0b0b0')
+        scene.add_lines(self.truth.lines, 'truth', '#b0b0b0')
     return scene
 
 @patch
@@ -647,7 +668,6 @@ def fill(self:TrackingPlayer):
     words = [self.making.remark, 'Dropped: ' + ', '.join(dropped) + '.' if dropped else '']
     words = ' '.join(filter(None, words))
     self.dropped.value = f'<div class="dwiml-quiet" style="max-width:22em">{words}</div>'
-    if self.state in ('ready', 'tracked'): self.told.value = f"{len(self.tractogram):,} lines"
 
 # %% ../../nbs/11_widgets/05_tracking_player.ipynb #665edfb6
 @patch
@@ -712,14 +732,15 @@ def track(self:TrackingPlayer):
         while done < total and not self.stopping:
             some = self.seeds[done:done + size]
             parts.append(self.tracker.track(some, quiet=True, first_number=done))
-            done,size = done + len(some), min(2*size, MOST_SEEDS)
+            self.done = done = done + len(some)
+            size = min(2*size, MOST_SEEDS)
             self.take(joined(parts), f"tracking: {done:,} of {total:,} seeds")
         self.state = 'tracked' if done == total else 'stopped'
     except KeyboardInterrupt: self.state = 'stopped'
     except Exception: self.state = 'failed'; raise
     finally:
-        kept = f"{len(self.tractogram):,} lines of {done:,} seeds"
-        self.told.value = kept if self.state == 'tracked' else f"{self.state} after {kept} of {total:,}"
+        kept = f"{self.state} after {len(self.tractogram):,} lines of {done:,} seeds of {total:,}"
+        self.told.value = '' if self.state == 'tracked' else kept
         self.stop_button.layout.display = 'none'
         self.over.set()
 

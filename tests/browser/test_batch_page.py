@@ -11,7 +11,7 @@ def test_stages_a_line_and_a_point(notebook):  # noqa: F811
     widget = output(page, 1)
     side, canvas = widget.locator(".dwiml-side"), widget.locator("canvas.dwiml-picture")
     said = lambda *words: wait_until(lambda: all(word in widget.inner_text() for word in words), said=widget.inner_text)
-    said("now ", "second part", "noise, SD (mm)")
+    said("; loss ", "second part", "noise, SD (mm)")
     wait_until(lambda: (pixels(canvas).max(2) - pixels(canvas).min(2) > 60).sum() > 500)  # lines in colours of their loss
     shot(widget, "batch_page")
 

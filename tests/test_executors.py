@@ -1,17 +1,29 @@
 """Subjects in parallel: the same bytes from one process, several, dask's workers and shares; a killed worker costs one subject, which is done again."""
+import json
 import multiprocessing
 import os
 import shutil
 import warnings
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from dwiml_nb.batch.loader import DWIMLBatchLoaderOneInput
+from dwiml_nb.batch.sampler import DWIMLBatchIDSampler
 from dwiml_nb.core.errors import DataProblem
+from dwiml_nb.core.fit_subjects import fit_sh_subjects
 from dwiml_nb.core.parallel import LostWorkers, in_parallel
 from dwiml_nb.core.phantom import write_phantom
+from dwiml_nb.data.dataset import MultiSubjectDataset
+from dwiml_nb.evaluation.judging import judge_files
+from dwiml_nb.models.learn2track import Learn2TrackModel
+from dwiml_nb.runs.run_files import track_run, track_subjects
+from dwiml_nb.study.check import check_study
 from dwiml_nb.study.create import create_study
 from dwiml_nb.study.grow import add_subjects
+from dwiml_nb.study.toy import toy_study
+from dwiml_nb.training.trainer import DWIMLTrainerOneInput
 
 CONFIG = {"input": {"type": "volume", "files": "dwi/sh.nii.gz", "standardization": "killed_once"},
           "bundles": {"type": "streamlines", "files": ["bundles/*.trk"]}}
@@ -119,3 +131,47 @@ def test_bad_contents_are_told_as_by_one_process(here):
 def test_a_given_pool_that_breaks_is_replaced_and_the_lost_are_named():
     with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
         with pytest.raises(LostWorkers, match="a: its process ended before it was done, 3 times: .*It waits."): list(in_parallel(os._exit, [("a", (1,)), ("b", (1,))], pool, do="It waits."))
+
+
+# ---- the other entry points
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    "A toy study, an experiment and the tractograms that one process tracked."
+    folder = tmp_path_factory.mktemp("entries")
+    dataset = MultiSubjectDataset(toy_study(folder)).load_data()
+    model = Learn2TrackModel(nb_features=dataset.nb_features["input"], rnn_key="gru", rnn_layer_sizes=[4], step_size=2.0)
+    DWIMLTrainerOneInput(model, folder, "run", DWIMLBatchIDSampler(dataset, "bundles", batch_size_training=30), DWIMLBatchLoaderOneInput(dataset, model, "input", "bundles"), max_epochs=1,
+                         max_batches_per_epoch_training=1, max_batches_per_epoch_validation=1, device="cpu").train_and_validate()
+    return folder
+
+
+def check_all(folder, **how):
+    "What each entry point writes, as bytes."
+    name = "_".join(how) or "one"
+    fit_sh_subjects(["sub-01", "sub-02"], *(f"{folder}/subjects/{{subject}}/{f}" for f in ("dwi/dwi.nii.gz", "dwi/dwi.bval", "dwi/dwi.bvec", "masks/brain.nii.gz")), f"{folder}/{name}_{{subject}}.nii.gz", order=4, **how)
+    track_subjects(folder / "run", ["sub-01", "sub-04"], f"{folder}/{name}_{{subject}}.tck", seeding_mask_group="seed_mask", nt=20, min_length_mm=0, device="cpu", **how)
+    track_run(folder / "run", "sub-04", folder / f"{name}_run.trk", seeding_mask_group="seed_mask", nt=20, batch_size=5, min_length_mm=0, device="cpu",
+              **how)
+    scores = judge_files(sorted((folder / "subjects/sub-01/bundles").glob("*.trk")), folder / "subjects/sub-01", **how)
+    told = {k: v for k, v in check_study(folder / "study.hdf5", **how).as_dict().items() if k != "seconds"}
+    files = {p.name.removeprefix(name): p.read_bytes() for p in folder.glob(f"{name}_*")}
+    return files, json.dumps([{Path(k).name: v.as_dict() for k, v in scores.items()}, told])
+
+
+def test_each_entry_point_gives_the_same(toy):
+    files, told = check_all(toy)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool: assert len(files) == 7 and check_all(toy, executor=pool) == (files, told)
+
+
+class Lost(Executor):
+    "Loses each worker."
+    def submit(self, *job):
+        future = Future()
+        future.set_exception(BrokenExecutor())
+        return future
+
+
+def test_a_subject_that_ends_each_process_is_a_line_of_the_report(toy):
+    report = check_study(toy / "study.hdf5", executor=Lost())
+    assert [(p.subject, p.problem) for p in report.problems[:2]] == [("sub-01", "reading it ended the process"), ("sub-02", "reading it ended the process")]

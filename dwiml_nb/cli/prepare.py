@@ -6,10 +6,12 @@
 __all__ = ['dwiml_fit_sh']
 
 # %% ../../nbs/12_cli/03_prepare.ipynb #72c77d28
-from .arguments import not_negative, whole
+from .arguments import not_negative, processes, share, whole
 from .common import Param, call_parse
 from .common import plain_problems, switch
+from ..core.errors import DataProblem
 from ..core.files import read_json
+from ..core.fit_subjects import fit_sh_subjects
 from ..core.sh import fit_sh_files, sh_json
 
 # %% ../../nbs/12_cli/03_prepare.ipynb #d0dc508a
@@ -27,11 +29,24 @@ def dwiml_fit_sh(
     convention:Param("Whose axes the b-vectors use", choices=['fsl', 'image', 'world'])='fsl',
     peaks:str=None, # Also write the strongest peak of each voxel here, .nii.gz
     overwrite:Param("Replace files of those names", action=switch('-f'))=False,
+    subjects:str=None, # Text file of subjects: {subject} in the paths stands for each
+    processes:processes=1, # Subjects at the same time
+    shard:share=None, # i/n: this share of the subjects
+    missing_only:Param("Leave out subjects whose files are all there", action='store_true')=False,
 ):
     "Fit spherical harmonics to one shell of a DWI: over b0, one scale per degree, zero outside the brain."
     with plain_problems():
-        fit_sh_files(dwi, bvals, bvecs, mask, out, order=order, shell=shell, convention=convention,
-                     peaks=peaks, overwrite=overwrite, width=shell_width, b0_max=b0_max)
+        how = dict(order=order, shell=shell, convention=convention, peaks=peaks, overwrite=overwrite,
+                   width=shell_width, b0_max=b0_max)
+        if subjects:
+            done = fit_sh_subjects(subjects, dwi, bvals, bvecs, mask, out, n_procs=processes, shard=shard,
+                                   missing_only=missing_only, **how)
+            some = ', '.join(list(done)[:8]) + ', …'*(len(done) > 8)
+            return print(f"Wrote SH of {len(done)} subjects: {some or 'none'}")
+        if processes > 1 or shard or missing_only:
+            raise DataProblem("--processes, --shard and --missing_only are for a list of subjects",
+                              expected="--subjects FILE")
+        fit_sh_files(dwi, bvals, bvecs, mask, out, **how)
         took = read_json(sh_json(out))
         print(f"Wrote {out}, described in {sh_json(out).name}: {took['shell_volumes']} volumes with b from "
               "{:g} to {:g}".format(*took['shell_range'])

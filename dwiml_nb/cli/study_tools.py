@@ -9,7 +9,7 @@ __all__ = ['up_to_a_million', 'query_of', 'dwiml_bids_sources', 'dwiml_hdf5_chec
 import json
 import shlex
 import sys
-from .arguments import Number
+from .arguments import Number, processes, share
 from .common import Param, call_parse, plain_problems, switch
 from ..core.errors import DataProblem
 from ..data.extract import extract_data
@@ -69,9 +69,17 @@ def dwiml_hdf5_check(
     timeout:up_to_a_million=600., # Seconds until reading is taken for hanging
     memory:up_to_a_million=2., # GiB that reading may take
     allow_links:Param("Also follow links that lead out of the study's folder", action='store_true')=False,
+    processes:processes=1, # That read at the same time, each with so much memory
+    shard:share=None, # i/n: look at this share of the subjects and print what --join reads
+    join:Param("What shares printed, as files: the report of all", nargs='+', metavar='FILE')=(),
 ):
     "Report everything that is wrong with a study."
-    report = check_apart(hdf5_file, timeout, int(memory*2**30), allow_links)
+    how = hdf5_file, timeout, int(memory*2**30), allow_links, processes
+    if shard and isinstance(told := check_apart(*how, shard=shard), dict):
+        print(json.dumps(told))
+        if any(o['problems'] for o in told['subjects']): sys.exit(1)
+        return
+    report = told if shard else check_apart(*how, join)
     print(json.dumps(report.as_dict(), indent=1) if as_json else report)
     if not report.ok: sys.exit(1)
 

@@ -9,14 +9,17 @@ __all__ = ['read_seeds', 'eos_word', 'dwiml_track_from_model', 'dwiml_score']
 import argparse
 import numpy as np
 from pathlib import Path
-from .arguments import Number, angle, count, device, not_negative, positive, processes, whole
+from .arguments import (Number, angle, count, device, not_negative, positive, processes, share,
+                                    whole)
 from .common import Param, call_parse
-from ..core.errors import naming, need_file
+from ..core.errors import DataProblem, naming, need_file
 from ..core.files import atomic_file, check_outputs, write_json
+from ..core.parallel import of_shard
 from ..core.sizes import read_array
-from ..evaluation.judging import as_text, bundle_rows, judge_files, judgements_page, tractogram_rows
+from ..evaluation.judging import (as_text, bundle_rows, judge_files, judgements_page,
+                                         kept_judgements, tractogram_rows)
 from ..evaluation.references import files_of_reference
-from ..runs.run_files import track_run
+from ..runs.run_files import track_run, track_subjects
 from .common import plain_problems, switch
 
 # %% ../../nbs/12_cli/05_tracking.ipynb #bb2638ba
@@ -51,8 +54,8 @@ def typed_options(
 @call_parse
 def dwiml_track_from_model(
     experiment_path:str, # Folder of an experiment
-    subj_id:str, # Subject of the study
-    out_tractogram:str, # .trx, .trk or .tck
+    subj_id:str, # Subject of the study; or a text file of several, .txt
+    out_tractogram:str, # .trx, .trk or .tck; for several subjects with {subject} in it
     seeding_mask_group:Param("Volume group; voxels above 0 are seeded", nargs='?'),
     input_group:str=None, # The group the model was trained on when not given
     hdf5_file:str=None, # The study the model was trained on when not given
@@ -81,7 +84,9 @@ def dwiml_track_from_model(
     keep_last_point:Param("Keep the point that left the mask", action=on_off)=None,
     use_latest_epoch:Param("The checkpoint's model instead of the best one", action=on_off)=None,
     batch_size:count=None, # Lines walking together
-    processes:processes=None, # On the CPU: that track at the same time
+    processes:processes=None, # On the CPU: that track at the same time, each one subject of several
+    shard:share=None, # i/n: this share of the subjects
+    missing_only:Param("Leave out subjects whose file is there", action='store_true')=False,
     points:Param("Type of coordinates in the file: float32 (the default), or float16 in a .trx",
                  choices=['float32', 'float16'])=None,
     device:device=None, # cpu, cuda; the first GPU if there is one
@@ -90,9 +95,20 @@ def dwiml_track_from_model(
     allow_links:Param("Also follow links that lead out of the study's folder", action='store_true')=False,
 ):
     "Track a subject with a trained experiment, as its run file says and as is typed here."
-    typed = {k: v for k,v in locals().items() if k not in ('experiment_path', 'subj_id', 'in_custom_seeds')}
+    apart = ('experiment_path', 'subj_id', 'in_custom_seeds', 'shard', 'missing_only')
+    typed = {k: v for k,v in locals().items() if k not in apart and k != 'apart'}
     with plain_problems():
         if in_custom_seeds is not None: typed['seeds'] = read_seeds(in_custom_seeds)
+        if subj_id.endswith('.txt'):
+            how = typed_options(typed)
+            found = track_subjects(experiment_path, subj_id, n_procs=how.pop('processes', None), shard=shard,
+                                   missing_only=missing_only, **how)
+            for s,o in found.items():
+                print(f"{s}: {o['lines']} streamlines; dropped: {o['dropped'] or 'none'}")
+            return
+        if shard or missing_only:
+            raise DataProblem("--shard and --missing_only are for several subjects", found=subj_id,
+                              expected="a text file of subjects, .txt")
         lines = track_run(experiment_path, subj_id, in_memory=False, **typed_options(typed))
         print(f"{len(lines)} streamlines in {out_tractogram}; dropped: {lines.info['dropped'] or 'none'}; "
               f"stopped by {lines.info['reasons']}")
@@ -100,25 +116,31 @@ def dwiml_track_from_model(
 # %% ../../nbs/12_cli/05_tracking.ipynb #59c06117
 @call_parse
 def dwiml_score(
-    tractogram:Param("One or more .trx, .trk or .tck", nargs='+'),
+    tractogram:Param("One or more .trx, .trk or .tck; or .json that this wrote, to join shares", nargs='+'),
     reference:str, # Folder or JSON that says what is true
     out:str=None, # Also write the scores to this JSON file
     html:str=None, # Also write them as a page
     near_mm:positive=6., # Lines are near, for the adjacency of bundles, if their mean distance is below
     overwrite:Param("Replace existing files", action=switch('-f'))=False,
+    processes:processes=1, # Tractograms at the same time
+    shard:share=None, # i/n: this share of the tractograms; --out keeps its scores
 ):
     "Tractometer-style scores of tractograms, and how their bundles compare with the true ones."
     with plain_problems():
         paths = [str(o) for o in ([tractogram] if isinstance(tractogram, (str, Path)) else tractogram)]
         read = [*paths, reference, *files_of_reference(reference)] if out or html else []
         check_outputs({'the scores': out, 'the page': html}, read, overwrite)
-        judged = judge_files(paths, reference, near_mm)
+        judged,kept = {}, [o for o in paths if o.endswith('.json')]
+        for o in kept: judged |= kept_judgements(o)
+        paths = of_shard([o for o in paths if o not in (*kept, *judged)], shard)
+        if paths: judged |= judge_files(paths, reference, near_mm, n_procs=processes)
         print(as_text(tractogram_rows(judged)))
         for name,j in judged.items():
             print(f'\n{name}: ' + ', '.join(f'{n} {why}' for why,n in j.scores.reasons.items() if n))
             print(as_text(bundle_rows(j)))
         plain = {name: j.as_dict() for name,j in judged.items()}
-        if out: write_json(plain[paths[0]] if len(paths) == 1 else {'tractograms': plain}, out, overwrite)
+        alone = len(paths) == 1 and not (kept or shard)
+        if out: write_json(plain[paths[0]] if alone else {'tractograms': plain}, out, overwrite)
         if html:
             with atomic_file(html, overwrite) as tmp:
                 tmp.write_text(judgements_page(judged, reference), encoding='utf-8')

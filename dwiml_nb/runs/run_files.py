@@ -7,8 +7,9 @@ __all__ = ['KIND_OF', 'LIBRARY', 'checked_layer', 'checked_table', 'sinks_refuse
            'layers_given', 'typed_with_names', 'given_only', 'check_own_keys', 'wrong_for_getter', 'missing',
            'layers_of_class', 'placed', 'run_config', 'RunParts', 'of_table', 'check_size', 'changed',
            'trainer_arguments', 'own_model', 'nb_features', 'run_parts', 'commit_of', 'made_with', 'comments_of',
-           'own_comments', 'as_written', 'write_resolved', 'train', 'tracking_said', 'track_run', 'model_tables',
-           'tables_of_run', 'run_text', 'write_run_file', 'without_defaults', 'flat', 'differing']
+           'own_comments', 'as_written', 'write_resolved', 'train', 'tracking_said', 'track_run', 'track_one',
+           'track_subjects', 'model_tables', 'tables_of_run', 'run_text', 'write_run_file', 'without_defaults', 'flat',
+           'differing']
 
 # %% ../../nbs/08_runs/03_run_files.ipynb #fc4909a2
 import inspect
@@ -22,9 +23,10 @@ from typing import NamedTuple
 import tomlkit
 import torch
 from ..core.config import Config, layered, read_toml, thawed, toml_text, typed_values, write_toml
-from ..core.errors import DataProblem, need_file
-from ..core.files import atomic_file
+from ..core.errors import DataProblem, naming, need_file
+from ..core.files import atomic_file, progress
 from ..core.options import key_and_options, seed_all
+from ..core.parallel import file_of, in_parallel, of_shard, outputs_of, read_subjects
 from ..core.registry import class_named, trusting
 from ..core.sizes import need_memory
 from ..study.config import raise_problems
@@ -543,6 +545,39 @@ def track_run(
     said.setdefault('seeding_mask_group', None)
     return track_from_model(experiment, subj_id, out_tractogram, trust=trust, overwrite=overwrite, **said,
                             **more)
+
+# %% ../../nbs/08_runs/03_run_files.ipynb #9cd90bbb
+def track_one(
+    experiment, # Folder of an experiment
+    subject:str, # Of the study
+    out, # The file to write
+    how:dict, # Of `track_run`
+) -> dict: # lines, dropped, reasons
+    "Track a subject; a problem names it."
+    with naming("it cannot be tracked", subject=subject): 
+        lines = track_run(experiment, subject, out, in_memory=False, **how)
+    return dict(lines=len(lines), **{k: lines.info[k] for k in ('dropped', 'reasons')})
+
+def track_subjects(
+    experiment, # Folder of an experiment
+    subjects, # Path of a text file of ids, or a list of them
+    out_tractogram:str, # Path with {subject}
+    overwrite:bool=False, # Replace files of those names
+    missing_only:bool=False, # Leave out subjects whose file is there
+    executor=None, # Any `concurrent.futures.Executor`, such as dask's
+    n_procs:int=None, # Processes; with neither, one subject after another
+    shard:str=None, # 'i/n': this share of the subjects only
+    trust=(), # Packages and .py files whose classes may be named
+    **how, # Of `track_run`: run_file, seeding_mask_group, nt, theta_deg, …
+) -> dict: # id -> lines, dropped and reasons, of those that were tracked
+    "Track many subjects of a study with a trained run."
+    ids = outputs_of(of_shard(read_subjects(subjects), shard), {'the tractogram': out_tractogram}, overwrite,
+                     missing_only)
+    how |= dict(trust=trust, overwrite=overwrite or missing_only)
+    with trusting(trust):
+        jobs = ((s, (experiment, s, file_of(out_tractogram, s), how)) for s in ids)
+        done = in_parallel(track_one, jobs, executor, n_procs, do="Give missing_only to go on.")
+        return dict(progress(done, 'tracking', total=len(ids), unit='subject'))
 
 # %% ../../nbs/08_runs/03_run_files.ipynb #3b448116
 def model_tables(

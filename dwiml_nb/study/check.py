@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['StudyReport', 'noting', 'mapping_hindrance', 'check_attribute', 'check_grid', 'remark_missing', 'check_volume_group',
            'check_beside', 'check_streamlines_group', 'check_group', 'linked_subject', 'check_root', 'check_nb_points',
-           'check_grids', 'check_agreeing', 'open_to_check', 'read_told', 'check_index', 'check_study']
+           'check_grids', 'check_agreeing', 'open_to_check', 'read_told', 'check_index', 'SubjectCheck',
+           'check_one_subject', 'check_subject_of', 'share_of_check', 'read_shares', 'crashed', 'checks_of_subjects',
+           'add_checks', 'check_study', 'check_share']
 
 # %% ../../nbs/01_study/16_check.ipynb #59ef4d6f
 import math
@@ -16,7 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import h5py
 import numpy as np
-from ..core.errors import DataProblem, html_text, need_file, printable
+from ..core.errors import DataProblem, html_text, naming, need_file, printable
+from ..core.files import read_json
+from ..core.parallel import TRIES, in_parallel, of_shard
 from ..core.space import Grid, almost_same_grid, corners_apart, need_right_angles, same_grid
 from .config import FRAMES
 from .describe import columns, html_table
@@ -471,25 +475,150 @@ def check_index(
                                           "dwiml_hdf5_repack writes a new index."))
 
 # %% ../../nbs/01_study/16_check.ipynb #630ceb14
+@dataclass
+class SubjectCheck:
+    "What was found in one subject."
+    subject:str # Id
+    opened:bool=False # Whether there is a group of that name
+    found:dict=None # group -> kind, number of features or columns of data per streamline, `Grid`
+    problems:list = field(default_factory=list) # `DataProblem`s
+    remarks:list = field(default_factory=list) # `DataProblem`s
+    looked_at:dict = field(default_factory=dict) # groups, streamlines, points, voxels
+
+    def as_dict(self) -> dict:
+        "The same as JSON can keep it."
+        plain = lambda grid: grid and [np.asarray(grid.affine).tolist(), [int(n) for n in grid.dimensions]]
+        found = self.found and {g: [kind, n, plain(grid)] for g,(kind,n,grid) in self.found.items()}
+        told = StudyReport(Path(), self.problems, self.remarks).as_dict()
+        return dict(subject=self.subject, opened=self.opened, found=found, looked_at=self.looked_at,
+                    problems=told['problems'], remarks=told['remarks'])
+    @classmethod
+    def from_dict(cls, told:dict):
+        "What `as_dict` told."
+        found = told['found'] and {g: (kind, n, grid and Grid(np.array(grid[0]), grid[1]))
+                                   for g,(kind,n,grid) in told['found'].items()}
+        lists = {k: [DataProblem(**p) for p in told[k]] for k in ('problems', 'remarks')}
+        return cls(**told | lists | {'found': found})
+
+def check_one_subject(
+    file, # HDF5 file
+    subject:str, # Id
+) -> SubjectCheck:
+    "All groups of a subject."
+    report,nb_points = SubjectCheck(subject), attr_value(file.attrs, 'nb_points')
+    with noting(report, "the subject", subject):
+        group = linked_subject(file, subject)
+        report.opened = True
+        found = {g: check_group(report, group, g) for g in group}
+        report.found = found
+        for g,(kind,*_) in found.items():
+            if kind == 'streamlines' and nb_points is not None:
+                check_nb_points(report, group[g]['lengths'], nb_points, dict(subject=subject, group=g))
+    return report
+
+def check_subject_of(
+    path, # A study
+    subject:str, # Id
+    allow_links:bool, # Also follow links that lead out of the study's folder
+) -> SubjectCheck:
+    "The same, for another process."
+    with allowing_links(allow_links), open_to_check(Path(path)) as file:
+        return check_one_subject(file, subject)
+
+# %% ../../nbs/01_study/16_check.ipynb #e160ed3e
+def share_of_check(
+    path:Path, # A study
+    shard:str, # 'i/n'
+    checks:dict, # subject -> `SubjectCheck`
+) -> dict: # for a JSON file
+    "What a share keeps."
+    about = path.stat()
+    return dict(shard=shard, study=[about.st_size, about.st_mtime_ns],
+                subjects=[o.as_dict() for o in checks.values()])
+
+def read_shares(
+    path:Path, # A study
+    kept, # Paths of JSON files that shares wrote
+) -> dict: # subject -> `SubjectCheck`
+    "What shares found."
+    about,checks = path.stat(), {}
+    for file in kept:
+        told = read_json(need_file(file, "no such report of a share"), dict)
+        with naming("this is no report of a share", "what `--shard i/n --json` printed", file=file):
+            same = told['study'] == [about.st_size, about.st_mtime_ns]
+            checks |= {o['subject']: SubjectCheck.from_dict(o) for o in told['subjects']}
+        if not same:
+            raise DataProblem("the study has changed since this share was checked", file=file,
+                              do="check the share again.")
+    return checks
+
+# %% ../../nbs/01_study/16_check.ipynb #09028507
+def crashed(
+    subject:str, # Id
+) -> SubjectCheck:
+    "What to say of a subject that ended each process that read it."
+    return SubjectCheck(subject, problems=[DataProblem(
+        "reading it ended the process", found=f"{TRIES} processes were lost", subject=subject,
+        do="the file is damaged, or memory is short: copy it again, or use fewer processes.")])
+
+def checks_of_subjects(
+    file, # HDF5 file
+    subjects:list, # Ids
+    path:Path, # Of the file
+    allow_links:bool,
+    executor=None, # Any `concurrent.futures.Executor`
+    n_procs:int=None, # Processes
+) -> dict: # subject -> `SubjectCheck`
+    "What is found in each subject, here or elsewhere."
+    if executor is None and n_procs in (None, 1): return {s: check_one_subject(file, s) for s in subjects}
+    jobs = ((s, (str(path), s, allow_links)) for s in subjects)
+    return dict(in_parallel(check_subject_of, jobs, executor, n_procs, lost=crashed))
+
+def add_checks(
+    report:StudyReport, # Gets the problems
+    file, # HDF5 file
+    checks:dict, # subject -> `SubjectCheck`
+):
+    "What subjects have, and whether they agree."
+    for o in checks.values():
+        report.problems += o.problems
+        report.remarks += o.remarks
+        for k,n in o.looked_at.items(): report.looked_at[k] = report.looked_at.get(k, 0) + n
+    found = {s: o.found for s,o in checks.items() if o.found is not None}
+    check_agreeing(report, found)
+    groups = {s: linked_subject(file, s) for s,o in checks.items() if o.opened}
+    check_index(report, read_told(report, file), groups)
+    report.looked_at = {'subjects': len(found), **report.looked_at}
+
+# %% ../../nbs/01_study/16_check.ipynb #6fbea3d2
 def check_study(
     path, # A study, or what should be one
     allow_links:bool=False, # Also follow links that lead out of the study's folder
+    executor=None, # Any `concurrent.futures.Executor`, such as dask's, reads the subjects
+    n_procs:int=None, # Processes; with neither, one subject is read after another
+    kept=(), # JSON files of shares: their subjects are not read again
 ) -> StudyReport:
     "Everything that is wrong with a study; nothing is raised."
     start,report = time.time(), StudyReport(Path(path))
     with noting(report, "the file"):
         with allowing_links(allow_links), open_to_check(report.path) as file:
-            found,subjects,nb_points = {}, {}, attr_value(file.attrs, 'nb_points')
-            for s in check_root(report, file):
-                with noting(report, "the subject", s):
-                    subject = subjects[s] = linked_subject(file, s)
-                    found[s] = {g: check_group(report, subject, g) for g in subject}
-                    for g,(kind,*_) in found[s].items():
-                        if kind == 'streamlines' and nb_points is not None:
-                            check_nb_points(report, subject[g]['lengths'], nb_points,
-                                            dict(subject=s, group=g))
-            check_agreeing(report, found)
-            check_index(report, read_told(report, file), subjects)
-            report.looked_at = {'subjects': len(found), **report.looked_at}
+            subjects = check_root(report, file)
+            checks = read_shares(report.path, kept)
+            left = [s for s in subjects if s not in checks]
+            checks |= checks_of_subjects(file, left, report.path, allow_links, executor, n_procs)
+            add_checks(report, file, {s: checks[s] for s in subjects})
     report.seconds = time.time() - start
     return report
+
+def check_share(
+    path, # A study
+    shard:str, # 'i/n'
+    allow_links:bool=False, # As for `check_study`, like the next two
+    executor=None,
+    n_procs:int=None,
+) -> dict: # for a JSON file: see `share_of_check`
+    "What is wrong with the subjects of a share; `check_study(path, kept=[…])` joins the files."
+    with allowing_links(allow_links), open_to_check(Path(path)) as file:
+        subjects = of_shard(check_root(StudyReport(Path(path)), file), shard)
+        checks = checks_of_subjects(file, subjects, Path(path), allow_links, executor, n_procs)
+    return share_of_check(Path(path), shard, checks)

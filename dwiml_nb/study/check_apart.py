@@ -29,16 +29,21 @@ def limit_memory(
 
 # %% ../../nbs/01_study/17_check_apart.ipynb #da03894c
 CHECK_APART = """import sys, json
-from dwiml_nb.study.check import check_study
+from dwiml_nb.study.check import check_share, check_study
 from dwiml_nb.study.check_apart import limit_memory
-limit_memory(int(sys.argv[2]))
-print(json.dumps(check_study(sys.argv[1], sys.argv[3] == 'True').as_dict()))"""
+if __name__ == '__main__':
+    limit_memory(int(sys.argv[1]))
+    how = json.loads(sys.argv[2])
+    print(json.dumps(check_share(**how) if 'shard' in how else check_study(**how).as_dict()))"""
 
 def check_apart(
     path, # A study, or what should be one
     timeout:float=600., # Seconds
     memory:int=2 << 30, # bytes
     allow_links:bool=False, # Also follow links that lead out of the study's folder
+    n_procs:int=None, # Processes that read, each with that much memory
+    kept=(), # JSON files of shares: their subjects are not read again
+    shard:str=None, # 'i/n': this share of the subjects; what `check_share` gives comes back
 ) -> StudyReport:
     "`check_study` in a process of its own: a crash or a hang of the HDF5 library is a line of the report."
     start = time.time()
@@ -48,8 +53,9 @@ def check_apart(
         return StudyReport(Path(path), [bad], seconds=time.time() - start)
     environment = os.environ | {'OMP_NUM_THREADS': '1'}
     try:
-        run = subprocess.run([sys.executable, '-P', '-c', CHECK_APART, str(path), str(memory),
-                              str(bool(allow_links))],
+        how = dict(path=str(path), allow_links=bool(allow_links), n_procs=n_procs)
+        how |= {'shard': shard} if shard else {'kept': [str(p) for p in kept]}
+        run = subprocess.run([sys.executable, '-P', '-c', CHECK_APART, str(memory), json.dumps(how)],
                              capture_output=True, text=True, timeout=timeout, env=environment)
     except subprocess.TimeoutExpired: return gone("reading does not end", f"no answer within {timeout:g} s")
     if run.returncode < 0: return gone("reading crashed the HDF5 library", f"signal {-run.returncode}")
@@ -57,6 +63,7 @@ def check_apart(
     except (ValueError, IndexError):
         return gone("reading ended early",
                     (run.stderr.strip().splitlines() or [f'status {run.returncode}'])[-1][:200])
+    if shard: return told
     told['path'] = Path(path)
     told.pop('ok')
     return StudyReport(**told | {k: [DataProblem(**p) for p in told[k]] for k in ('problems', 'remarks')})

@@ -18,6 +18,7 @@ from .core.volume import neighborhood_vectors, sample_neighborhood, sample_neare
 from .core.tractograms import (TRACTOGRAM_FORMATS, Tractogram, TractogramFormat, load_tractogram,
                                        save_tractogram)
 from .core.sh import fit_sh, fit_sh_files, sh_basis, strongest_peak
+from .core.fit_subjects import fit_sh_subjects
 
 # %% ../nbs/all.ipynb #ab4337cf
 from .core.phantom import phantom_subject, simulate_subject, write_phantom
@@ -93,7 +94,7 @@ from .runs.resume import trainer_from_folder
 from .runs.sweeps import sweep, sweep_figures
 from .runs.export import export_onnx
 from .runs.cards import model_card, write_safetensors
-from .runs.run_files import run_config, run_parts, train, write_run_file
+from .runs.run_files import run_config, run_parts, track_subjects, train, write_run_file
 from .runs.table import runs_table
 
 # %% ../nbs/all.ipynb #535c42d9

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SubjectRow', 'grid_words', 'nbytes_of', 'subject_rows', 'LengthFacts', 'nice_edge', 'length_facts',
-           'subject_problems', 'Background', 'Overview']
+           'subject_problems', 'points_outside', 'odd_ones', 'unlike_others', 'Background', 'Overview']
 
 # %% ../../nbs/02_data/08_overview.ipynb #73aa1b37
 import threading
@@ -14,8 +14,10 @@ from fastcore.basics import patch
 from ..core.errors import DataProblem
 from ..study.check import StudyReport, check_grids, check_group, linked_subject, noting
 from ..study.lists import SUBSETS
-from ..study.schema import StudyFile, allowing_links
+from ..study.schema import StudyFile, allowing_links, group_kind
+from .fingerprint import some_of
 from .streamlines import SFTData
+from .volumes import MRIData
 
 # %% ../../nbs/02_data/08_overview.ipynb #9bed99d9
 class SubjectRow(NamedTuple):
@@ -100,6 +102,64 @@ def subject_problems(
     said = lambda p: DataProblem(p.problem, p.expected, p.found, group=p.group).sentence()
     return [said(p) for p in report.problems]
 
+# %% ../../nbs/02_data/08_overview.ipynb #4f9863cf
+def points_outside(
+    file:StudyFile, # The study
+    subject:str, # Id
+    group:str, # Streamlines group
+    most:int=300, # Lines, evenly spread
+) -> dict: # volume group -> share, 0 to 1; NaN without points
+    "How many points of a subject's lines lie where its volumes are zero, or outside of them."
+    lines,there = SFTData(file, f'{subject}/{group}'), linked_subject(file.handle, subject)
+    points = lines.get_lines(some_of(lines.nb_streamlines, most)).data.numpy()
+    volumes = [MRIData(file, f'{subject}/{g}') for g in there if group_kind(there[g]) == 'volume']
+    fewest,shares = min((v.nb_features for v in volumes), default=0), {}
+    for volume in (v for v in volumes if v.nb_features == fewest):
+        at = np.floor(points).astype(np.int64)                             # vox, corner origin
+        last = np.array(volume.shape[:3]) - 1
+        inside = ((at >= 0) & (at <= last)).all(1)
+        values = volume.read().numpy()[tuple(np.clip(at, 0, last).T)]
+        shares[volume.name.split('/')[-1]] = float(1 - (inside & values.any(1)).mean()) if len(at) else np.nan
+    return shares
+
+# %% ../../nbs/02_data/08_overview.ipynb #c0588cd9
+def odd_ones(
+    numbers:dict, # subject -> number; NaN: not known
+    least:float=0., # A smaller difference from the median does not matter
+    share:float=0., # Nor a smaller one than this share of the median
+    above:bool=False, # Only what is higher is odd
+    fewest:int=8, # Subjects without which nothing is said
+) -> tuple: # median; the subjects far from it
+    "Who is unlike the others in a number."
+    known = {s: x for s,x in numbers.items() if np.isfinite(x)}
+    if len(known) < fewest: return np.nan, []
+    values = np.array(list(known.values()), float)
+    middle = float(np.median(values))
+    far = max(least, share*abs(middle), 6*1.4826*float(np.median(np.abs(values - middle))))
+    away = lambda x: x - middle if above else abs(x - middle)
+    return middle, [s for s,x in known.items() if away(x) > far]
+
+# %% ../../nbs/02_data/08_overview.ipynb #30da708b
+def unlike_others(
+    known:dict, # Of an `Overview`
+    group:str, # Streamlines group
+    rows, # `SubjectRow`s of it
+) -> dict: # subject -> what is odd, in words
+    "In what subjects are unlike the others, as far as it is known."
+    def facts(what):
+        found = {r.subject: known.get((what, group, r.subject)) for r in rows}
+        return {s: f for s,f in found.items() if f is not None and not isinstance(f, Exception)}
+    counts = {r.subject: r.nb_lines for r in rows if r.nb_lines is not None}
+    means,outside = {s: f.mean_mm for s,f in facts('lengths').items()}, facts('outside')
+    tables = [('{:,.0f} lines', counts, dict(share=.5)), ('mean length {:.3g} mm', means, dict(share=.2))]
+    tables += [(f'{{:.0f}} % of points outside {g}', {s: 100*f[g] for s,f in outside.items() if g in f},
+                dict(least=10., above=True)) for g in dict.fromkeys(g for f in outside.values() for g in f)]
+    odd = {}
+    for words,numbers,what in tables:
+        middle,subjects = odd_ones(numbers, **what)
+        for s in subjects: odd.setdefault(s, []).append(f'{words.format(numbers[s])}, usual {middle:.2g}')
+    return odd
+
 # %% ../../nbs/02_data/08_overview.ipynb #bdbcb76b
 class Background:
     "Jobs that a thread does one by one; their results by key."
@@ -154,7 +214,7 @@ class Overview(Background):
     "Lengths and problems of the subjects of a study, as they become known."
     def __init__(self,
         dataset, # `MultiSubjectDataset`
-        on_done=None, # Function of a key, ('lengths', group, subject) or ('check', subject); in the thread
+        on_done=None, # Function of a key, ('lengths' or 'outside', group, subject), ('check', subject)
     ):
         super().__init__(on_done)
         f = dataset.file
@@ -174,8 +234,10 @@ class Overview(Background):
         group:str=None, # Streamlines group; None: no lengths
         first:bool=True, # Before what waits already
     ):
-        "Have lengths and then problems of these subjects found."
+        "Have lengths, places and then problems of these subjects found."
         jobs = {('lengths', group, s): lambda s=s: self.lengths(group, s) for s in subjects if group}
+        jobs |= {('outside', group, s): lambda s=s: points_outside(self.file, s, group)
+                 for s in subjects if group}
         self.ask(jobs | {('check', s): lambda s=s: self.check(s) for s in subjects}, first)
     def close(self):
         "Forget what waits, and close the file."

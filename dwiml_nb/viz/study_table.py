@@ -11,7 +11,7 @@ from collections import deque
 from fastcore.basics import patch
 from ..core.errors import html_text
 from ..data.line_filter import LineFilter
-from ..data.overview import Overview, subject_rows
+from ..data.overview import Overview, subject_rows, unlike_others
 from ..data.subjects import MultisubjectSubset, SubjectData
 from .panel import picture_html
 from .tables import Column, LazyTable, cell_html, cell_text
@@ -32,11 +32,16 @@ def study_table(
 
 def cells_of(
     key:tuple, # Of an `Overview`: ('lengths', group, subject) or ('check', subject)
-    found, # What became known; or the exception
+    found, # What became known; the exception; None: nothing yet
+    odd=(), # In what the subject is unlike the others
 ) -> dict: # title -> value
     "What became known of a subject, as cells of its row."
-    if isinstance(found, Exception): return {'problems': str(found)} if key[0] == 'check' else {}
-    if key[0] == 'check': return {'problems': f"{len(found)}: {'; '.join(found)}" if found else ''}
+    if key[0] == 'check':
+        said = [f"{len(found)}: {'; '.join(found)}"] if isinstance(found, list) and found else []
+        if isinstance(found, Exception): said = [str(found)]
+        if odd: said.append(f"unlike the others: {'; '.join(odd)}")
+        return {'problems': None if found is None and not odd else '. '.join(said)}
+    if isinstance(found, Exception): return {}
     mean = None if found.mean_mm != found.mean_mm else round(found.mean_mm, 1)
     return {'mean mm': mean, 'lengths': list(found.counts)}
 
@@ -53,6 +58,7 @@ class StudyFacts:
         self.rows = subject_rows(dataset, group)
         self.table,self.found,self.is_due = study_table(self.rows), deque(), False
         self.checks_all,self.asked = False,{}                          # whether all are checked now, and whom
+        self.odd = {}                                              # subject -> how it is unlike the others
         self.row_of = {r.subject: i for i,r in reversed(list(enumerate(self.rows)))}
         try: self.loop = asyncio.get_running_loop()
         except RuntimeError: self.loop = None                          # a script: it asks with `wait`
@@ -66,13 +72,19 @@ class StudyFacts:
         self.loop.call_soon_threadsafe(self.loop.call_later, .25, self.guard(self.show))
     def show(self):
         "Show what was found."
-        self.is_due,cells,known = False, {}, self.overview.known
-        subjects = set()
+        self.is_due,cells,known,before = False, {}, self.overview.known, self.odd
+        self.odd = unlike_others(known, self.group, self.rows)
+        subjects = {s for s in {**before, **self.odd} if before.get(s) != self.odd.get(s)}
+        checks = {('check', s) for s in subjects}
         while self.found:
             key = self.found.popleft()
             subjects.add(key[-1])
-            if key[0] == 'check' or key[:2] == ('lengths', self.group):
+            if key[0] == 'check': checks.add(key)
+            elif key[:2] == ('lengths', self.group):
                 cells.setdefault(self.row_of[key[-1]], {}).update(cells_of(key, known[key]))
+        for key in checks:
+            about = cells_of(key, known.get(key), self.odd.get(key[1], ()))
+            cells.setdefault(self.row_of[key[1]], {}).update(about)
         self.table.fill(cells)
         if self.on_found is not None and subjects: self.on_found(subjects)
     def wait(self, seconds:float=60.) -> bool: # False: the time was not enough
@@ -106,8 +118,11 @@ def progress(self:StudyFacts) -> str:
     self.checks_all = self.checks_all and len(checked) < len(self.asked)
     bad,measured = sum(map(bool, checked)), sum(('lengths', self.group, s) in self.overview.known
                                                  for s in self.asked)
+    odd = [f"{s} ({'; '.join(said)})" for s,said in self.odd.items() if s in self.asked]
+    more = f" and {len(odd) - 3} more" if len(odd) > 3 else ''
     return (f"{measured:,} of {len(self.asked):,} subjects measured, {len(checked):,} checked, "
-            f"{bad or 'none'} of them with problems")
+            f"{bad or 'none'} of them with problems; "
+            f"{', '.join(odd[:3]) or 'nobody'}{more} unlike the others")
 
 @patch
 def count(self:StudyFacts,
@@ -200,6 +215,7 @@ def about(self:StudyFacts,
     r,known = self.rows[row], self.overview.known
     problems,png = known.get(('check', r.subject)) or [], known.get(key)
     problems = problems if isinstance(problems, list) else [str(problems)]
+    problems = problems + [f'unlike the others: {said}' for said in self.odd.get(r.subject, ())]
     words = '<br>'.join(subject_words(self.dataset.subset(r.subset).data[r.index], r, problems))
     picture = picture_html(png, f'{r.subject} from three sides') if isinstance(png, bytes) else ''
     place = f'<div class="dwiml-sides">{picture}</div>' if picture or waits else ''

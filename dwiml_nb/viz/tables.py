@@ -52,8 +52,9 @@ def column_options(
     kind = 'num' if column.kind in ('number', 'decimal', 'bytes') else 'string'
     unknown = f"t === 'display' ? {json.dumps(column.unknown)} : {-1 if kind == 'num' else json.dumps('')}"
     render = f"function(d, t) {{ if (d === null || d === undefined) return {unknown}; {KINDS[column.kind]} }}"
+    first = {'orderSequence': ['desc', 'asc']} if column.kind == 'warning' else {}      # warnings to the top
     return dict(title=column.title, render=JavascriptFunction(render), searchable=column.search, type=kind,
-                orderable=column.kind != 'bars', className=f'dwiml-{column.kind}')
+                orderable=column.kind != 'bars', className=f'dwiml-{column.kind}', **first)
 
 # %% ../../nbs/09_viz/13_tables.ipynb #33f924d4
 def size_text(

@@ -65,7 +65,8 @@ class StudyBrowser(Panel):
         self.facts = StudyFacts(study, self.streamline_group_name or None, self.heard,
                                 partial(self.guard, by_itself=True))
         self.table = self.facts.table
-        self.children = [self.heading, controls_of(self), self.table, self.about, self.below, self.message]
+        self.message.layout.min_height = '22px'                 # a message does not push the table
+        self.children = [self.heading, controls_of(self), self.message, self.table, self.about, self.below]
         self.fill()
         self.make_choice()
         connect(self)

@@ -402,8 +402,9 @@ CURVES_STYLE = """
 """
 
 class Fit(AnyWidget):
-    "Tells a figure that its panel has another size, and how many small curves fit beside each other."
+    "Tells a figure how large its panel is; asks for lines that a page has lost."
     beside = T.Int(3).tag(sync=True)
+    due = T.Int(0, help="How many lines the figure has.").tag(sync=True)
     _esm = """
     function render({ model, el }) {
       const fit = () => {
@@ -421,7 +422,17 @@ class Fit(AnyWidget):
         for (const o of [el, el.closest(".dwiml-curves")]) seen.observe(o)
       }
       begin()
-      return () => seen.disconnect()
+      let tries = 5, timer
+      const look = () => {
+        const there = el.closest(".dwiml-curves")?.querySelector(".js-plotly-plot")?.data?.length
+        if (there === model.get("due") || !tries) return
+        if (there !== undefined) { tries--; model.send("lost") }
+        later()
+      }
+      const later = () => { clearTimeout(timer); timer = setTimeout(look, 2000) }
+      model.on("change:due", later)
+      later()
+      return () => { seen.disconnect(); clearTimeout(timer); model.off("change:due", later) }
     }
     export default { render }
     """
@@ -477,18 +488,16 @@ class Curves(Panel):
         runs:dict, # label -> `RunLog`
     ):
         self.runs,self.on_pick,self.lines = runs, [], []   # functions of (phase, epoch, batch), all from 0
-        self.figure,self.number,self.traces,self.points = live_figure(), {}, {}, {}
-        self.lock,self.switches,self.titles = threading.RLock(), {}, None
+        self.number,self.points,self.lock,self.switches,self.fit = {}, {}, threading.RLock(), {}, Fit()
+        self.frame = W.Box(layout=W.Layout(width='100%', overflow='hidden'))
         super().__init__()
         self.add_class('dwiml-curves')
         self.message.rules += CURVES_STYLE
-        self.figure._ipython_display_ = self._ipython_display_      # it would be dead in a file that is kept
-        self.frame = W.Box([self.figure], layout=W.Layout(width='100%', overflow='hidden'))
-        self.fit = Fit()
         self.fit.observe(self.guard(lambda _: self.draw(), by_itself=True), 'beside')
         self.children = [self.make_controls(), self.frame, self.fit, self.message]
         self.observe(self.guard(lambda _: self.draw()), ['shown', 'log_scale', 'smoothing', 'along'])
-        self.draw()
+        self.fit.on_msg(self.guard(lambda *_: self.make_figure()))
+        self.make_figure()
 
     def still(self) -> str:
         if not any(o.value in self.shown for o in self.lines): return ''
@@ -540,6 +549,17 @@ def switch(self:Curves, name:str, change):
 
 def in_order(name): return FIRST.index(name) if name in FIRST else len(FIRST)
 
+# %% ../../nbs/09_viz/10_curves.ipynb #492463f4
+@patch
+def make_figure(self:Curves):
+    "Make the figure, or make it anew because a page has lost what it was told of the old one."
+    with self.lock:
+        self.figure,self.traces,self.titles = live_figure(), {}, None
+        self.figure._ipython_display_ = self._ipython_display_      # it would be dead in a file that is kept
+        self.draw()
+        for old in self.frame.children: old.close()
+        self.frame.children = [self.figure]
+
 # %% ../../nbs/09_viz/10_curves.ipynb #418d1b42
 @patch
 def draw(self:Curves):
@@ -557,7 +577,9 @@ def draw(self:Curves):
         _,height = places_of(shown or ['loss'], self.fit.beside)
         self.frame.layout.height = f'{height}px'           # in plotly's layout it would fix the width too
         if (titles := self.titles_of(shown)) != self.titles: self.figure.layout.annotations = titles
-        self.titles = titles
+        self.titles,self.fit.due = titles,len(self.traces)
+        if not self.figure._view_count:      # what plotly tells a figure before a page has it may be lost
+            self.figure._widget_data,self.figure._widget_layout = self.figure.to_dict().values()
 
 @patch
 def fill(self:Curves,
@@ -581,7 +603,7 @@ def layout_of(self:Curves,
 ) -> dict:
     "Axes and legend of the figure."
     places,height = places_of(shown or ['loss'], self.fit.beside)
-    layout = {'legend.y': 1 + 24/(height - 90)}
+    layout = {'legend.y': 1 + 24/(height - 90)} | (axes_layout(0, None) if not self.number else {})
     for name,number in self.number.items():
         mine = [o for o in self.lines if o.value == name]
         layout |= axes_layout(number, places.get(name), mine, self.log_scale)
@@ -592,7 +614,8 @@ def titles_of(self:Curves, shown) -> list: # of dicts, as plotly has annotations
     "What is written over each curve."
     places,height = places_of(shown or ['loss'], self.fit.beside)
     plain = dict(xref='paper', yref='paper', showarrow=False)
-    titles = [dict(plain, text=html_text(title_of(o)), x=places[o][0], y=places[o][3], xanchor='left',
+    said = lambda o: title_of(o) + (f' over {self.along}' if o == shown[0] else '')
+    titles = [dict(plain, text=html_text(said(o)), x=places[o][0], y=places[o][3], xanchor='left',
                    yanchor='bottom', font=dict(size=13)) for o in shown]
     titles += [dict(plain, text=self.along, x=places[o][1], y=places[o][2] - 23/(height - 90),
                     xanchor='right', yanchor='top', font=dict(size=11)) for o in shown[:1]]

@@ -58,7 +58,8 @@ def state_of(
     if (why := session.get('why')) is not None:
         return ('stopped' if why.startswith('KeyboardInterrupt') else 'failed'), when, f'{why} ({place})'
     if (folder/PRUNED).is_file(): return 'pruned', when, place
-    if session.get('ended') or not session and in_checkpoint(folder, last): return 'stopped', when, place
+    if session.get('ended') or not session and in_checkpoint(folder, last):
+        return 'stopped', when, f'after {place}'
     if session and session['alive'] is None: return 'unknown', when, f"begun on {session['host']} ({place})"
     return 'died', when, f'after {place}; it left no word: killed, or out of memory'
 

@@ -75,9 +75,10 @@ def mark_missing(
     values, # What it shows
 ):
     "Let what is no number be seen."
-    ax.set_facecolor(PALETTE[3])
     ax.grid(False)
-    if not np.isfinite(values).all(): ax.set_title('pink: not a number', fontsize='x-small', loc='right')
+    if np.isfinite(values).all(): return
+    ax.set_facecolor(PALETTE[3])
+    ax.set_title('pink: not a number', fontsize='x-small', loc='right')
 
 def draw_heat(
     ax, # A matplotlib axis

@@ -21,7 +21,7 @@ from .batch_pictures import (GLYPHS, around_picture, arrows_in_world, lengths_pi
                                          line_picture)
 from .panel import picture_html
 from .plots import figure_png
-from .scene import Scene, batch_in_world
+from .scene import Scene, batch_in_world, ids_of_batch
 from .theme import PALETTE
 
 # %% ../../nbs/09_viz/17_batch_side.ipynb #ba388a7f
@@ -155,9 +155,14 @@ def line_words(
     facts:BatchFacts,
     line:int, # Number in the batch
 ) -> str:
-    "What happened to a line."
-    said = facts.stages[-1].words[line]
-    return '; '.join(said) or 'nothing was done to it'
+    "Whose line it is, and what happened to it."
+    batch,said = facts.batch, facts.stages[-1].words[line]
+    subject,which = next((s, w) for s,w in batch.ids_per_subj.items() if w.start <= line < w.stop)
+    whose = facts.loader.dataset.subset(batch.place.subset).subjects[subject]
+    ids,rows = ids_of_batch(batch), facts.rows(line)
+    number = f", id in the study {ids[subject][line - which.start]}" if ids else ''
+    return (f"{whose}{number}, {facts.mm[rows][-1] if rows.stop > rows.start else 0:.1f} mm: "
+            f"{'; '.join(said) or 'nothing was done to it'}")
 
 def line_html(
     facts:BatchFacts,
@@ -169,6 +174,8 @@ def line_html(
     curves = facts.curves(line)
     picture = figure_png(line_picture(facts.mm[facts.rows(line)], facts.inputs(line), curves, point, dark))
     problem = f'<div class="dwiml-warn">{escape(facts.problem)}</div>' if facts.problem else ''
+    if any(len(along.values) < len(facts.mm[facts.rows(line)]) for along in facts.inputs(line)):
+        problem += '<div class="dwiml-quiet">The model does not see the last point.</div>'
     return f'<div>{escape(line_words(facts, line))}</div>{problem}{picture_html(picture, "along the line")}'
 
 # %% ../../nbs/09_viz/17_batch_side.ipynb #1b134d18

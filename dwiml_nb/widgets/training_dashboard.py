@@ -26,7 +26,7 @@ from ..runs.table import RunsTable, run_row
 from ..runs.watch import WatchedRun, order_words
 from ..viz.curves import Curves
 from ..viz.plots import labels_of
-from ..viz.panel import Panel
+from ..viz.panel import Panel, bring_to
 from ..evaluation.tracks_viewer import TracksViewer
 from .batch_preview import BatchPreview
 from .state import Throttle, error_html, nice_seconds
@@ -341,7 +341,8 @@ def on_state(self:TrainingDashboard, state:str):
     if state in ('stopped', 'ended', 'failed'):
         self.draw()
         if not self.error:
-            self.say({'stopped': "stopped; its checkpoint is saved.",
+            self.say({'stopped': "stopped; its checkpoint is saved. Go on here, or in another kernel: "
+                                 f"TrainingDashboard('{self.run.folder}')",
                       'ended': "ended; the best model is in best_model/."}.get(state, ''))
         if not self.is_running: self.renew()                      # else the thread does, once it is over
     elif state == 'paused': self.draw()
@@ -481,4 +482,6 @@ def open_batch(
         board.preview.owner,board.preview.at_rest = board, partial(between_batches, trainer.control)
         board.children = [*board.children, board.preview]
     board.preview.show_batch(subset, epoch, batch, logged[-1] if len(logged) else None, trainer.model)
+    board.say(f"{phase} batch {batch + 1} of epoch {epoch + 1} is open under the curves.")
+    bring_to(board.preview)
     board.renewal()

@@ -4,6 +4,7 @@ import os
 import signal
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -16,12 +17,16 @@ from dwiml_nb.cli.common import run_command
 from dwiml_nb.cli.tracking import dwiml_track_from_model
 from dwiml_nb.core.errors import DataProblem
 from dwiml_nb.core.phantom import FieldReader, circling_subject
+from dwiml_nb.core.space import convert
 from dwiml_nb.core.tractograms import TRACTOGRAM_FORMATS, Tractogram, load_tractogram, save_pieces, save_tractogram
 from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.models.learn2track import Learn2TrackModel
+from dwiml_nb.models.transformers import TransformerSrcOnlyModel
 from dwiml_nb.runs.track import track_from_model
 from dwiml_nb.study.toy import toy_study
-from dwiml_nb.tracking.seeds import SeedsInMask
+from dwiml_nb.tracking.propagate import one_step
+from dwiml_nb.tracking.seeds import SeedsInMask, seeds_from_mask
+from dwiml_nb.tracking.stops import TissueMaps
 from dwiml_nb.tracking.tracker import Tracker
 from dwiml_nb.tracking.whole_brain import parts_folder_of, track_here
 from dwiml_nb.training.trainer import DWIMLTrainerOneInput
@@ -43,6 +48,18 @@ def stopping_after(n, tracked):
             track_here(tracker, parts, [job], *args)
             tracked.append(job[0])
     return some
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    dataset = MultiSubjectDataset(toy_study(folder)).load_data()
+    torch.manual_seed(0)
+    model = Learn2TrackModel(dataset.nb_features["input"], "gru", [8], step_size=1., nb_previous_dirs=1, dg_args=dict(axis_head=True))
+    sampler, loader = DWIMLBatchIDSampler(dataset, "bundles", 40), DWIMLBatchLoaderOneInput(dataset, model, "input", "bundles")
+    trainer = DWIMLTrainerOneInput(model, folder/"experiments", "e", sampler, loader, max_epochs=1, learning_rates=[1e-2], device="cpu")
+    trainer.train_and_validate()
+    return trainer.experiment_folder
 
 
 # ---- files
@@ -137,19 +154,71 @@ def test_a_link_in_the_place_of_the_parts_is_refused(tmp_path):
     assert not list((tmp_path/"elsewhere").iterdir())
 
 
-# ---- from an experiment: processes, kills
+# ---- masks, tissues, steps of order 4
 
-@pytest.fixture(scope="module")
-def experiment(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    dataset = MultiSubjectDataset(toy_study(folder)).load_data()
+def test_act_is_dipys():
+    from dipy.tracking.stopping_criterion import ActStoppingCriterion
+    g = torch.Generator().manual_seed(0)
+    include, exclude = torch.rand(2, 8, 9, 7, generator=g).pow(.5)*torch.tensor([[[[1.]]], [[[.7]]]])
+    points = torch.rand(3000, 3, generator=g)*torch.tensor([6., 7, 5]) + 1
+    criterion = ActStoppingCriterion(include.double().numpy(), exclude.double().numpy())
+    theirs = np.array([int(criterion.check_point(p)) for p in (points - .5).double().numpy()])     # voxel centres are whole numbers there
+    walk = SimpleNamespace(sizes=torch.ones(3), code=["going on", "included", "ruled_out"].index)
+    ours = TissueMaps(include, exclude, "act")(walk, points, torch.zeros(3000, dtype=torch.long), None)[0].numpy()
+    assert np.array_equal(ours, np.select([theirs == 2, theirs == 0], [1, 2], 0)) and len(np.unique(ours)) == 3
+
+
+def test_cmc_draws_belong_to_lines_and_steps():
+    "The same lines in other batches, alone, and beside rules that draw nothing; directions drawn beside it are as before."
+    dataset, grid, volumes = circling_subject()
+    grey = torch.zeros_like(volumes["ring"])
+    grey[:18] = .6
+    volumes |= {"grey": grey, "csf": torch.zeros_like(grey)}
+    dataset.volume_groups += ["grey", "csf"]
+    dataset.nb_features = {k: v.shape[3] for k, v in volumes.items()}
+    of = lambda **more: Tracker(FieldReader(), dataset, "sub-01", "field", "ring", **{"tissue_groups": ["grey", "csf"], **more})
+    seeds = seeds_from_mask(volumes["half"], grid.affine, nt=60)
+    whole, parts = of().track(seeds, quiet=True), of(batch_size=13).track(seeds, quiet=True)
+    assert torch.equal(whole.lines.data, parts.lines.data) and 10 < len(whole) and whole.info["stop_names"][6:] == ("included", "ruled_out")
+    assert set(whole.info["stop_reasons"].flatten().tolist()) == {6} and whole.info["dropped"]
+    assert torch.equal(Tracker(FieldReader(), dataset, "sub-01", "field", "ring", stop_rules=(), tissue_groups=["grey", "csf"], seed=1234).track(seeds, quiet=True).lines.data, whole.lines.data)
+    assert not torch.equal(of(seed=5).track(seeds, quiet=True).lines.data, whole.lines.data)
+    with pytest.raises(ValueError, match="tissue_groups are two maps"): of(tissue_groups=["grey"])
+    with pytest.raises(ValueError, match="'cmc' or 'act'"): of(tissue_rule="both")
+
+
+def test_rk4_leaves_the_state_of_a_step(experiment):
+    "A Transformer keeps its state in place: asking ahead must not write there."
+    dataset = MultiSubjectDataset(experiment.parents[1]/"study.hdf5", lazy=True).load_data()
     torch.manual_seed(0)
-    model = Learn2TrackModel(dataset.nb_features["input"], "gru", [8], step_size=1., nb_previous_dirs=1, dg_args=dict(axis_head=True))
-    sampler, loader = DWIMLBatchIDSampler(dataset, "bundles", 40), DWIMLBatchLoaderOneInput(dataset, model, "input", "bundles")
-    trainer = DWIMLTrainerOneInput(model, folder/"experiments", "e", sampler, loader, max_epochs=1, learning_rates=[1e-2], device="cpu")
-    trainer.train_and_validate()
-    return trainer.experiment_folder
+    model = TransformerSrcOnlyModel(dataset.nb_features["input"], max_len=40, nheads=2, ffnn_hidden_size=8, n_layers_e=1, input_embedded_size=8, step_size=1.,
+                                    dg_args=dict(axis_head=True))
+    of = lambda how: Tracker(model, dataset, "sub-04", "input", "wm_mask", integration=how, max_length_mm=30, min_length_mm=0, theta_deg=180)
+    seeds = seeds_from_mask(dataset.testing.get_volume(0, "seed_mask"), dataset.testing.grid(0, "seed_mask").affine, nt=20)
+    walks = {how: of(how).walk for how in ("euler", "rk4")}
+    here, memory, states = convert(seeds, of("euler").grid, "rasmm", "voxmm"), torch.zeros(20, 1, 3), {"euler": None, "rk4": None}
+    model.train(False)
+    with torch.inference_mode():
+        for t in range(3):                                             # the same places and memories for both
+            for how, walk in walks.items(): states[how] = one_step(walk, here, memory, states[how], torch.arange(20), t)[2]
+            here = here + .5
+        outputs = [model.tracking_step(walk.inputs(here), memory[:, :0].flatten(1), states[how])[0] for how, walk in walks.items()]
+    torch.testing.assert_close(*outputs, atol=0, rtol=0)
+    assert len(of("rk4").track(seeds, quiet=True)) == len(of("rk4").track(seeds, quiet=True)) > 5
 
+
+def test_rk4_and_masks_by_the_command(experiment, tmp_path):
+    words = [str(experiment), "sub-04", "a.trk", "seed_mask", "--nt", "80", "--device", "cpu", "--min_length", "2", "--tracking_mask_group", "wm_mask"]
+    def lines(name, *more):
+        run_command(dwiml_track_from_model, [*words[:2], str(tmp_path/name), *words[3:], *more])
+        return load_tractogram(tmp_path/name)
+    euler, rk4 = lines("a.trk"), lines("b.trk", "--integration", "rk4")
+    assert len(rk4) > 10 and not np.array_equal(euler.lines.data, rk4.lines.data)
+    assert len(lines("c.trk", "--include_groups", "wm_mask", "seed_mask")) == len(euler) and len(lines("d.trk", "--exclude_groups", "seed_mask")) == 0
+    with pytest.raises(SystemExit, match="a tissue map holds probabilities|a tissue map cannot be"): lines("e.trk", "--tissue_groups", "input", "wm_mask")
+
+
+# ---- from an experiment: processes, kills
 
 OPTIONS = dict(nt=300, tracking_mask_group="wm_mask", theta_deg=180, min_length_mm=2, batch_size=40, algo="det", device="cpu", save_seeds=True, save_reasons=True)
 

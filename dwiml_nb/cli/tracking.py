@@ -81,6 +81,15 @@ def dwiml_track_from_model(
     eos_stop:Param("Probability that ends a line, or 'max'", eos_word)=None,
     first_direction:str=None, # Of the model, or peaks:GROUP
     stop_rules:Param("Further reasons to stop, by name", nargs='+', metavar='RULE')=None,
+    integration:Param("How a step follows directions: euler (the default), or rk4, which asks four times",
+                      choices=['euler', 'rk4'])=None,
+    include_groups:Param("Masks; lines that miss one of them are dropped", nargs='+', metavar='GROUP')=None,
+    exclude_groups:Param("Masks; lines that enter one of them are dropped", nargs='+', metavar='GROUP')=None,
+    stop_groups:Param("Masks; lines end with their first point in one", nargs='+', metavar='GROUP')=None,
+    tissue_groups:Param("Two maps, 0 to 1: where lines may end, and where not", nargs=2,
+                        metavar=('INCLUDE', 'EXCLUDE'))=None,
+    tissue_rule:Param("Draw at each step where maps end lines (cmc, the default), or compare with 1/2",
+                      choices=['cmc', 'act'])=None,
     keep_last_point:Param("Keep the point that left the mask", action=on_off)=None,
     use_latest_epoch:Param("The checkpoint's model instead of the best one", action=on_off)=None,
     batch_size:count=None, # Lines walking together

@@ -6,6 +6,7 @@
 __all__ = ['mix64', 'line_draws', 'Walk', 'propagate', 'one_step', 'shortened']
 
 # %% ../../nbs/06_tracking/02_propagate.ipynb #8ccf9196
+import copy
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -62,16 +63,21 @@ class Walk:
     stop_rules:tuple = () # of `StopRule`
     mask_interp:Literal['nearest', 'trilinear'] = 'nearest' # The mask's value between the centres of voxels
     temperature:float = 1. # For algo='prob': directions are drawn from the density to the power 1/temperature
+    integration:Literal['euler', 'rk4'] = 'euler' # How a step follows the directions
 
     def __post_init__(self):
         if self.mask_interp not in ('nearest', 'trilinear'):
             raise ValueError(f"mask_interp is 'nearest' or 'trilinear', found {self.mask_interp!r}")
+        if self.integration not in ('euler', 'rk4'):
+            raise ValueError(f"integration is 'euler' or 'rk4', found {self.integration!r}")
         self.spec,self.device = self.inputs_at.spec, self.inputs_at.device
         need_right_angles(self.grid)
         self.sizes = torch.tensor(self.grid.voxel_sizes, dtype=torch.float32, device=self.device)
         self.scale = model_scale(self.grid, self.spec.streamline_space)
         self.cos_max = float(np.cos(np.deg2rad(self.theta_deg)))
         self.reasons = reasons_with(self.stop_rules)
+        kept = [name for rule in self.stop_rules for name in rule.keeps_point]
+        self.kept_codes = [self.code(o) for o in (*kept, *['mask', 'volume']*self.keep_last_point)]
         self.within = torch.zeros(0, 0, 0, dtype=torch.bool, device=self.device)
         if self.mask is not None: self.within = (self.mask.reshape(self.mask.shape[:3]) >= .5).contiguous()
 
@@ -203,16 +209,17 @@ def propagate(
         if len(alive) == 0: break
         if max_mm is not None and t % 256 == 0: need_points(len(alive), 256)
         along = first_dirs[alive] if t == 0 and first_dirs is not None else None
-        mine = numbers[alive] if on_step or walk.algo == 'prob' else None
-        here,memory,state,stop,went = one_step(walk, here, memory, state, mine,
-                                               -1 - t if backward else t, along)
+        mine = numbers[alive] if on_step or walk.draws else None
+        number = -1 - t if backward else t
+        here,memory,state,stop,went = one_step(walk, here, memory, state, mine, number, along)
         if max_mm is not None: max_mm,stop = shortened(walk, max_mm, memory[:, 0], stop)
         for i,rule in enumerate(walk.stop_rules):
-            stop,ruled[i] = answer_of(rule, walk, here.clone(), stop.clone(), ruled[i])
+            drawn = walk.draws_of_rule(i, mine, number)
+            stop,ruled[i] = answer_of(rule, walk, here.clone(), stop.clone(), ruled[i], drawn)
         if t == 0: first[alive] = went
         t += 1
         moved = stop == 0
-        if walk.keep_last_point: moved = moved | (stop == walk.code('mask')) | (stop == walk.code('volume'))
+        for o in walk.kept_codes: moved = moved | (stop == o)
         if t + 1 >= soonest:
             stop = torch.where((stop == 0) & (t + 1 >= max_points[alive]), walk.code('length'), stop)
         keep = stop == 0
@@ -223,6 +230,23 @@ def propagate(
             code[alive[ended]],count[alive[ended]] = stop[ended], t + moved[ended].long()
         if on_step: on_step(mine, here.clone(), stop)
     return lines_of_steps(steps, count), code, first
+
+# %% ../../nbs/06_tracking/02_propagate.ipynb #dad44883
+@patch(as_prop=True)
+def draws(self:Walk) -> bool:
+    "Is anything drawn?"
+    return self.algo == 'prob' or any(rule.nb_draws for rule in self.stop_rules)
+
+@patch
+def draws_of_rule(self:Walk,
+    i:int, # Which rule
+    numbers:Tensor, # (n,) of the lines
+    step:int, # Its number
+) -> Tensor: # (n, nb_draws); None: it draws nothing
+    "The uniform numbers of a rule."
+    if not (k := self.stop_rules[i].nb_draws): return None
+    before = self.spec.nb_draws + sum(rule.nb_draws for rule in self.stop_rules[:i])
+    return line_draws(self.seed, numbers, step, before + k)[:, before:]
 
 # %% ../../nbs/06_tracking/02_propagate.ipynb #d329f316
 def need_points(
@@ -283,6 +307,7 @@ def step_of(
     here:Tensor, # (n, 3) voxmm
     dirs:Tensor, # (n, 3) of the model, or steps in mm where `step_mm` is 0; NaN ends a line
     before:Tensor, # (n, 3) mm, the displacement before; zeros where none
+    step_mm:float, # 0: `dirs` are steps
 ) -> tuple: # (n, 3) new positions, (n, 3) steps in mm, (n, 3) unit directions, (n,) stop codes
     "What a step does to each line."
     dirs = dirs.to(here.dtype)
@@ -291,12 +316,12 @@ def step_of(
         stop = torch.empty(len(here), dtype=torch.long)
         codes = np.array([walk.code(o) for o in ('mask', 'volume', 'angle', 'eos')])
         within,sizes,*rows = as_arrays(walk.within, walk.sizes, here, dirs, before, new, step, units, stop)
-        fill_step(within, tuple(walk.grid.dimensions), sizes, np.float32(walk.step_mm),
+        fill_step(within, tuple(walk.grid.dimensions), sizes, np.float32(step_mm),
                   np.float32(walk.cos_max - 1e-6), codes, *rows)
         return new, step, units, stop
     eos,dirs = dirs.isnan().any(1), dirs.nan_to_num(0.)
     units,before = unit(dirs), unit(before)
-    step = dirs if walk.step_mm == 0 else walk.step_mm*units
+    step = dirs if step_mm == 0 else step_mm*units
     sharp = ((units*before).sum(1) < walk.cos_max - 1e-6) & (before != 0).any(1)
     stop = walk.leaving(here + step)
     stop[sharp | (units == 0).all(1)] = walk.code('angle')              # no direction at all: neither
@@ -304,6 +329,53 @@ def step_of(
     return here + step, step, units, stop
 
 # %% ../../nbs/06_tracking/02_propagate.ipynb #e5f90fa2
+@patch
+def dirs_at(self:Walk,
+    here:Tensor, # (n, 3) voxmm
+    memory:Tensor, # (n, k, 3) mm
+    state, # The model's
+    draws:Tensor=None, # (n, nb_draws) for algo='prob'
+    along:Tensor=None, # (n, 3) mm, the displacement that decides between two signs; None: the last one
+) -> tuple: # (n, 3) directions, or steps in mm where step_mm is 0; NaN ends a line; the new state
+    "The model's directions."
+    remembered = memory[:, :self.spec.nb_previous_dirs]*self.scale
+    outputs,state = self.model.tracking_step(self.inputs(here), remembered.flatten(1), state)
+    self.check_rows(outputs, here, "the model's outputs", allowed=-math.inf)
+    more = {} if self.temperature == 1 else dict(temperature=self.temperature)
+    along = memory[:, 0] if along is None else along
+    dirs = self.model.get_tracking_directions(outputs, self.algo, self.eos_threshold,
+                                              previous_dirs=along.clone(), draws=draws, **more)
+    if not isinstance(dirs, Tensor) or dirs.shape != here.shape:
+        raise DataProblem("get_tracking_directions answered something else than a direction for each line",
+                          expected=f"a tensor {tuple(here.shape)}",
+                          found=tuple(dirs.shape) if isinstance(dirs, Tensor) else f"a {type(dirs).__name__}")
+    if not math.isfinite(dirs.sum().item()):
+        self.check_rows(torch.where(dirs.isnan().all(1, keepdim=True), 0., dirs), here,
+                        "the model's directions")
+    return (dirs/self.scale if self.step_mm == 0 else dirs), state
+
+# %% ../../nbs/06_tracking/02_propagate.ipynb #5eb214c0
+def runge_kutta(
+    walk:Walk,
+    here:Tensor, # (n, 3) voxmm
+    dirs:Tensor, # (n, 3) the model's answer here
+    memory:Tensor, # (n, k, 3) mm
+    state, # The model's, before it answered
+    draws:Tensor=None, # (n, nb_draws)
+) -> Tensor: # (n, 3) steps in mm
+    "Steps of order 4; Euler's where the model ends the line on the way."
+    in_mm = lambda o: o.to(here.dtype) if walk.step_mm == 0 else walk.step_mm*unit(o.to(here.dtype))
+    first = ahead = in_mm(dirs)
+    along = torch.where((memory[:, 0] != 0).any(1, keepdim=True), memory[:, 0], first)
+    total = first.clone()
+    for share,weight in ((.5, 2), (.5, 2), (1, 1)):
+        at = torch.where(first.isnan(), here, here + share*ahead)
+        ahead = in_mm(walk.dirs_at(at, memory, copy.deepcopy(state), draws, along)[0])
+        ahead = torch.where(ahead.isnan().any(1, keepdim=True), first, ahead)
+        total += weight*ahead
+    return total/6
+
+# %% ../../nbs/06_tracking/02_propagate.ipynb #962f346c
 def one_step(
     walk:Walk,
     here:Tensor, # (n, 3) voxmm
@@ -314,24 +386,18 @@ def one_step(
     first_dirs:Tensor=None, # (n, 3) overrides the model's answer; as a step in mm where step_mm is 0
 ) -> tuple: # new positions, new memory, new state, (n,) stop codes, (n, 3) unit directions, or steps in mm
     "One step of every line."
-    remembered = memory[:, :walk.spec.nb_previous_dirs]*walk.scale
-    outputs,state = walk.model.tracking_step(walk.inputs(here), remembered.flatten(1), state)
-    walk.check_rows(outputs, here, "the model's outputs", allowed=-math.inf)
     draws = line_draws(walk.seed, numbers, t, walk.spec.nb_draws) if walk.algo == 'prob' else None
-    more = {} if walk.temperature == 1 else dict(temperature=walk.temperature)
-    dirs = walk.model.get_tracking_directions(outputs, walk.algo, walk.eos_threshold,
-                                              previous_dirs=memory[:, 0].clone(), draws=draws, **more)
-    if not isinstance(dirs, Tensor) or dirs.shape != here.shape:
-        raise DataProblem("get_tracking_directions answered something else than a direction for each line",
-                          expected=f"a tensor {tuple(here.shape)}",
-                          found=tuple(dirs.shape) if isinstance(dirs, Tensor) else f"a {type(dirs).__name__}")
-    if not math.isfinite(dirs.sum().item()):
-        walk.check_rows(torch.where(dirs.isnan().all(1, keepdim=True), 0., dirs), here,
-                        "the model's directions")
-    if walk.step_mm == 0: dirs = dirs/walk.scale
+    before,step_mm = (copy.deepcopy(state) if walk.integration == 'rk4' else None), walk.step_mm
+    dirs,state = walk.dirs_at(here, memory, state, draws)
+    given = torch.zeros(len(here), 1, dtype=torch.bool, device=here.device)
     if first_dirs is not None:
-        dirs = torch.where((first_dirs != 0).any(1, keepdim=True) & ~dirs.isnan(), first_dirs, dirs)
-    new,step,units,stop = step_of(walk, here, dirs, memory[:, 0])
+        given = (first_dirs != 0).any(1, keepdim=True) & ~dirs.isnan()
+        dirs = torch.where(given, first_dirs, dirs)
+    if walk.integration == 'rk4':
+        steps = runge_kutta(walk, here, dirs, memory, before, draws)
+        dirs = torch.where(given, dirs if step_mm == 0 else step_mm*unit(dirs), steps)
+        step_mm = 0
+    new,step,units,stop = step_of(walk, here, dirs, memory[:, 0], step_mm)
     memory = torch.cat([step[:, None], memory[:, :-1]], 1)
     return new, memory, state, stop, step if walk.step_mm == 0 else units
 

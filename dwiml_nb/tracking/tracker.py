@@ -27,7 +27,7 @@ from ..batch.spec import spec_of
 from ..batch.inputs import InputsAt, groups_of_inputs, known_group
 from ..directions.ends_starts import check_threshold
 from .seeds import checked_seeds
-from .stops import count_reasons, stop_rules_of
+from .stops import InRegion, TissueMaps, count_reasons, stop_rules_of
 from .propagate import Walk, propagate
 
 # %% ../../nbs/06_tracking/03_tracker.ipynb #137306bd
@@ -140,6 +140,48 @@ def volume_on_grid(
                           do=f"choose another group: there are {', '.join(dataset.volume_groups)}.")
     return volume
 
+# %% ../../nbs/06_tracking/03_tracker.ipynb #017ff2c3
+def regions_of(
+    volume, # f(group, features, what) gives a volume on the input's grid
+    groups, # Names of masks, or one; None: there is none
+    what:str, # For messages
+) -> list: # of (X, Y, Z) bool
+    "Masks."
+    groups = [] if groups is None else [groups] if isinstance(groups, str) else list(groups)
+    return [volume(group, 1, what)[..., 0] >= .5 for group in groups]
+
+def tissue_maps(
+    volume, # As for `regions_of`
+    groups, # Two names; None: there are no maps
+    rule:str, # 'cmc', 'act'
+) -> TissueMaps: # or None
+    "The rule of two maps."
+    if groups is None: return None
+    if isinstance(groups, str) or len(groups) != 2:
+        raise ValueError("tissue_groups are two maps: where lines may end, and where not; "
+                         f"found {groups!r}")
+    maps = [volume(group, 1, "a tissue map")[..., 0].float() for group in groups]
+    for group,o in zip(groups, maps):
+        if bool(((o > -1e-3) & (o < 1 + 1e-3)).all()): continue
+        raise DataProblem("a tissue map holds probabilities", "0 to 1", group=group,
+                          found=f"{float(o.min()):g} to {float(o.max()):g}",
+                          do="store it without standardization, and divide it by its largest value.")
+    return TissueMaps(*(o.clamp(0, 1) for o in maps), rule)
+
+@dataclass
+class Regions:
+    "Where lines must, must not and may end."
+    include:list # of (X, Y, Z) bool
+    exclude:list
+    stop:list
+    tissues:TissueMaps=None
+    def rules(self) -> list: # of `StopRule`
+        "What ends a line."
+        union = lambda masks: torch.stack(masks).any(0)
+        return [*([InRegion(union(self.exclude), 'excluded', False)] if self.exclude else []),
+                *([InRegion(union(self.stop), 'reached')] if self.stop else []),
+                *([self.tissues] if self.tissues else [])]
+
 # %% ../../nbs/06_tracking/03_tracker.ipynb #dc01a726
 class Tracker(NamesOfDwiml):
     "Tracks a subject of a study with a model."
@@ -164,6 +206,12 @@ class Tracker(NamesOfDwiml):
         forward_only:bool=False, # Lines begin at their seeds: no second half
         compress:float=None, # Leave out points that lie within so many mm of the line without them
         temperature:float=1., # For algo='prob': below 1, draws keep nearer to the best direction
+        integration:Literal['euler', 'rk4']='euler', # rk4: four directions a step, small errors in bends
+        include_groups:list=None, # Masks; lines that miss one of them are dropped
+        exclude_groups:list=None, # Masks; lines that enter one of them end there and are dropped
+        stop_groups:list=None, # Masks; lines end with their first point in one of them
+        tissue_groups:list=None, # Two maps, 0 to 1: where lines may end, where not; lines end in the first
+        tissue_rule:Literal['cmc', 'act']='cmc', # Draw at each step where maps end lines, or compare with 1/2
     ):
         spec = spec_of(model)
         step_mm = spec.step_size if step_mm is None else step_mm
@@ -190,9 +238,12 @@ class Tracker(NamesOfDwiml):
             volume(peaks_group(first_direction), 3, "peaks")[..., :3]
         inputs_at = InputsAt(self.subset, self.subject, groups, spec, self.grid, model.device,
                              "the model's first input")
+        self.regions = Regions(*(regions_of(volume, groups, what) for groups,what in (
+            (include_groups, "an inclusion mask"), (exclude_groups, "an exclusion mask"),
+            (stop_groups, "a stop mask"))), tissue_maps(volume, tissue_groups, tissue_rule))
+        rules = *self.regions.rules(), *stop_rules_of(stop_rules)
         self.walk = Walk(model, inputs_at, self.grid, mask, step_mm, theta_deg, algo, eos_threshold,
-                         keep_last_point, check_seed(seed), tuple(stop_rules_of(stop_rules)), mask_interp,
-                         temperature)
+                         keep_last_point, check_seed(seed), rules, mask_interp, temperature, integration)
 
 # %% ../../nbs/06_tracking/03_tracker.ipynb #19f65996
 @patch
@@ -263,7 +314,8 @@ def join_halves(
 
 # %% ../../nbs/06_tracking/03_tracker.ipynb #2e2841e6
 # why a seed has no line
-DROPPED = ('seed outside the mask', 'shorter than min_length_mm')
+DROPPED = ('seed outside the mask', 'shorter than min_length_mm', 'entered an exclusion mask',
+           'missed an inclusion mask', 'did not end in the first tissue map')
 
 @dataclass
 class TrackedBatch:
@@ -279,13 +331,31 @@ def stop_names(self:Tracker) -> tuple: # of names
     return (*self.walk.reasons, *['seed']*self.forward_only)
 
 @patch
+def have_been(self:Tracker,
+    lines:Ragged, # (P, 3) voxmm
+    region:Tensor, # (X, Y, Z) bool
+) -> Tensor: # (n,) bool
+    "Which lines have a point in a region."
+    vox = lines.data/self.walk.sizes.to(lines.device)
+    there = sample_nearest(region.to(lines.device), vox, outside=False)
+    return torch.zeros(len(lines)).index_add(0, lines.line_index, there.float()) > 0
+
+@patch
 def finished(self:Tracker,
     lines:Ragged, # (P, 3) voxmm, on the CPU
-) -> tuple: # Ragged of the lines to save; (n,) bool: too short
+    codes:Tensor, # (n, 2) why they end and start
+) -> tuple: # Ragged of the lines to save; (n,) 0, or why a line is dropped: a number in `DROPPED`, from 1
     "The lines of a batch, as they will be saved."
+    regions,why = self.regions, torch.zeros(len(lines), dtype=torch.long)
+    if regions.tissues:
+        fine = [self.walk.code('included'), self.walk.code('volume'), len(self.walk.reasons)]
+        why[~torch.isin(codes, torch.tensor(fine)).all(1)] = 5
+    for region in regions.include: why[~self.have_been(lines, region)] = 4
+    for region in regions.exclude: why[self.have_been(lines, region)] = 3
+    if regions.exclude: why[(codes == self.walk.code('excluded')).any(1)] = 3
     if self.compress is not None: lines = compressed(lines, self.compress)
-    short = (lengths_of(lines) < self.min_length_mm - 1e-3) | (lines.lengths < 2)
-    return lines[~short], short
+    why[(lengths_of(lines) < self.min_length_mm - 1e-3) | (lines.lengths < 2)] = 2
+    return lines[why == 0], why
 
 # %% ../../nbs/06_tracking/03_tracker.ipynb #3fecbcb1
 @patch
@@ -301,13 +371,13 @@ def one_batch(self:Tracker,
     self.model.train(False)
     try: lines,codes = self.track_batch(start, numbers, on_step, on_end)
     finally: self.model.train(was_training)
-    (lines,short),codes = self.finished(lines.to('cpu')), codes.cpu()
-    lost = self.walk.leaving(start).cpu() != 0
-    dropped = {'seed outside the mask': int(lost.sum()),
-               'shorter than min_length_mm': int((short & ~lost).sum())}
+    codes = codes.cpu()
+    lines,why = self.finished(lines.to('cpu'), codes)
+    kept = why == 0
+    why[(self.walk.leaving(start).cpu() != 0) & ~kept] = 1
     end,begin = (count_reasons(o, self.stop_names) for o in codes.T)
-    return TrackedBatch(convert(lines, self.grid, 'voxmm', 'rasmm'), seeds[~short], codes[~short],
-                        dict(dropped={k: n for k,n in dropped.items() if n}, end=end, start=begin))
+    return TrackedBatch(convert(lines, self.grid, 'voxmm', 'rasmm'), seeds[kept], codes[kept],
+                        dict(dropped=count_reasons(why - 1, DROPPED), end=end, start=begin))
 
 @patch
 def batches(self:Tracker,

@@ -64,12 +64,13 @@ def mark(self:Tracker) -> dict: # name -> word, number
     walk,model = self.walk, self.model
     weights = model.state_dict() if isinstance(model, nn.Module) else {}
     options = {k: vars(walk)[k] for k in ('step_mm', 'theta_deg', 'algo', 'eos_threshold', 'keep_last_point',
-                                          'seed', 'mask_interp', 'temperature')}
+                                          'seed', 'mask_interp', 'temperature', 'integration')}
     options |= {k: vars(self)[k] for k in ('min_length_mm', 'max_length_mm', 'first_direction',
                                            'forward_only', 'compress', 'batch_size', 'subj_id')}
     return {**{k: v if v is None or isinstance(v, (str, int, float)) else repr(v) for k,v in options.items()},
             'stop_rules': [rule_mark(o) for o in walk.stop_rules], 'model': digest(repr(walk.spec), weights),
-            'images': digest(walk.inputs_at.volumes, self.peaks), 'mask': digest(walk.mask),
+            'images': digest(walk.inputs_at.volumes, self.peaks),
+            'mask': digest(walk.mask, self.regions.include),
             'grid': digest(self.grid.affine, self.grid.dimensions), 'device': self.walk.device.type,
             'torch': torch.__version__}
 

@@ -175,7 +175,7 @@ def test_only_what_is_saved_is_held():
     dataset, grid = dataset_of()
     tracker = Tracker(Follows(), dataset, "sub-01", "input", "mask", compress=.2, min_length_mm=30, batch_size=10)
     finished = tracker.finished
-    tracker.finished = lambda lines: held.append((len(lines.data), *finished(lines))) or held[-1][1:]
+    tracker.finished = lambda lines, codes: held.append((len(lines.data), *finished(lines, codes))) or held[-1][1:]
     lines = tracker.track(seeds(grid), quiet=True)
     assert len(held) == 6 and sum(len(o[1].data) for o in held) == len(lines.lines.data) < sum(o[0] for o in held)/4
 

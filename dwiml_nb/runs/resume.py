@@ -6,6 +6,7 @@
 __all__ = ['PARTS', 'trainer_from_folder']
 
 # %% ../../nbs/08_runs/01_resume.ipynb #886b4a02
+from pathlib import Path
 from ..core.errors import DataProblem
 from ..core.options import chain_of, put_together
 from ..core.registry import class_named, trusting
@@ -41,14 +42,17 @@ PARTS = {'trainer': DWIMLTrainer, 'model': MainModelAbstract, 'sampler': DWIMLBa
          'loader': DWIMLBatchLoader, 'dataset': MultiSubjectDataset}      # what a record names -> its parent
 
 def trainer_from_folder(
-    experiments_path, # Folder of all experiments
-    experiment_name:str, # The one to go on with
+    experiments_path, # Folder of all experiments, or of the one to go on with
+    experiment_name:str=None, # The one to go on with; None: the folder is its own
     hdf5_file=None, # Where the study is now, if it moved
     trust=(), # Packages and .py files whose classes the record may name
     allow_links:bool=False, # Also follow links that lead out of the study's folder
     **kwargs, # Of `init_from_checkpoint`: new_max_epochs, new_patience, other_data, …
 ) -> DWIMLTrainer:
     "The trainer of a run, built again from its folder, ready to go on."
+    if experiment_name is None:
+        folder = Path(experiments_path).absolute()
+        experiments_path,experiment_name = folder.parent, folder.name
     checkpoint = read_checkpoint(Experiment(experiments_path, experiment_name).folder)
     check_whole(checkpoint)
     kept = checkpoint.params

@@ -22,7 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).parent)]
 import conftest  # noqa: E402
 from playwright.sync_api import TimeoutError, sync_playwright  # noqa: E402
+from shoot_forms import FORMS  # noqa: E402
 from shoot_rows import WIDGETS  # noqa: E402
+
+WIDGETS |= FORMS
 
 THEMES, WIDTHS, HEIGHT = ("light", "dark"), (820, 1600), 1800
 QUIET = re.compile(r"GPU stall|cdnjs|GL Driver Message|swiftshader|WebGL: CONTEXT_LOST|favicon|/api/(sessions|kernels)|kernelspecs/.*logo|Failed to start the kernel|jupyterlab-manager")

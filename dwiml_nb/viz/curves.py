@@ -298,6 +298,7 @@ def curves_figure(
         mine = [o for o in lines if o.value == name and len(o.x)]
         for o in mine: draw_line(ax, o, named.pop(o.name, None) and o.name)
         if log_scale and is_positive(mine): ax.set_yscale('log')
+        elif (same := only_value(mine)) and same > 0: ax.set_ylim(.5*same, 1.5*same)
         is_first = name == list(places)[0]
         plain_axes(ax, title_of(name), legend=is_first)
         if is_first: ax.text(1, -38/(270 if name == 'loss' else 140), along, transform=ax.transAxes,

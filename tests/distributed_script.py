@@ -16,9 +16,8 @@ from dwiml_nb.models.items import RegisteredBatchLoader
 from dwiml_nb.models.learn2track import Learn2TrackModel
 from dwiml_nb.models.registered import dwiml_model, registered_model
 from dwiml_nb.training.registered import RegisteredTrainer
+from dwiml_nb.training.several import Ranks, launched
 from dwiml_nb.training.trainer import DWIMLTrainerOneInput
-
-FORK = multiprocessing.get_context("fork")
 
 
 def free_port():
@@ -36,17 +35,18 @@ def as_rank(rank, port, talk, work, args):
         sys.exit(1)
 
 
-def start(work, *args, size=2):
+def start(work, *args, size=2, method="fork"):
     "The processes, and the queue of what they give."
-    port, talk = free_port(), FORK.Queue()
-    ranks = [FORK.Process(target=as_rank, args=(rank, port, talk, work, args)) for rank in range(size)]
+    context = multiprocessing.get_context(method)
+    port, talk = free_port(), context.Queue()
+    ranks = [context.Process(target=as_rank, args=(rank, port, talk, work, args)) for rank in range(size)]
     for rank in ranks: rank.start()
     return ranks, talk
 
 
-def in_ranks(work, *args, size=2):
+def in_ranks(work, *args, size=2, method="fork"):
     "What a function gives in each rank, in order."
-    ranks, talk = start(work, *args, size=size)
+    ranks, talk = start(work, *args, size=size, method=method)
     try: found = dict(talk.get(timeout=100) for _ in ranks)
     finally:
         for rank in ranks:
@@ -64,17 +64,17 @@ class Double(DWIMLTrainerOneInput):
         return self.spec.loss(self.model, outputs, self.spec.form(batch.targets), batch.ends, batch.left)
 
 
-def make(study, folder, name, devices=1, resume=False, dtype="float32", cls=None, noise=0., dropout=0., batch_size=23, model_cls=Learn2TrackModel, **options):
+def make(study, folder, name, devices=1, resume=False, dtype="float32", cls=None, noise=0., dropout=0., batch_size=23, device="cpu", **options):
     dataset = MultiSubjectDataset(study).load_data()
     torch.manual_seed(0)
-    model = model_cls(dataset.nb_features["input"], rnn_key="gru", rnn_layer_sizes=[4], dropout=dropout, step_size=2.).to(getattr(torch, dtype))
+    model = Learn2TrackModel(dataset.nb_features["input"], rnn_key="gru", rnn_layer_sizes=[4], dropout=dropout, step_size=2.).to(getattr(torch, dtype))
     sampler = DWIMLBatchIDSampler(dataset, "bundles", batch_size_training=batch_size, batch_size_validation=batch_size)
     loader = DWIMLBatchLoaderOneInput(dataset, model, "input", "bundles", noise_mm_forward=noise)
     cls = cls or (Double if dtype == "float64" else DWIMLTrainerOneInput)
     place = model, folder, name, sampler, loader
-    if resume: return cls.init_from_checkpoint(*place, device="cpu", devices=devices, **options)
+    if resume: return cls.init_from_checkpoint(*place, device=device, devices=devices, **options)
     few = dict(max_epochs=2, max_batches_per_epoch_training=4, max_batches_per_epoch_validation=2, learning_rates=[.01])
-    return cls(*place, device="cpu", devices=devices, **{**few, **options})
+    return cls(*place, device=device, devices=devices, **{**few, **options})
 
 
 @dwiml_model
@@ -114,3 +114,14 @@ def train(make, *args, after=None, **options):
     if after: after(trainer)
     trainer.train_and_validate()
     return {name: p.detach().clone().double().numpy() for name, p in trainer.model.named_parameters()}
+
+
+def connected_train(size, kind, study, folder):
+    "What connects the ranks, a sum of gradients by hand, and the weights after a training; on GPUs or CPUs."
+    fabric = launched(size, device=kind)
+    ranks, layer = Ranks(fabric), torch.nn.Linear(3, 2, device=fabric.device)
+    with ranks.summing(layer): layer(torch.full((2, 3), 1., device=fabric.device)).sum().backward()
+    assert ranks.gather(ranks.rank) == list(range(size))
+    sums = layer.weight.grad.flatten().tolist()
+    ranks.end_run()
+    return torch.distributed.get_backend(), sums, train(make, study, folder, "connected", devices=fabric, device=kind)

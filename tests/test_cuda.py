@@ -2,9 +2,12 @@
 
 Nothing here draws or needs a notebook; `tools/gpu_check.sh` runs these tests and the GPU rows of benchmarks/data.py.
 """
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from distributed_script import connected_train, in_ranks, make, train
 
 from dwiml_nb.core.volume import neighborhood_vectors, sample_neighborhood, sample_trilinear
 from dwiml_nb.data.dataset import MultiSubjectDataset
@@ -133,3 +136,14 @@ def test_batches_made_ahead_are_the_same(nb_workers, inputs_in_workers, dataset,
         batches.append(tensors)
     assert len(batches[0]) > 30
     agree(*batches, 0.)
+
+
+def test_training_in_several_processes(dataset, tmp_path, agree):
+    "One process for each GPU, two at most, connected by NCCL: the weights of one process. With one GPU, the same calls in a group of one."
+    pytest.importorskip("lightning_fabric")
+    size = min(2, torch.cuda.device_count())
+    found = in_ranks(partial(connected_train, size, GPU, dataset.path, tmp_path), size=size, method="spawn")
+    alone = train(make, dataset.path, tmp_path, "alone", device=GPU)
+    for backend, sums, weights in found:
+        assert (backend, sums) == ("nccl", [2.*size]*6)
+        agree([weights[name] for name in alone], list(alone.values()), 1e-4)

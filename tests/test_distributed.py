@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 from distributed_script import in_ranks, make, make_registered, start, train
 
+from dwiml_nb.core.errors import DataProblem
+from dwiml_nb.runs.run_files import run_config
+from dwiml_nb.runs.sweeps import sweep_table
 from dwiml_nb.study.toy import toy_study
+from dwiml_nb.training import several
 from dwiml_nb.training.checkpoints import read_checkpoint
 from dwiml_nb.training.sinks import read_logs, read_rows
+from dwiml_nb.training.trainer import DWIMLTrainerOneInput
 
 pytest.importorskip("lightning_fabric")
 NOISY = dict(dropout=.2, noise=.1, learning_rates=[.01], optimizer="AdamW", ema_decay=.9, clip_grad=1.)
@@ -73,14 +78,47 @@ def test_a_checkpoint_moves_between_numbers_of_processes(study, tmp_path):
     assert record.keys() == read_checkpoint(tmp_path/"one").params.keys() and "devices" not in record["trainer"]["params"]
 
 
-def killed_at(trainer, nb):
+class Spoilt(DWIMLTrainerOneInput):
+    "The loss of rank 1 is NaN in the second batch."
+    def run_one_batch(self, batch):
+        loss, n = super().run_one_batch(batch)
+        return loss*(float("nan") if self.ranks.rank and batch.place[1:] == (0, 1) else 1.), n
+
+
+def test_a_loss_that_is_not_finite_in_one_rank_is_skipped_by_all_or_told_with_its_lines(study, tmp_path):
+    skipping = dict(cls=Spoilt, devices=2, on_nan="skip", max_epochs=1)
+    one, two = in_ranks(partial(train, make, study, tmp_path, "skips", **skipping))
+    assert same(one, two)
+    rows = read_rows(tmp_path/"skips"/"logs"/"batches.jsonl")
+    assert [row["skipped"] for row in rows if row["phase"] == "training"] == [0, 1, 0, 0]
+    told = in_ranks(partial(train, make, study, tmp_path, "stops", **{**skipping, "on_nan": "stop"}))
+    for words in told:
+        assert words.startswith("NotFinite: the loss is nan at training batch 2 of epoch 1") and "in rank 1" in words and "in rank 0" not in words
+
+
+def commanded(*words):
+    from dwiml_nb.cli.common import run_command
+    from dwiml_nb.cli.runs import dwiml_train
+    run_command(dwiml_train, [*words, "--devices", "2", "training.device=cpu"])
+
+
+def test_the_command_and_what_it_writes(study, tmp_path):
+    (tmp_path/"run.toml").write_text(f"""[data]\nhdf5_file = "{study}"\ninput_group_name = "input"\nstreamline_group_name = "bundles"
+[model]\nstep_size = 2.0\nrnn_layer_sizes = [4]\n[training]\nexperiment_name = "by_command"\nmax_epochs = 1\nmax_batches_per_epoch_training = 2\n""")
+    assert in_ranks(partial(commanded, str(tmp_path/"run.toml"))) == [None, None]
+    folder = tmp_path/"experiments"/"by_command"
+    assert len(read_rows(folder/"logs"/"epochs.jsonl")) == len([row for row in read_rows(folder/"sessions.jsonl") if "began" in row]) == 1
+    with pytest.raises(DataProblem, match="a trial of a sweep trains in one process"): sweep_table(run_config(folder))
+
+
+def ended_at(trainer, nb, number):
     left = iter(range(nb - 1, -1, -1))
-    if trainer.ranks.rank == 1: trainer.control.on_batch_end.append(lambda row: next(left, 1) or os.kill(os.getpid(), signal.SIGKILL))
+    if trainer.ranks.rank == 1: trainer.control.on_batch_end.append(lambda row: next(left, 1) or os.kill(os.getpid(), number))
 
 
 def test_a_killed_rank_ends_the_run_with_its_name_and_a_whole_checkpoint(study, tmp_path):
     whole, _ = in_ranks(partial(train, make, study, tmp_path, "whole", devices=2, **NOISY))
-    ranks, talk = start(partial(train, make, study, tmp_path, "cut", devices=2, after=partial(killed_at, nb=8), **NOISY))
+    ranks, talk = start(partial(train, make, study, tmp_path, "cut", devices=2, after=partial(ended_at, nb=8, number=signal.SIGKILL), **NOISY))
     rank, told = talk.get(timeout=60)
     for process in ranks: process.join(20)
     assert rank == 0 and [process.exitcode for process in ranks] == [1, -signal.SIGKILL]
@@ -88,3 +126,13 @@ def test_a_killed_rank_ends_the_run_with_its_name_and_a_whole_checkpoint(study, 
     assert read_checkpoint(tmp_path/"cut").state["epoch"] == 1
     again, _ = in_ranks(partial(train, make, study, tmp_path, "cut", devices=2, resume=True, dropout=.2, noise=.1))
     assert same(whole, again)
+
+
+def test_a_rank_that_hangs_is_named_too(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(several, "TIMEOUT", 5.)
+    ranks, talk = start(partial(train, make, study, tmp_path, "hangs", devices=2, after=partial(ended_at, nb=3, number=signal.SIGSTOP)))
+    rank, told = talk.get(timeout=60)
+    ranks[1].kill()
+    for process in ranks: process.join(20)
+    assert rank == 0 and f"rank 1 (process {ranks[1].pid} of" in told
+    assert read_checkpoint(tmp_path/"hangs").state["epoch"] == 0

@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} wheels=build/gpu_wheels site=build/gpu_site
-packages=(dipy fastcore iniconfig lazy-loader nibabel packaging pluggy pygments pytest tqdm trx-python)
+packages=(dipy fastcore fsspec iniconfig lazy-loader lightning-fabric lightning-utilities nibabel packaging pluggy pygments pytest tomlkit tqdm trx-python)
 
 if [ "${1:-}" = --collect ]; then
     rm -rf $wheels

@@ -184,6 +184,10 @@ def sweep_table(
     config, # As from `run_config`
 ) -> dict: # The keys of `TABLE`
     "The table [sweep] of a run, checked."
+    if config.get('training.devices', 1)*config.get('training.num_nodes', 1) > 1:
+        raise DataProblem("a trial of a sweep trains in one process", expected="training.devices=1",
+                          found=config['training']['devices'],
+                          do="let several trials train at a time: --workers, or --storage on several machines.")
     given = thawed(config.get('sweep') or {})
     if not isinstance(given, dict):
         raise DataProblem("sweep is a table", "[sweep] and its keys", repr(given)[:80])

@@ -179,7 +179,7 @@ def lost(self:Ranks,
     gone = self.missing()
     names = ' and '.join(self.who[rank] for rank in gone) or "a rank"
     return RankLost(f"{names} of {self.size} does not answer any more, so the training ends",
-                    expected="all processes to the end", found=str(e).split('. ')[0][:150],
+                    expected="all processes to the end", found=str(e).splitlines()[0].split('. ')[0].rpartition(': ')[2][:150],
                     do="look for its own message, or whether it was killed (memory, time). The last "
                        "checkpoint is whole: go on from it with dwiml_resume_training_from_checkpoint.")
 
@@ -429,7 +429,8 @@ def launched(
     if kind.index is not None:
         raise DataProblem("each process has a device of its own", expected=f"device='{kind.type}'",
                           found=str(kind), do="choose among GPUs with CUDA_VISIBLE_DEVICES.")
-    logging.getLogger('lightning_fabric').setLevel(logging.WARNING)
+    logging.getLogger('lightning_fabric.utilities').setLevel(logging.WARNING)
+    os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')        # the others: no stack when rank 0 has gone
     os.environ.setdefault('TORCH_NCCL_BLOCKING_WAIT', '1')       # a lost rank is an error that can be told
     strategy = strategies.DDPStrategy(timeout=timedelta(seconds=TIMEOUT))
     made = fabric.Fabric(accelerator=kind.type, devices=devices, num_nodes=num_nodes, strategy=strategy)

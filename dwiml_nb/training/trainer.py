@@ -219,11 +219,11 @@ class DWIMLTrainer(LoopOptions):
         self.rates = Rates(self.learning_rates, lr_schedule, max_epochs, self.loop.monitor_mode)
         self.check_arguments()
         self.resume_call = f'{type(self).__name__}.init_from_checkpoint'
+        if checkpoint is None: Experiment(experiments_path, experiment_name).check_new(self.resume_call)
         self.ranks = ranks_for(devices, num_nodes, device)
         self.device = self.ranks.device
         self.experiment = self.ranks.experiment(experiments_path, experiment_name)
         self.experiments_path,self.experiment_name = self.experiment.experiments_path,self.experiment.name
-        if checkpoint is None: self.experiment.check_new(self.resume_call)
         self.loaded = prepare(model.to(self.device), self.loop, checkpoint)
         self.optimizer = optimizer_for(self, checkpoint is not None)
         self.control = self.ranks.control()

@@ -187,7 +187,7 @@ def sweep_table(
     if config.get('training.devices', 1)*config.get('training.num_nodes', 1) > 1:
         raise DataProblem("a trial of a sweep trains in one process", expected="training.devices=1",
                           found=config['training']['devices'],
-                          do="let several trials train at a time: --workers, or --storage on several machines.")
+                          do="let several trials train at a time: --workers, or --storage on more machines.")
     given = thawed(config.get('sweep') or {})
     if not isinstance(given, dict):
         raise DataProblem("sweep is a table", "[sweep] and its keys", repr(given)[:80])

@@ -178,8 +178,9 @@ def lost(self:Ranks,
     "What is said when ranks cannot talk any more."
     gone = self.missing()
     names = ' and '.join(self.who[rank] for rank in gone) or "a rank"
+    said = str(e).splitlines()[0].split('. ')[0].rpartition(': ')[2][:150]
     return RankLost(f"{names} of {self.size} does not answer any more, so the training ends",
-                    expected="all processes to the end", found=str(e).splitlines()[0].split('. ')[0].rpartition(': ')[2][:150],
+                    expected="all processes to the end", found=said,
                     do="look for its own message, or whether it was killed (memory, time). The last "
                        "checkpoint is whole: go on from it with dwiml_resume_training_from_checkpoint.")
 

@@ -19,6 +19,7 @@ from dwiml_nb.cli.common import anno_parser, call_parse, run_command
 from dwiml_nb.core.errors import DataProblem, printable
 from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.models.learn2track import Learn2TrackModel
+from dwiml_nb.models.transformers import TransformerSrcOnlyModel
 from dwiml_nb.study.bids import bids_phantom
 from dwiml_nb.study.toy import toy_study
 from dwiml_nb.training.loggers import kept_name
@@ -41,7 +42,7 @@ class Reached(BaseException):
 
 # what takes long, in the module that calls it
 WORK = ["study.create.write_study", "study.grow.finished_parts", "study.grow.copy_object", "study.check_apart.subprocess.run", "core.sh.fit_attenuation", "viz.plots.draw_graph", "models.checks.run_checks",
-        "tracking.tracker.Tracker.track", "training.trainer.DWIMLTrainer.train_and_validate", "cli.fronts.run_parts", "demo.run.demo_study", "runs.export.write_onnx", "cli.logs.open_comet", "widgets.report.report_parts"]
+        "tracking.tracker.Tracker.track", "training.trainer.DWIMLTrainer.train_and_validate", "cli.fronts.run_parts", "demo.run.demo_study", "runs.export.write_onnx", "cli.logs.open_comet", "widgets.report.report_parts", "cli.attention.line_attention"]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,9 @@ def here(tmp_path_factory):
     dataset = MultiSubjectDataset(study).load_data()
     model = Learn2TrackModel(nb_features=dataset.nb_features["input"], rnn_key="gru", rnn_layer_sizes=[4], step_size=2.0)
     DWIMLTrainerOneInput(model, folder / "experiments", "first", DWIMLBatchIDSampler(dataset, "bundles", batch_size_training=30), DWIMLBatchLoaderOneInput(dataset, model, "input", "bundles"),
+                         max_epochs=1, max_batches_per_epoch_training=1, max_batches_per_epoch_validation=1, device="cpu").train_and_validate()
+    tts = TransformerSrcOnlyModel(dataset.nb_features["input"], input_embedded_size=4, nheads=2, n_layers_e=1, max_len=60, step_size=2.0)
+    DWIMLTrainerOneInput(tts, folder / "experiments", "tts", DWIMLBatchIDSampler(dataset, "bundles", batch_size_training=30), DWIMLBatchLoaderOneInput(dataset, tts, "input", "bundles"),
                          max_epochs=1, max_batches_per_epoch_training=1, max_batches_per_epoch_validation=1, device="cpu").train_and_validate()
     kept_name(folder / "experiments" / "first", "comet", "0" * 32)                                # as if it had a record there
     (folder / "run.toml").write_text("[data]\nhdf5_file = 'study.hdf5'\ninput_group_name = 'input'\nstreamline_group_name = 'bundles'\n[training]\nexperiment_name = 'run'\ndevice = 'cpu'\n[model]\nstep_size = 2.0\n")
@@ -95,6 +99,7 @@ def usual(here):
             "dwiml_track_from_model": [experiment, "sub-04", out / "a.trk", "seed_mask", "-f", "--device", "cpu"],
             "dwiml_score": [sorted((subjects / "sub-04" / "bundles").glob("*.trk"))[0], subjects / "sub-04"],
             "dwiml_visualize_loss": [experiment, "sub-04", "--device", "cpu", "-f"],
+            "dwiml_visualize_weights": [here / "experiments" / "tts", "sub-04", "--device", "cpu", "--color_x_y_summary", "-f"],
             "dwiml_report": [experiment, "--out", out / "page.html", "-f"],
             "dwiml_check_model": ["dwiml_nb.models.learn2track:Learn2TrackModel", "--args", '{"nb_features": 5}'],
             "dwiml_compute_connectivity_matrix_from_blocs": [brain, bundle, out / "blocs.npy", "4", "4", "1", "-f"],

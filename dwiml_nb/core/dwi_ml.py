@@ -410,7 +410,6 @@ def at_the_door(
     raise kind(f"dwiml_nb does not have dwi_ml's {name}. {told(DOOR[name])}")
 
 # %% ../../nbs/00_core/17_dwi_ml.ipynb #6694d0dc
-YET = 'nothing yet'
 COMMANDS = {              # command of dwi_ml -> what to use instead
     'dwiml_create_hdf5_dataset': '`dwiml_create_hdf5_dataset`',
     'dwiml_hdf5_print_architecture': '`dwiml_hdf5_describe`',
@@ -432,7 +431,7 @@ COMMANDS = {              # command of dwi_ml -> what to use instead
     'tt_train_model': '`dwiml_train_transformer`',
     'tt_resume_training_from_checkpoint': '`dwiml_resume_training_from_checkpoint`',
     'tt_update_deprecated_exp': 'nothing in its place: `load_model` reads older folders as they are',
-    'tt_visualize_weights': f'{YET}: pictures of attention; `OriginalTransformerModel.forward` has weights',
+    'tt_visualize_weights': '`dwiml_visualize_weights`',
     **for_each('`dwiml_visualize_loss`', 'l2t_visualize_loss', 'tt_visualize_loss'),
     'dwiml_visualize_logs_correlation': '`dwiml_visualize_logs_correlation`',
     **{name: f'`{name}`' for name in (
@@ -496,6 +495,18 @@ OPTIONS['l2t_visualize_loss'] = {
     '-v': 'nothing in its place: numbers and names of files are always told',
 }
 OPTIONS['tt_visualize_loss'] = OPTIONS['l2t_visualize_loss']
+
+# %% ../../nbs/00_core/17_dwi_ml.ipynb #c0a7e511
+OPTIONS['tt_visualize_weights'] = {
+    **same('--use_latest_epoch', '--out_prefix', '--out_dir', '-f', '--batch_size', '--as_matrices',
+           '--color_multi_length', '--color_x_y_summary', '--group_heads', '--group_all', '--group_with_max',
+           '--resample_plots', '--reverse_lines', '--cmap', '--rescale_0_1', '--rescale_z',
+           '--rescale_non_lin'),
+    **{k: v for k,v in OPTIONS['l2t_visualize_loss'].items()
+       if k in ('hdf5_file', 'input_group', '--reference', '--subset', '--processes', '--use_gpu', '-v')},
+    'in_sft': '`--streamlines_file`; without it, the lines that the model was trained on',
+    **for_each('`--as_matrices`, a page for any browser', '--bertviz', '--bertviz_locally'),
+}
 
 # %% ../../nbs/00_core/17_dwi_ml.ipynb #9f4ac9c9
 NO_EFFECT = 'nothing in its place: it has no effect in dwi_ml'

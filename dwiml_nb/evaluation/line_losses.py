@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['VALUES', 'steps_of', 'answers', 'LineLosses', 'on_all_points', 'losses_of_lines', 'lines_to_lose', 'groups_of_run',
-           'line_losses', 'check_room', 'ranked', 'share_of', 'values_of', 'without_gaps', 'coloured', 'zigzags',
-           'loss_histograms', 'by_thirds', 'colour_bar']
+           'model_and_lines', 'line_losses', 'check_room', 'ranked', 'share_of', 'values_of', 'without_gaps',
+           'coloured', 'zigzags', 'loss_histograms', 'by_thirds', 'colour_bar']
 
 # %% ../../nbs/10_evaluation/05_line_losses.ipynb #57df799a
+from contextlib import contextmanager
 import numpy as np
 import torch
 from dataclasses import dataclass
@@ -176,20 +177,20 @@ def groups_of_run(
                       "an experiment with an input group and a streamlines group", params,
                       file=experiment_path)
 
-def line_losses(
+@contextmanager
+def model_and_lines(
     experiment_path, # Folder of an experiment
     subj_id:str, # Subject of the study
-    streamlines_group:str=None, # None: the group the model was trained on
-    streamlines_file=None, # Lines of this file instead: .trk, .tck, .trx
-    input_group_name=None, # None: the group the model was trained on
-    hdf5_file=None, # None: the study the model was trained on
-    use_latest_epoch:bool=False, # The checkpoint's model instead of the best one
-    batch_size:int=200, # Lines at a time
-    device=None, # None: the first GPU if there is one
-    trust=(), # Packages and .py files whose classes the experiment may name
-    allow_links:bool=False, # Also follow links that lead out of the study's folder
-) -> LineLosses:
-    "The losses of a trained experiment on lines of a subject."
+    streamlines_group, # None: the group the model was trained on
+    streamlines_file, # None: those of the group
+    input_group_name, # None: the group the model was trained on
+    hdf5_file, # None: the study the model was trained on
+    use_latest_epoch:bool,
+    device,
+    trust,
+    allow_links:bool,
+): # -> the model, a loader, the subset, the subject's number in it, how many lines
+    "A trained model and what gives it lines of a subject, as long as the block lasts."
     record = read_experiment(experiment_path)
     volumes,group = groups_of_run(experiment_path, record, input_group_name, streamlines_group)
     with trusting(trust): model = experiment_model(experiment_path, use_latest_epoch, device)
@@ -207,10 +208,30 @@ def line_losses(
         n = len(given) if given is not None else int(subset.nb_streamlines(group)[subject])
         if not n: raise DataProblem("the subject has no lines", "lines to try the model on", "none",
                                     subject=subj_id, group=group)
-        check_room(subset, subject, group, given, model)
+        yield model, loader, subset, subject, n
+    finally: dataset.close()
+
+# %% ../../nbs/10_evaluation/05_line_losses.ipynb #5c1e77a0
+def line_losses(
+    experiment_path, # Folder of an experiment
+    subj_id:str, # Subject of the study
+    streamlines_group:str=None, # None: the group the model was trained on
+    streamlines_file=None, # Lines of this file instead: .trk, .tck, .trx
+    input_group_name=None, # None: the group the model was trained on
+    hdf5_file=None, # None: the study the model was trained on
+    use_latest_epoch:bool=False, # The checkpoint's model instead of the best one
+    batch_size:int=200, # Lines at a time
+    device=None, # None: the first GPU if there is one
+    trust=(), # Packages and .py files whose classes the experiment may name
+    allow_links:bool=False, # Also follow links that lead out of the study's folder
+) -> LineLosses:
+    "The losses of a trained experiment on lines of a subject."
+    with model_and_lines(experiment_path, subj_id, streamlines_group, streamlines_file, input_group_name,
+                         hdf5_file, use_latest_epoch, device, trust,
+                         allow_links) as (model, loader, subset, subject, n):
+        check_room(subset, subject, loader.streamline_group_name, loader.given, model)
         device = next(model.parameters()).device
         return losses_of_lines(model, loader, subset, subject, n, batch_size, device)
-    finally: dataset.close()
 
 # %% ../../nbs/10_evaluation/05_line_losses.ipynb #32863543
 def check_room(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'DWI_ML_MODELS', 'TransformerLayer', 'LayerStack', 'EncoderDecoder', 'DirectionTokens',
            'AbstractTransformerModel', 'TransformerSrcOnlyModel', 'AbstractTransformerModelWithTarget',
-           'TransformerSrcAndTgtModel', 'OriginalTransformerModel', 'check_longest', 'needs_of_transformers',
-           'needs_of_tto']
+           'TransformerSrcAndTgtModel', 'OriginalTransformerModel', 'check_longest', 'attentions_of',
+           'needs_of_transformers', 'needs_of_tto']
 
 # %% ../../nbs/05_models/06_transformers.ipynb #6fd4b02f
 from typing import Literal
@@ -301,6 +301,15 @@ def forward(self:AbstractTransformerModel,
     if not return_weights: return outputs
     first,rest = weights[:self.n_layers_e], weights[self.n_layers_e:]
     return outputs, (first, rest[::2], rest[1::2]) if rest else (first,)
+
+# %% ../../nbs/05_models/06_transformers.ipynb #7a0c51e2
+def attentions_of(
+    transformer, # Any of the three
+) -> dict: # attention -> number of layers
+    "The attentions whose weights `forward` returns, in its order."
+    found = {'encoder': transformer.n_layers_e}
+    if not isinstance(transformer, OriginalTransformerModel): return found
+    return found | dict.fromkeys(('decoder', 'cross'), transformer.n_layers_d)
 
 # %% ../../nbs/05_models/06_transformers.ipynb #4a7e7e82
 @patch

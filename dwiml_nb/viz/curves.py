@@ -425,12 +425,13 @@ class Fit(AnyWidget):
       begin()
       let tries = 5, timer
       const look = () => {
+        fit()                                        // a figure that came anew has plotly's own height
         const there = el.closest(".dwiml-curves")?.querySelector(".js-plotly-plot")?.data?.length
         if (there === model.get("due") || !tries) return
         if (there !== undefined) { tries--; model.send("lost") }
         later()
       }
-      const later = () => { clearTimeout(timer); timer = setTimeout(look, 2000) }
+      const later = () => { clearTimeout(timer); timer = setTimeout(look, 4000) }
       model.on("change:due", later)
       later()
       return () => { seen.disconnect(); clearTimeout(timer); model.off("change:due", later) }
@@ -615,8 +616,7 @@ def titles_of(self:Curves, shown) -> list: # of dicts, as plotly has annotations
     "What is written over each curve."
     places,height = places_of(shown or ['loss'], self.fit.beside)
     plain = dict(xref='paper', yref='paper', showarrow=False)
-    said = lambda o: title_of(o) + (f' over {self.along}' if o == shown[0] else '')
-    titles = [dict(plain, text=html_text(said(o)), x=places[o][0], y=places[o][3], xanchor='left',
+    titles = [dict(plain, text=html_text(title_of(o)), x=places[o][0], y=places[o][3], xanchor='left',
                    yanchor='bottom', font=dict(size=13)) for o in shown]
     titles += [dict(plain, text=self.along, x=places[o][1], y=places[o][2] - 23/(height - 90),
                     xanchor='right', yanchor='top', font=dict(size=11)) for o in shown[:1]]

@@ -142,7 +142,8 @@ def lab(tmp_path_factory):
         settings.write_text(value)
     server = subprocess.Popen(
         [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.ip=127.0.0.1",
-         f"--ServerApp.root_dir={folder}", "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.disable_check_xsrf=True"],
+         f"--ServerApp.root_dir={folder}", "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.disable_check_xsrf=True",
+         "--LabApp.expose_app_in_browser=True"],
         env=os.environ | state, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
     url = f"http://127.0.0.1:{port}"
     for _ in range(480):
@@ -157,7 +158,7 @@ def lab(tmp_path_factory):
 
 class Lab:
     "A running JupyterLab."
-    def __init__(self, url, folder): self.url, self.folder, self.kernel = url, folder, None
+    def __init__(self, url, folder): self.url, self.folder, self.kernel, self.left = url, folder, None, []
 
     def ask(self, path, /, method="POST", **content):
         "The server's answer to a request."
@@ -170,13 +171,30 @@ class Lab:
         if not own_kernel:
             self.kernel = self.kernel or self.ask("kernels", name="python3")
             self.ask("sessions", path=notebook, name=notebook, type="notebook", kernel={"id": self.kernel["id"]})
-        page = browser.new_page()
+        page = self.left.pop() if self.left else browser.new_page()
         page.set_viewport_size({"width": width, "height": height})
+        if page.url.startswith(self.url): return self.open_instead(page, notebook)
         workspace = f"test-{time.monotonic_ns()}"  # a new one, or JupyterLab would open the last test's notebooks too
         page.goto(f"{self.url}/lab/workspaces/{workspace}/tree/{notebook}", wait_until="domcontentloaded")
         page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
         self.wait_idle(page)  # before that, running asks for a kernel
         return page
+
+    def open_instead(self, page, notebook):
+        "The page of another test with a notebook of this one: JupyterLab need not be loaded again."
+        page.evaluate("""async path => {
+            for (const open of [...jupyterapp.shell.widgets('main')]) { if (open.context) open.context.model.dirty = false; open.close() }
+            await jupyterapp.commands.execute('docmanager:open', {path, factory: 'Notebook'}) }""", notebook)
+        page.wait_for_function("path => jupyterapp.shell.currentWidget?.context?.path === path", arg=notebook)
+        page.wait_for_selector(".jp-Notebook .jp-Cell")
+        self.wait_idle(page)
+        return page
+
+    def leave(self, page):
+        "The test is over; the next one may have the page."
+        if page.is_closed(): return
+        page.emulate_media(color_scheme=None)
+        self.left.append(page)
 
     def wait_idle(self, page): page.wait_for_selector("#jp-main-statusbar >> text=/\\| Idle/", timeout=60_000)
 

@@ -39,7 +39,7 @@ def page(browser, lab):
     lab.run_all(page)
     drawn(page)
     yield page
-    page.close()
+    lab.leave(page)
 
 
 def shot(where, name):

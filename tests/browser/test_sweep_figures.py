@@ -45,7 +45,7 @@ def test_the_figures_of_a_sweep(browser, lab, swept):
     assert len(texts) == 3 and "rnn_key" in texts[1] and "optimizer.lr" in texts[2] and not page.locator('[data-mime-type="application/vnd.jupyter.error"]').count()
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SCREENSHOTS / "sweep_lab.png")
-    page.close()
+    lab.leave(page)
 
 
 def test_the_page_of_a_sweep(browser, swept):

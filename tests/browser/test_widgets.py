@@ -46,7 +46,7 @@ def notebook(browser, lab):
         return page
 
     yield open_cells
-    for page in opened: page.close()
+    for page in opened: lab.leave(page)
 
 
 def shot(where, name):
@@ -224,7 +224,7 @@ def test_the_first_hour(browser, lab):
         page.wait_for_timeout(300)
         shot(cells.nth(i), f"first_hour_{i:02d}")
     nothing_from_elsewhere(page)
-    page.close()
+    lab.leave(page)
 
 
 def wait_until(condition, seconds=60, said=lambda: ""):

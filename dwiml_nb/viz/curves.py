@@ -614,12 +614,10 @@ def layout_of(self:Curves,
 @patch
 def titles_of(self:Curves, shown) -> list: # of dicts, as plotly has annotations
     "What is written over each curve."
-    places,height = places_of(shown or ['loss'], self.fit.beside)
+    places,_ = places_of(shown or ['loss'], self.fit.beside)
     plain = dict(xref='paper', yref='paper', showarrow=False)
     titles = [dict(plain, text=html_text(title_of(o)), x=places[o][0], y=places[o][3], xanchor='left',
                    yanchor='bottom', font=dict(size=13)) for o in shown]
-    titles += [dict(plain, text=self.along, x=places[o][1], y=places[o][2] - 23/(height - 90),
-                    xanchor='right', yanchor='top', font=dict(size=11)) for o in shown[:1]]
     return titles or [dict(plain, text='nothing is logged yet', x=.5, y=.5)]
 
 # %% ../../nbs/09_viz/10_curves.ipynb #72e01780

@@ -95,8 +95,9 @@ TABLE_STYLE = f"""
 .dwiml-table .itables_anywidget {{ overflow-x: auto; padding: 2px; container-type: inline-size }}
 @container (max-width: 800px) {{
   .dwiml-table table.dataTable.compact > :is(thead, tbody) > tr > :is(th, td) {{
-      font-size: 12px; padding: 2px 4px; max-width: 8.5em }}
-  .dwiml-table table.dataTable.compact > thead > tr > th {{ padding-right: 15px; white-space: normal }} }}
+      font-size: 11.5px; padding: 2px 3px; max-width: 8.5em }}
+  .dwiml-table table.dataTable.compact > thead > tr > th {{ padding-right: 12px; white-space: normal }} }}
+.dwiml-table table.dataTable td.dwiml-bars {{ max-width: none; text-overflow: clip }}
 .dwiml-table table.dataTable :is(.dwiml-number, .dwiml-decimal, .dwiml-bytes) {{ text-align: right }}
 .dwiml-table .dwiml-bars {{ fill: {PALETTE[0]}; vertical-align: middle }}
 .dwiml-table tr.selected .dwiml-bars {{ fill: currentColor }}

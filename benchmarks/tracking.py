@@ -73,7 +73,9 @@ def cost(args):
     dirs = field.numpy()[tuple(np.floor(convert(seeds, grid, 'rasmm', 'vox').numpy()).astype(int).T)].astype(float)
     made = {}
 
-    def ours(): made['ours'] = tracker.track(seeds, quiet=True).lines
+    def ours():
+        torch.set_num_threads(args.threads)                           # dipy's end sets OpenMP back to all cores
+        made['ours'] = tracker.track(seeds, quiet=True).lines
     def dipys():
         stop = BinaryStoppingCriterion(ring.numpy().astype(np.uint8))
         made['dipy'] = list(eudx_tracking(start, stop, affine, seed_directions=dirs, pam=pam, step_size=1., max_angle=45, min_len=0, max_len=1000,

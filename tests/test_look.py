@@ -188,3 +188,17 @@ def test_a_still_is_renewed_once_when_the_cell_has_ended(monkeypatch):
     asyncio.run(cell())
     assert renewed == [part, whole] and not waiting
     part.close()
+
+
+def test_controls_of_lines_are_those_of_the_scene_at_hand():
+    volume = np.random.default_rng(0).random((5, 5, 5)), np.eye(4)
+    viewer = Viewer(Scene("volume").add_slices(*volume))
+    row, colours, lengths = viewer.controls.line_row.layout, viewer.controls.colours.layout, viewer.controls.lengths
+    assert row.display == colours.display == "none"
+    viewer.replace(Scene("lines").add_slices(*volume).add_lines([30*np.eye(3)]))
+    assert row.display is colours.display is None and lengths.max == 85 and viewer.controls.targets.layout.display == "none"
+    viewer.length_mm = 10., 40.
+    assert lengths.value == (10, 40)
+    viewer.replace(Scene("more").add_slices(*volume).add_lines([60*np.eye(3)]).add_lines([np.eye(3)], "truth"))
+    assert lengths.max == 170 and lengths.value == (10, 40) and viewer.controls.targets.description == "truth"
+    viewer.close()

@@ -124,7 +124,7 @@ class Camera:
                 for name, i in shown.items(): self.shoot(page, f"{name}.{where}.{theme}.{width}", output(page, i))
 
 
-def command(page, name, **args): page.evaluate("([name, args]) => jupyterapp.commands.execute(name, args)", [name, args])
+def command(page, name, **args): page.evaluate("([name, args]) => { void jupyterapp.commands.execute(name, args) }", [name, args])
 
 
 def themed(page):
@@ -139,12 +139,13 @@ def opened(server, page, file):
 
 
 def run_all(page, seconds):
-    "Run all cells, again if the kernel was not there yet."
+    "Run all cells, once the kernel answers; again if it did not hear."
     prompts = "[...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')].map(o => o.textContent)"
     for _ in range(5):
-        page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for(state="attached", timeout=90_000)
+        page.wait_for_function("""() => { const {kernel} = jupyterapp.shell.currentWidget?.sessionContext?.session ?? {}
+            return kernel?.connectionStatus === "connected" && kernel.status === "idle" }""", timeout=120_000)
         command(page, "notebook:run-all-cells")
-        try: page.wait_for_function(f"() => {prompts}.some(o => /\\d|\\*/.test(o))", timeout=15_000); break
+        try: page.wait_for_function(f"() => {prompts}.some(o => /\\d|\\*/.test(o))", timeout=20_000); break
         except TimeoutError: continue
     page.wait_for_function(f"() => {prompts}.every(o => /\\d/.test(o))", timeout=1000*seconds)
     page.wait_for_timeout(3000)

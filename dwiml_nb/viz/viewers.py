@@ -314,13 +314,14 @@ def line_rows(self:Controls) -> list: # of widgets
         viewer.length_mm = None if whole else tuple(change['new'])
     self.targets = W.Checkbox(indent=False, layout=W.Layout(width='6em'))
     W.link((viewer, 'show_targets'), (self.targets, 'value'))
+    self.line_row = W.HBox([self.slider('opacity', .05, 1, .05), self.slider('line_width', 1, 9, 1, 'width'),
+                            self.lengths, self.targets], layout=wrap)
     self.fit_lines()
     self.lengths.observe(viewer.guard(choose), 'value')
     viewer.observe(lambda _: self.fit_lines(), 'length_mm')
     self.width = W.BoundedIntText(2*viewer.size[0], min=100, max=8000, description='PNG width', step=100,
                                   layout=W.Layout(width='12em'), style={'description_width': '6em'})
-    return [W.HBox([self.slider('opacity', .05, 1, .05), self.slider('line_width', 1, 9, 1, 'width'),
-                    self.lengths, self.targets], layout=wrap),
+    return [self.line_row,
             W.HBox([self.chooser('background', ['auto', 'light', 'dark'], 'Background'), self.width],
                    layout=wrap)]
 
@@ -331,6 +332,7 @@ def fit_lines(self:Controls):
     longest = float(np.ceil(max([1., *(s.lengths_mm.max(initial=0) for s in sets)])))
     self.lengths.max = longest if chosen is None else max(longest, chosen[1])
     self.lengths.value = chosen or (0, longest)
+    for part in (self.line_row, self.colours): part.layout.display = None if sets else 'none'
     names = [s.name for s in sets if s.name in TARGETS]
     self.targets.layout.display = None if names else 'none'
     if names: self.targets.description = names[0]

@@ -42,7 +42,7 @@ class Reached(BaseException):
 
 # what takes long, in the module that calls it
 WORK = ["study.create.write_study", "study.grow.finished_parts", "study.grow.copy_object", "study.check_apart.subprocess.run", "core.sh.fit_attenuation", "viz.plots.draw_graph", "models.checks.run_checks",
-        "tracking.tracker.Tracker.track", "training.trainer.DWIMLTrainer.train_and_validate", "cli.fronts.run_parts", "demo.run.demo_study", "runs.export.write_onnx", "cli.logs.open_comet", "widgets.report.report_parts", "cli.attention.line_attention"]
+        "tracking.tracker.Tracker.track", "training.trainer.DWIMLTrainer.train_and_validate", "cli.fronts.run_parts", "demo.run.demo_study", "runs.export.write_onnx", "cli.logs.open_comet", "widgets.report.report_parts", "cli.attention.line_attention", "cli.noise.noisy_lines"]
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,7 @@ def usual(here):
             "dwiml_score": [sorted((subjects / "sub-04" / "bundles").glob("*.trk"))[0], subjects / "sub-04"],
             "dwiml_visualize_loss": [experiment, "sub-04", "--device", "cpu", "-f"],
             "dwiml_visualize_weights": [here / "experiments" / "tts", "sub-04", "--device", "cpu", "--color_x_y_summary", "-f"],
+            "dwiml_visualize_noise_on_streamlines": [study, "sub-01", "bundles", out / "noisy.trk", "--noise_gaussian_size_forward", "0.1", "-f"],
             "dwiml_report": [experiment, "--out", out / "page.html", "-f"],
             "dwiml_check_model": ["dwiml_nb.models.learn2track:Learn2TrackModel", "--args", '{"nb_features": 5}'],
             "dwiml_compute_connectivity_matrix_from_blocs": [brain, bundle, out / "blocs.npy", "4", "4", "1", "-f"],

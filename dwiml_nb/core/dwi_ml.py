@@ -417,7 +417,7 @@ COMMANDS = {              # command of dwi_ml -> what to use instead
     'dwiml_hdf5_extract_data': '`dwiml_hdf5_extract_data`',
     'dwiml_visualize_logs': '`dwiml_visualize_logs`',
     'visualize_logs.py': '`dwiml_visualize_logs`',
-    'dwiml_visualize_noise_on_streamlines': '`BatchPreview`, in a notebook',
+    'dwiml_visualize_noise_on_streamlines': '`dwiml_visualize_noise_on_streamlines`',
     'l2t_train_model': '`dwiml_train_l2t`',
     'ae_train_model': '`dwiml_train_autoencoder`',
     'l2t_resume_training_from_checkpoint': '`dwiml_resume_training_from_checkpoint`',
@@ -586,8 +586,9 @@ OPTIONS['l2t_train_model'] |= {
 OPTIONS['ae_train_model'] = {k: v.replace('OneInput', '') for k,v in OPTIONS['l2t_train_model'].items()
                              if 'Learn2TrackModel' not in v and 'tracking' not in k}
 OPTIONS['dwiml_visualize_noise_on_streamlines'] = {
-    **{k: v for k,v in OPTIONS['l2t_train_model'].items() if 'noise' in k or '_ratio' in k},
-    '--subset': '`BatchPreview`, whose controls choose it', '-f': 'nothing in its place: no file is written'}
+    **same('--noise_gaussian_size_forward', '--noise_gaussian_size_loss', '--split_ratio', '--reverse_ratio',
+           '-f'),
+    '--subset': 'nothing in its place: noise is put on lines of training subjects'}
 
 # %% ../../nbs/00_core/17_dwi_ml.ipynb #74080f56
 OF_LEARN2TRACK = ('--nb_previous_dirs', '--normalize_prev_dirs', '--prev_dirs_embedding_key',

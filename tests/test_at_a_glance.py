@@ -1,4 +1,6 @@
 """What a first hour asks of the widgets: who is odd, which line is told of, where a clicked batch went, a figure that a page lost."""
+import inspect
+
 import h5py
 import pytest
 import torch
@@ -93,3 +95,8 @@ def test_nothing_logged_has_no_axes(odd_study):
     empty = Curves({})
     assert empty.figure.layout.xaxis.visible is False and empty.figure.layout.annotations[0].text == "nothing is logged yet"
     empty.close()
+
+
+def test_help_on_a_widget_leads_to_its_parameters():
+    for widget in (StudyBrowser, TrainingDashboard):
+        assert inspect.getdoc(widget.__init__) == "`??` instead of `?` shows what each parameter means."

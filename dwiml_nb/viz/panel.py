@@ -142,6 +142,7 @@ class Panel(W.VBox):
     def __init__(self,
         children=(), # Widgets, from top to bottom
     ):
+        "`??` instead of `?` shows what each parameter means."
         # the panel that this one is a part of; is it a cell's output? on a page that was loaded again?
         self.owner,self.is_shown,self.is_reloaded = None,False,False
         self.renewal = Settled(self.renew, .3, cell_ends=True)

@@ -298,7 +298,8 @@ def in_parallel(
     try:
         work.fill()
         while work.running and (work.any_done or not work.gone):
-            for future in wait(work.running, return_when=FIRST_COMPLETED).done: work.settle(future)
+            ended = wait(work.running, return_when=FIRST_COMPLETED).done
+            for future in sorted(ended, key=lambda o: work.running[o].index): work.settle(future)
             yield from work.in_turn()
             work.fill()
     finally: crew.close(list(work.running))

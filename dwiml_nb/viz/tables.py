@@ -32,7 +32,8 @@ KINDS = {  # name -> JavaScript: `d` a value that is known, `t` what it is for
         const n = d.map(Number), most = Math.max(1, ...n), w = 4
         const h = v => 20*v/most
         const bar = (v, i) => `<rect x="${i*w}" y="${20 - h(v)}" width="${w - 1}" height="${h(v)}"/>`
-        return `<svg width="${n.length*w}" height="20" class="dwiml-bars">${n.map(bar).join('')}</svg>`"""}
+        return `<svg width="${n.length*w}" height="20" viewBox="0 0 ${n.length*w} 20"
+            preserveAspectRatio="none" class="dwiml-bars">${n.map(bar).join('')}</svg>`"""}
 
 class Column(NamedTuple):
     "A column of a table."
@@ -96,7 +97,9 @@ TABLE_STYLE = f"""
 @container (max-width: 800px) {{
   .dwiml-table table.dataTable.compact > :is(thead, tbody) > tr > :is(th, td) {{
       font-size: 11.5px; padding: 2px 3px; max-width: 8.5em }}
-  .dwiml-table table.dataTable.compact > thead > tr > th {{ padding-right: 12px; white-space: normal }} }}
+  .dwiml-table table.dataTable.compact > thead > tr > th {{ white-space: normal }}
+  .dwiml-table table.dataTable .dt-column-order {{ display: none }}
+  .dwiml-table table.dataTable svg {{ width: 48px }} }}
 .dwiml-table table.dataTable td.dwiml-bars {{ max-width: none; text-overflow: clip }}
 .dwiml-table table.dataTable :is(.dwiml-number, .dwiml-decimal, .dwiml-bytes) {{ text-align: right }}
 .dwiml-table .dwiml-bars {{ fill: {PALETTE[0]}; vertical-align: middle }}

@@ -194,7 +194,7 @@ def test_controls_of_lines_are_those_of_the_scene_at_hand():
     volume = np.random.default_rng(0).random((5, 5, 5)), np.eye(4)
     viewer = Viewer(Scene("volume").add_slices(*volume))
     row, colours, lengths = viewer.controls.line_row.layout, viewer.controls.colours.layout, viewer.controls.lengths
-    assert row.display == colours.display == "none"
+    assert row.display == colours.display == "none" and viewer.legend == []
     viewer.replace(Scene("lines").add_slices(*volume).add_lines([30*np.eye(3)]))
     assert row.display is colours.display is None and lengths.max == 85 and viewer.controls.targets.layout.display == "none"
     viewer.length_mm = 10., 40.

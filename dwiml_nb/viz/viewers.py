@@ -137,7 +137,7 @@ def tell_scene(self:Viewer,
     scene,look = self.scene,self.scene.look
     if name == 'colour':
         scene.colour_by(self.colour)
-        self.set_trait('legend', scene.legend(self.colour))
+        self.set_trait('legend', scene.legend(self.colour) if scene.lines else [])
     elif name == 'cut_mm': scene.move_slices(self.cut_mm)
     elif name in ('planes', 'window', 'level'):
         for s in scene.slices:

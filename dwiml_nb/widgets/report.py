@@ -306,8 +306,9 @@ def scene_of_epochs(
             scene.add_lines(lines.lines[keep.tolist()], labels=labels, legends=lines.legends)
         else: scene.lines.append(lines)
         scene.lines[-1].name = f'epoch {epoch + 1}'
-    under = volume_of_run(report.folder, rows[epochs[-1]]['subject'])
+    under,why = volume_of_run(report.folder, rows[epochs[-1]]['subject'])
     if under is not None: scene.slices.append(under)
+    elif why: scene.title = f"{scene.title}; {printable(why, '', 300)}"
     scene.colour_by(next((o for o in ('verdict', 'end') if o in scene.colourings), 'direction'))
     for s in scene.lines:
         if not len(s): s.colour_by(QUIET)                              # of no colour that a legend is about

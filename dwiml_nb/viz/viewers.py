@@ -284,7 +284,8 @@ class Controls:
 
     def save(self):
         "Send the picture to the reader's disk."
-        size = (self.width.value, round(self.width.value*self.viewer.size[1]/self.viewer.size[0]))
+        w,h = self.viewer.face.frame().size                  # as it stands on the page
+        size = (self.width.value, round(self.width.value*h/w))
         self.viewer.download(free_name(self.viewer.scene.title).name, self.viewer.png(size))
 
     def save_page(self):

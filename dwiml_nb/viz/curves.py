@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COUNTS', 'FIRST', 'TITLES', 'ALONG', 'LIGHTER', 'CURVES_STYLE', 'thinned', 'smoothed', 'Curve', 'curves_of',
            'place_of', 'done_after', 'points_of', 'best_point', 'Line', 'lines_of', 'lines_of_curve', 'places_of',
-           'title_of', 'curves_figure', 'curves_picture', 'Fit', 'live_figure', 'axes_layout', 'only_value', 'large',
+           'title_of', 'only_value', 'curves_figure', 'curves_picture', 'Fit', 'live_figure', 'axes_layout', 'large',
            'Curves', 'parts_of_curves', 'in_order']
 
 # %% ../../nbs/09_viz/10_curves.ipynb #65a9113f
@@ -277,6 +277,11 @@ def plain_axes(ax, title:str, legend:bool):
                     bbox_to_anchor=(1, 1), borderaxespad=.2)
     for text in box.get_texts(): text.set_parse_math(False)
 
+# %% ../../nbs/09_viz/10_curves.ipynb #fad4f8d7
+def only_value(lines) -> float: # None: there are several, or none
+    values = np.concatenate([np.zeros(0), *(o.y[np.isfinite(o.y)] for o in lines)])
+    return float(values[0]) if len(values) and np.ptp(values) <= 1e-6*abs(values[0]) else None
+
 # %% ../../nbs/09_viz/10_curves.ipynb #4becea3a
 def curves_figure(
     lines, # of `Line`
@@ -471,10 +476,6 @@ def axes_layout(
     return {f'xaxis{n}': dict(look, anchor=f'y{n}', domain=place[:2], exponentformat='none', **few),
             f'yaxis{n}': dict(look, anchor=f'x{n}', domain=place[2:], nticks=8 if number == 0 else 5,
                               tickformat='~s' if large(lines) else '~g', **scale)}
-
-def only_value(lines) -> float: # None: there are several, or none
-    values = np.concatenate([np.zeros(0), *(o.y[np.isfinite(o.y)] for o in lines)])
-    return float(values[0]) if len(values) and np.ptp(values) <= 1e-6*abs(values[0]) else None
 
 def large(lines) -> bool: return any((o.y[np.isfinite(o.y)] > 9999).any() for o in lines)
 

@@ -245,7 +245,7 @@ function mouse(model, o) {
     if (fingers.size) { kind = "turn"; return }           // the finger that is left turns
     o.loop.setAttribute("points", "")
     if (few(e)) model.send({ kind: "click", at: place(e) })
-    else if (kind === "lasso") model.send({ kind: "lasso", points: loop })
+    else if (kind === "lasso") { model.send({ kind: "lasso", points: loop }); o.choose(false) }
     else end()
   }
   const wheel = (e) => {
@@ -302,11 +302,12 @@ function buttons(model, o) {
     ask()
   }
   o.box.addEventListener("pointerleave", () => { o.dark(); model.send({ kind: "leave" }) })
-  o.lasso.onclick = () => {
-    o.lassoing = !o.lassoing
+  o.choose = (on) => {
+    o.lassoing = on
     o.lasso.classList.toggle("dwiml-on", o.lassoing)
     o.box.classList.toggle("dwiml-lasso", o.lassoing)
   }
+  o.lasso.onclick = () => o.choose(!o.lassoing)
   o.clear.onclick = () => model.send({ kind: "clear" })
   o.full.onclick = () => document.fullscreenElement ? document.exitFullscreen() : o.box.requestFullscreen()
 }

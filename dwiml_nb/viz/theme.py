@@ -45,7 +45,7 @@ PAGE_STYLE = f"""
 [data-jp-theme-light="false"] .dwiml-warn {{ color: {DARK_WARN} }}
 .dwiml-panel .dwiml-panel .dwiml-gone {{ display: none }}
 .dwiml-panel .widget-html-content {{ line-height: 1.35 }}
-.dwiml-panel .widget-readout {{ width: auto; min-width: 5em }}
+.dwiml-panel .widget-readout {{ flex-shrink: 0 }}
 .dwiml-side img {{ max-width: 100%; height: auto }}
 """
 

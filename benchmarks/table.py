@@ -43,7 +43,7 @@ TAKES = """async ([what, argument]) => {
   const acts = {search: [() => type(argument), () => texts().length && texts().every(t => t.includes(argument))],
     sort: [() => document.querySelectorAll('table.dataTable th')[1].click(), () => texts()[0] !== before],
     page: [() => document.querySelectorAll('.dt-paging-button')[5].click(),
-           () => texts()[0] !== before && document.querySelectorAll('tbody svg').length === 10 && !texts().join('').includes('…')],
+           () => texts()[0] !== before && document.querySelectorAll('table.dataTable tbody svg').length === 10 && !texts().join('').includes('…')],
     look: [() => document.querySelectorAll('table.dataTable tbody tr')[3].cells[1].click(), () => document.querySelector('img[alt$="three sides"]')]}
   const begun = performance.now(), [act, done] = acts[what]
   act()
@@ -86,7 +86,7 @@ def measure(browser, lab, path, n):
     wall, own = cell(1).locator(".jp-OutputArea-output").first.inner_text().split()[:2]
     yield "  of it in the kernel, wall", float(wall)
     yield "  of it in the kernel, its processor", float(own)
-    page.wait_for_function("() => document.querySelectorAll('tbody svg').length === 10", timeout=120_000)
+    page.wait_for_function("() => document.querySelectorAll('table.dataTable tbody svg').length === 10", timeout=120_000)
     for word in (f"sub-{n - 7:05d}", "sub-000", "testing", f"sub-{n // 2:05d}"): yield f"search '{word}'", page.evaluate(TAKES, ["search", word])
     page.evaluate(TAKES, ["search", "sub"])
     page.evaluate(TAKES, ["sort", ""])

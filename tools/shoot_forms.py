@@ -67,7 +67,7 @@ def until(page, so, seconds=90):
 
 
 def look(page, widget, shoot):
-    until(page, lambda: widget.locator("tbody svg").count() > 3)
+    until(page, lambda: widget.locator("table.dataTable tbody svg").count() > 3)
     widget.locator("table.dataTable tbody tr").nth(1).locator("td").nth(1).click()
     until(page, lambda: "PNG" in widget.inner_text())
     page.wait_for_timeout(3000)
@@ -78,7 +78,7 @@ def look(page, widget, shoot):
 
 
 def search(page, widget, shoot):
-    until(page, lambda: widget.locator("tbody svg").count() > 3)
+    until(page, lambda: widget.locator("table.dataTable tbody svg").count() > 3)
     widget.locator(".dt-search input").fill("sub-01")
     page.wait_for_timeout(1500)
     widget.locator("table.dataTable tbody tr", has_text="sub-012").locator("td").nth(1).click()

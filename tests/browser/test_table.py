@@ -25,7 +25,7 @@ def test_the_study_as_a_table(notebook):  # noqa: F811 - a fixture
     page = notebook("table.ipynb", SETUP, "browser = StudyBrowser(path); browser", "print(browser.code)", "print(browser.subject, browser.leave_out, browser.line_filter)")
     widget, rows = output(page, 1), output(page, 1).locator("table.dataTable tbody tr")
     texts = lambda: rows.all_inner_texts()
-    wait_until(lambda: rows.count() == 10 and widget.locator("tbody svg").count() == 10, said=texts)
+    wait_until(lambda: rows.count() == 10 and widget.locator("table.dataTable tbody svg").count() == 10, said=texts)
     assert widget.locator(".dwiml-table").bounding_box()["height"] <= 450
     sides = rows.nth(1).locator("td").evaluate_all("all => all.map(o => getComputedStyle(o).textAlign)")
     assert sides == rows.nth(0).locator("td").evaluate_all("all => all.map(o => getComputedStyle(o).textAlign)") and "right" in sides

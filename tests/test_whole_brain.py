@@ -1,4 +1,5 @@
 """Whole-brain tracking: the same lines whoever tracks which batch and when, after kills too, in files that are whole, in memory that does not grow."""
+import copy
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,7 @@ from dwiml_nb.batch.sampler import DWIMLBatchIDSampler
 from dwiml_nb.cli.common import run_command
 from dwiml_nb.cli.tracking import dwiml_track_from_model
 from dwiml_nb.core.errors import DataProblem
+from dwiml_nb.core.lines import unit
 from dwiml_nb.core.phantom import FieldReader, circling_subject
 from dwiml_nb.core.space import convert
 from dwiml_nb.core.tractograms import TRACTOGRAM_FORMATS, Tractogram, load_tractogram, save_pieces, save_tractogram
@@ -188,23 +190,41 @@ def test_cmc_draws_belong_to_lines_and_steps():
 
 
 def test_rk4_leaves_the_state_of_a_step(experiment):
-    "A Transformer keeps its state in place: asking ahead must not write there."
+    "A Transformer with a window: the four places are asked as from states of their own, and the step's state is that of the first."
     dataset = MultiSubjectDataset(experiment.parents[1]/"study.hdf5", lazy=True).load_data()
     torch.manual_seed(0)
-    model = TransformerSrcOnlyModel(dataset.nb_features["input"], max_len=40, nheads=2, ffnn_hidden_size=8, n_layers_e=1, input_embedded_size=8, step_size=1.,
-                                    dg_args=dict(axis_head=True))
-    of = lambda how: Tracker(model, dataset, "sub-04", "input", "wm_mask", integration=how, max_length_mm=30, min_length_mm=0, theta_deg=180)
+    model = TransformerSrcOnlyModel(dataset.nb_features["input"], max_len=40, window=2, nheads=2, ffnn_hidden_size=8, n_layers_e=1, input_embedded_size=8, step_size=1.).eval()
+    walk = Tracker(model, dataset, "sub-04", "input", "wm_mask", integration="rk4", max_length_mm=30, theta_deg=180).walk
     seeds = seeds_from_mask(dataset.testing.get_volume(0, "seed_mask"), dataset.testing.grid(0, "seed_mask").affine, nt=20)
-    walks = {how: of(how).walk for how in ("euler", "rk4")}
-    here, memory, states = convert(seeds, of("euler").grid, "rasmm", "voxmm"), torch.zeros(20, 1, 3), {"euler": None, "rk4": None}
-    model.train(False)
+    here, memory, state = convert(seeds, walk.grid, "rasmm", "voxmm"), torch.zeros(20, 1, 3), None
     with torch.inference_mode():
-        for t in range(3):                                             # the same places and memories for both
-            for how, walk in walks.items(): states[how] = one_step(walk, here, memory, states[how], torch.arange(20), t)[2]
-            here = here + .5
-        outputs = [model.tracking_step(walk.inputs(here), memory[:, :0].flatten(1), states[how])[0] for how, walk in walks.items()]
-    torch.testing.assert_close(*outputs, atol=0, rtol=0)
-    assert len(of("rk4").track(seeds, quiet=True)) == len(of("rk4").track(seeds, quiet=True)) > 5
+        for t in range(6):
+            own, ahead, steps = [copy.deepcopy(state) for _ in range(5)], here, []
+            for i, share in enumerate((.5, .5, 1, 0)):
+                steps.append(unit(walk.dirs_at(ahead, memory, own[i])[0]))
+                ahead = here + share*steps[-1]
+            expected = here + (steps[0] + 2*steps[1] + 2*steps[2] + steps[3])/6
+            after = walk.dirs_at(here, memory, own[4])[1]
+            new, memory, state, *_ = one_step(walk, here, memory, state, torch.arange(20), t)
+            torch.testing.assert_close(new, expected, atol=1e-6, rtol=0)
+            torch.testing.assert_close(*(walk.dirs_at(new, memory, copy.deepcopy(o))[0] for o in (state, after)), atol=0, rtol=0)
+            here = new
+
+
+def test_rk4_asks_ahead_with_copies():
+    "A model may write into its state: it has seen one point more after each step, not four."
+    class Counts(FieldReader):
+        def tracking_step(self, inputs, previous_dirs, state=None):
+            seen = torch.zeros(len(inputs)) if state is None else state
+            seen += 1
+            return super().tracking_step(inputs, previous_dirs)[0], seen
+        def select_state(self, state, keep): return state[keep]
+        def warm_up(self, inputs, lines): return lines.lengths.float()
+    dataset, grid, volumes = circling_subject()
+    walk = Tracker(Counts(), dataset, "sub-01", "field", "ring", integration="rk4").walk
+    here, memory, state = torch.tensor([[60., 40, 6]]), torch.zeros(1, 1, 3), None
+    for t in range(4): here, memory, state, *_ = one_step(walk, here, memory, state, torch.arange(1), t)
+    assert state.tolist() == [4]
 
 
 def test_rk4_and_masks_by_the_command(experiment, tmp_path):

@@ -11,6 +11,7 @@ __all__ = ['COUNTS', 'FIRST', 'TITLES', 'ALONG', 'LIGHTER', 'CURVES_STYLE', 'thi
 # %% ../../nbs/09_viz/10_curves.ipynb #65a9113f
 import json
 import math
+import re
 import threading
 from dataclasses import dataclass
 from functools import partial
@@ -385,7 +386,7 @@ def curves_page(
     (picture,drawn),file = curves_figure(lines, *args), BytesIO()
     none = dict.fromkeys(('Date', 'Creator', 'Format', 'Type'))
     picture.savefig(file, format='svg', transparent=True, metadata=none)
-    svg = file.getvalue().decode()
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', '', file.getvalue().decode())      # a page needs no name spaces
     points = json.dumps([hover_points(ax, mine) for ax,mine in drawn], separators=(',', ':'))
     inert = points.replace('<', '\\u003c')                           # a name may hold </script>
     return Part(f'<div class="dwiml-plot" role="img" aria-label="curves of the run">{svg[svg.index("<svg"):]}'

@@ -203,7 +203,7 @@ def test_two_creators_of_one_study(sources, tmp_path, monkeypatch):
         try: create_study(sources, out, CONFIG, ["a"], nb_points=5)
         except DataProblem as e: told.append(str(e))
     monkeypatch.setattr(create, "check_sources", check)
-    monkeypatch.setattr(create, "finished_parts", lambda *args, real=create.finished_parts: made.append(threading.current_thread().name) or real(*args))
+    monkeypatch.setattr(create, "finished_parts", lambda *args, real=create.finished_parts, **how: made.append(threading.current_thread().name) or real(*args, **how))
     thread = threading.Thread(target=second, name="second"); thread.start()
     create_study(sources, out, CONFIG, ["a"])
     first_is_done.set(); thread.join()

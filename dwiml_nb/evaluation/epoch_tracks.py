@@ -152,7 +152,7 @@ def seeds_of(self:EpochTracks,
     said,group = self.said(), trainer.batch_loader.streamline_group_name
     mask,seed = said.get('seeding_mask_group'), said.get('seed', 1234)
     if mask is None: return seeds_on_lines(tracker, group, self.nb_seeds, seed)
-    return seeds_of_group(tracker, trainer.batch_sampler.dataset, mask, nt=self.nb_seeds, seed=seed)
+    return seeds_of_group(tracker, trainer.batch_sampler.dataset, mask, nt=self.nb_seeds, seed=seed)[:]
 
 # %% ../../nbs/10_evaluation/06_epoch_tracks.ipynb #b7849475
 def truth_of(

@@ -10,7 +10,7 @@ __all__ = ['MOST_CURVES', 'MOST_ROWS', 'REPORT_STYLE', 'MOST_EPOCHS', 'MOST_OF_E
            'scene_of_scored', 'beside_parts', 'scores_parts', 'session_words', 'places', 'bad_batches', 'problems_of',
            'ends_table', 'problems_parts', 'worst_batches', 'worst_lines', 'worst_parts', 'records_of', 'version_table',
            'session_table', 'environment_parts', 'section_parts', 'report_parts', 'check_given', 'report_run',
-           'parts_around', 'parts_of_dashboard']
+           'parts_of_dashboard']
 
 # %% ../../nbs/11_widgets/10_report.ipynb #7ee6f18f
 import json
@@ -35,7 +35,7 @@ from ..runs.table import duration, short
 from ..runs.watch import order_words
 from ..viz.curves import curves_page, in_order, lines_of
 from ..viz.painter import paint, to_png, view_from
-from ..viz.panel import Part, page_of, parts_of, picture_html
+from ..viz.panel import Part, page_of, parts_around, parts_of, picture_html
 from ..viz.browser import turning_part
 from ..viz.scene import Scene
 from ..viz.side_by_side import SideBySide, parts_of_beside
@@ -673,18 +673,6 @@ def report_run(
     return out
 
 # %% ../../nbs/11_widgets/10_report.ipynb #04754dd8
-def parts_around(
-    panel, # `Panel`
-    *within, # `Panel`s within it, from top to bottom; None: there is none now
-) -> list: # of `Part`
-    "The still of a panel, with what turns in the place of the stills of panels within it."
-    parts,rest = [], panel.still()
-    for inner in within:
-        if inner is None or not (still := inner.still()): continue
-        before,_,rest = rest.partition(still)
-        parts += [Part(before), *parts_of(inner)]
-    return [*parts, Part(rest)]
-
 @parts_of.register
 def parts_of_dashboard(
     x:TrainingDashboard,

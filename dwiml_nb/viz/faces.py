@@ -93,6 +93,8 @@ CANVAS_STYLE = """
 .dwiml-canvas.dwiml-lasso { cursor: crosshair }
 .dwiml-canvas img { width: 100%; height: 100%; object-fit: contain; display: block; user-select: none;
                     pointer-events: none; max-width: none; margin: 0 }
+.dwiml-canvas .dwiml-moving { position: absolute; inset: 0; width: 100%; height: 100%; object-fit: contain;
+                              background: inherit; pointer-events: none }
 .dwiml-canvas svg { position: absolute; inset: 0; width: 100%; height: 100%; pointer-events: none }
 .dwiml-canvas polyline { fill: none; stroke-linejoin: round; stroke-linecap: round }
 .dwiml-halo { stroke: #1f2933; stroke-width: 6; opacity: .8 }
@@ -120,7 +122,9 @@ function make(tag, className, parent) {
 }
 function parts(model, el) {
   const box = make("div", "dwiml-canvas", el)
-  const o = { box, image: make("img", "", box), over: make("svg", "", box) }
+  const o = { box, image: make("img", "", box), moving: make("canvas", "dwiml-moving", box),
+              over: make("svg", "", box) }
+  o.moving.hidden = true
   o.tip = make("div", "dwiml-tip", box)
   o.halo = make("polyline", "dwiml-halo", o.over)
   o.lit = make("polyline", "dwiml-lit", o.over)
@@ -145,10 +149,26 @@ function show(model, o) {
   const put = (bytes) => {
     if (!bytes || !bytes.byteLength) return
     const next = URL.createObjectURL(new Blob([bytes]))
-    o.image.onload = () => { if (last) URL.revokeObjectURL(last); last = next }
+    o.image.onload = () => {
+      if (last) URL.revokeObjectURL(last)
+      last = next
+      o.moving.hidden = true
+    }
     o.image.src = next
   }
-  const rest = () => put(model.get("picture"))
+  let came = 0, seen = 0                              // a picture at rest outdates the frames before it
+  const flash = async (bytes) => {
+    const number = ++came, frame = await createImageBitmap(new Blob([bytes]))
+    if (number > seen) {
+      seen = number
+      for (const side of ["width", "height"])
+        if (o.moving[side] !== frame[side]) o.moving[side] = frame[side]
+      o.moving.getContext("2d").drawImage(frame, 0, 0)
+      o.moving.hidden = false
+    }
+    frame.close()
+  }
+  const rest = () => { seen = came; put(model.get("picture")) }
   const told = () => { o.image.alt = model.get("alt") }
   model.on("change:picture", rest)
   model.on("change:alt", told)
@@ -159,7 +179,7 @@ function show(model, o) {
     o.tip.hidden = !message.text
   }
   const heard = (message, buffers) => {
-    if (message.kind === "frame") { put(buffers[0]); o.answered() }
+    if (message.kind === "frame") { flash(buffers[0]); o.answered() }
     if (message.kind === "lit") { light(message); o.looked() }
   }
   model.on("msg:custom", heard)
@@ -363,7 +383,9 @@ class CanvasFace(Face):
     def apply(self, name:str):
         if name == 'highlighted': self.light()
         else: self.rest()
-    def set_scene(self): self.rest()
+    def set_scene(self):
+        if sum(map(len, self.scene.lines)) > self.lines_moving: self.send_frame()         # soon, some of them
+        self.rest()
     def paint(self, most=None) -> np.ndarray: # (H, W, 3) uint8
         "The picture now: all lines, or so many."
         raise NotImplementedError
@@ -432,10 +454,15 @@ def move(self:CanvasFace, kind:str, dx:float, dy:float, at, by:float=0.):
     else: self.at = magnified(self.at, float(np.exp(-.001*dy)), at)
     self.rest.cancel()
     start = time.perf_counter()
-    pixels = self.marked(self.paint(self.lines_moving), self.frame_moving(), self.share_moving, most=50)
-    self.widget.send({'kind': 'frame'}, buffers=[to_jpeg(pixels)])
+    self.send_frame()
     self.frames += 1
     self.keep_pace(time.perf_counter() - start)
+
+@patch
+def send_frame(self:CanvasFace):
+    "Send a picture that lasts a moment."
+    pixels = self.marked(self.paint(self.lines_moving), self.frame_moving(), self.share_moving, most=50)
+    self.widget.send({'kind': 'frame'}, buffers=[to_jpeg(pixels)])
 
 @patch
 def keep_pace(self:CanvasFace,
@@ -479,7 +506,7 @@ class LiveFace(CanvasFace):
         return super().make_widget()
     def set_scene(self):
         with DRAWING: self.stage.set_scene(self.scene)
-        self.rest()
+        super().set_scene()
     def paint(self, most=None):
         with DRAWING:
             if most is None: self.stage.refresh()

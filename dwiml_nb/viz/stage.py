@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_COPIES', 'DRAWING', 'quiet_runtime_folder', 'gpu_adapter', 'has_gpu_adapter', 'import_fury', 'on_demand_manager',
-           'LineBuffer', 'LineActors', 'slices_actor', 'place_slices', 'points_actor', 'Stage']
+           'LineBuffer', 'needs_every_point', 'LineActors', 'slices_actor', 'place_slices', 'points_actor', 'Stage']
 
 # %% ../../nbs/09_viz/03_stage.ipynb #fb69194c
 import importlib
@@ -17,7 +17,8 @@ from threading import RLock
 import numpy as np
 from fastcore.basics import patch
 from .painter import BEHIND, Frame, disc, frame_of, planes_seen, view_from
-from .scene import LineSet, Look, PointSet, Scene, Slices, has_grown
+from .scene import (LineSet, Look, PointSet, Scene, Slices, has_grown, points_to_send,
+                                varies_along)
 from .theme import rgba
 
 # %% ../../nbs/09_viz/03_stage.ipynb #6c5e3a96
@@ -90,10 +91,15 @@ class LineBuffer:
 
     def fill(self, line_set:LineSet):
         "Show other lines."
-        order = np.random.default_rng(0).permutation(np.flatnonzero(line_set.shown))
-        starts,counts = line_set.offsets[:-1][order], np.diff(line_set.offsets)[order]
-        self.ends,self.mask = np.cumsum(counts),line_set.shown.copy()
-        self.order = np.repeat(starts - (self.ends - counts), counts) + np.arange(counts.sum())
+        s,self.every,self.drawn = line_set,needs_every_point(line_set),None
+        kept = ~np.isfinite(s.positions).all(1)                      # there the pen is lifted
+        kept[s.rows] |= points_to_send(s, self.every)
+        order = np.random.default_rng(0).permutation(np.flatnonzero(s.shown))
+        sums = np.concatenate([[0], np.cumsum(kept)])
+        starts,counts = sums[s.offsets[:-1]][order], np.diff(sums[s.offsets])[order]
+        self.ends,self.mask = np.cumsum(counts),s.shown.copy()
+        each = np.repeat(starts - (self.ends - counts), counts) + np.arange(counts.sum())
+        self.order = np.flatnonzero(kept)[each]
         before,self.nb_rows = self.nb_rows, len(self.order)
         data = self.geometry.positions.data
         data[:self.nb_rows] = line_set.positions[self.order]
@@ -106,7 +112,10 @@ class LineBuffer:
     def recolour(self, line_set:LineSet, grown:float=None):
         "Rewrite the colours alone, unless other lines or more of them are to be shown."
         before,self.grown = self.grown,grown
-        if before != grown or not np.array_equal(self.mask, line_set.shown): return self.fill(line_set)
+        other = before != grown or self.every != needs_every_point(line_set)
+        if other or not np.array_equal(self.mask, line_set.shown): return self.fill(line_set)
+        if line_set.colours is self.drawn: return
+        self.drawn = line_set.colours
         self.geometry.colors.data[:self.nb_rows] = line_set.colours[self.order]
         self.geometry.colors.update_range(0, max(self.nb_rows, 1))
 
@@ -115,6 +124,12 @@ class LineBuffer:
     ):
         rows = self.nb_rows if most is None or most >= len(self.ends) else int(self.ends[most - 1])
         self.geometry.positions.draw_range = 0, max(rows, 2)
+
+def needs_every_point(
+    line_set:LineSet,
+) -> bool:
+    "Whether points between two bends are drawn, too: numbers vary along the lines, or the lines grow."
+    return varies_along(line_set) or line_set.starts is not None
 
 # %% ../../nbs/09_viz/03_stage.ipynb #c3f42391
 MOST_COPIES = 20_000 # Lines that are drawn side by side, in a frame

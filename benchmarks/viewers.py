@@ -1,9 +1,10 @@
-"""How fast viewers are, in a JupyterLab with a real browser and a real mouse: `python benchmarks/viewers.py` (`--quick`: in five minutes).
+"""How fast viewers are, in a JupyterLab with a real browser and a real mouse: `python benchmarks/viewers.py` (`--quick`: in six minutes).
 
 For each rung and number of lines (of 100 points, over a volume): frames a second while dragging, with a free kernel and with a busy one; seconds from the mouse on a line to its name
 (answer), from running the cell to pixels (run), and from the beginning of `replace` to the new scene's first frame, with the processor time that it took; the longest time without any
 picture (slab) while the cell runs, while another rung takes over and while the page is loaded again. Then the next batch of a preview: from the loader's end to the batch's first frame.
-Last, for 1,000 lines, how memory grows over many replacements. A frame counts if something new was drawn between two calls of `requestAnimationFrame`.
+Then lines that grow in a `TrackingPlayer`: frames a second while it plays. Last, for 1,000 lines, how memory grows over many replacements. A frame counts if something new was drawn
+between two calls of `requestAnimationFrame`.
 Nothing is asserted: the figures depend on the machine and on who else uses it, so the load is printed beside them. Drawing is done by the processor, in the browser too
 (--gpu: as the browser likes).
 """
@@ -60,15 +61,19 @@ import json, os, tempfile, time, numpy as np, psutil, torch
 from pathlib import Path
 from dwiml_nb.all import *
 from dwiml_nb.core.ragged import Ragged
+from dwiml_nb.core.tractograms import Tractogram
 from dwiml_nb.viz.scene import Scene
 from dwiml_nb.viz.viewers import show
-def scene(n, seed):
+def lines_of(n, seed):
     rng, t = np.random.default_rng(seed), np.linspace(0, 1, 100)[None, :, None]
     a, b, c = rng.normal(size=(3, n, 1, 3)) * [30, 40, 30]
     points = ((1 - t)**2*a + 2*t*(1 - t)*c + t**2*b).reshape(-1, 3)
-    lines = Ragged.from_lengths(torch.tensor(points, dtype=torch.float32), torch.full((n,), 100))
+    return Ragged.from_lengths(torch.tensor(points, dtype=torch.float32), torch.full((n,), 100))
+def scene(n, seed):
+    affine = np.diag([-3., 3, 3, 1])
+    affine[:3, 3] = 90,-105,-90
     volume = np.random.default_rng(0).random((60, 70, 60), dtype=np.float32)
-    return Scene(f'{n} lines').add_lines(lines).add_slices(volume, np.diag([-3, 3, 3, 1]) + np.eye(4, k=3)*90, planes='z')
+    return Scene(f'{n} lines').add_lines(lines_of(n, seed)).add_slices(volume, affine, planes='z')
 def rss(): return psutil.Process().memory_info().rss/1e6
 def row(): return json.loads(Path('row.json').read_text())
 for rung in row()[1]: show(scene(10, 0), rung=rung).close()  # what is loaded once is not counted
@@ -77,7 +82,7 @@ model = Learn2TrackModel(dataset.nb_features['input'], step_size=1., rnn_key='gr
 sampler = DWIMLBatchIDSampler(dataset, 'bundles', batch_size_training=200)
 loader = DWIMLBatchLoaderOneInput(dataset, model, 'input', 'bundles', off_track_mm=1.)
 """
-VIEWER, WATCH, BUSY, REPLACE, SWAP, PREVIEW, LOADED, MANY = range(1, 9)
+VIEWER, WATCH, BUSY, REPLACE, SWAP, PREVIEW, LOADED, PLAYER, MANY = range(1, 10)
 CELLS = [SETUP, "begun = time.time(); n, rung = row(); scenes = [scene(n, seed) for seed in (0, 1)]; begun = time.time(); viewer = show(scenes[0], rung=rung); viewer", "print('at', begun)",
          "while not Path('go on').exists(): sum(range(1000))",
          "begun = time.time(); viewer.replace(scenes[1]); print('at', begun); scenes = scenes[::-1]",
@@ -85,6 +90,7 @@ CELLS = [SETUP, "begun = time.time(); n, rung = row(); scenes = [scene(n, seed) 
          "preview = BatchPreview(loader, sampler); preview.viewer.rung = row()[1]\nimport types; loaded = []; load = preview.load\n"
          "def noted(self): load(); loaded.append(time.time())\npreview.load = types.MethodType(noted, preview); preview",
          "print('at', loaded[-1])",
+         "n, rung = row(); player = TrackingPlayer(Tractogram(lines_of(n, 0))); player.viewer.rung = rung; player",
          "n, many = row(); before = rss()\nfor k in range(many): viewer.replace(scenes[k % 2])\nprint('at', time.time(), before, rss())"]
 
 
@@ -227,7 +233,7 @@ def row(lab, page, process, rung, n, seconds, again):
         at.append(to_pixels(page, lambda: (run_cell(page, VIEWER), float(run_cell(page, WATCH).split()[-1]))[1]))
         page.wait_for_timeout(500)
     begun = [slab(page, run)]
-    free = max(drag(page, seconds) for _ in range(2))
+    free = [drag(page, seconds) for _ in range(2)][-1]  # the first learns how much can be drawn
     named = answer(page)
     busy = []
     if rung == "browser":
@@ -264,6 +270,23 @@ def next_batches(lab, page, rung):
     print(f"| {rung:8} | {sorted(took)[2]:6.2f} | {os.getloadavg()[0]:5.1f} |", flush=True)
 
 
+def playing(lab, page, rung, n, seconds):
+    "Print frames a second while lines grow."
+    tell(lab, n, rung)
+    run_cell(page, PLAYER)
+    face(page, PLAYER).wait_for(timeout=60_000)
+    page.wait_for_timeout(1500)
+    cell = page.locator(".jp-Notebook .jp-Cell").nth(PLAYER)
+    own = cell.locator(".dwiml-play button, .widget-play button").filter(visible=True).first  # the browser's, or the kernel's
+    own.click()
+    page.wait_for_timeout(500)
+    page.evaluate("() => { __seen.drawn = 0; __seen.begun = performance.now() }")
+    page.wait_for_timeout(1000*seconds)
+    frames = page.evaluate("() => __seen.drawn/(performance.now() - __seen.begun)*1000")
+    own.click()
+    print(f"| {rung:8} | {n:6,} | {frames:6.1f} | {os.getloadavg()[0]:5.1f} |", flush=True)
+
+
 def resident(process):
     "MB of memory of a process and of those that it began."
     return sum(p.memory_info().rss for p in [process, *process.children(recursive=True)])/1e6
@@ -287,10 +310,10 @@ def main():
     parser.add_argument("--lines", nargs="*", type=int, default=[100, 1000, 10_000])
     parser.add_argument("--seconds", type=float, default=3, help="of each drag")
     parser.add_argument("--many", type=int, default=100, help="replacements, for memory; 0: not measured")
-    parser.add_argument("--quick", action="store_true", help="short drags, no memory: five minutes on two free cores")
+    parser.add_argument("--quick", action="store_true", help="short drags: six minutes on two free cores")
     parser.add_argument("--gpu", action="store_true", help="let the browser draw as it likes")
     args = parser.parse_args()
-    seconds, many = (1.5, 0) if args.quick else (args.seconds, args.many)
+    seconds = 1.5 if args.quick else args.seconds
     begun = time.time()
     print(f"{os.cpu_count()} cores; load before: {' '.join(f'{v:.1f}' for v in os.getloadavg())} over 1, 5 and 15 minutes\n")
     with fixtures(args.gpu) as (lab, browser, process):
@@ -301,9 +324,12 @@ def main():
             for rung in args.rungs: row(lab, page, process, rung, n, seconds, again=n == args.lines[-1])
         print("\n| rung, 200 lines | next batch, s after the loader | load |\n|---|---|---|")
         for rung in args.rungs: next_batches(lab, page, rung)
-        if many:
-            print(f"\n| rung, 1,000 lines | kernel, MB over {many} replacements | browser, MB |\n|---|---|---|")
-            for rung in args.rungs: memory(lab, page, process, rung, many)
+        print("\n| rung, lines growing | lines | frames/s | load |\n|---|---|---|---|")
+        for n in args.lines:
+            for rung in args.rungs: playing(lab, page, rung, n, 2*seconds)
+        if args.many:
+            print(f"\n| rung, 1,000 lines | kernel, MB over {args.many} replacements | browser, MB |\n|---|---|---|")
+            for rung in args.rungs: memory(lab, page, process, rung, args.many)
     print(f"\n{time.time() - begun:.0f} s")
 
 

@@ -93,8 +93,6 @@ CANVAS_STYLE = """
 .dwiml-canvas.dwiml-lasso { cursor: crosshair }
 .dwiml-canvas img { width: 100%; height: 100%; object-fit: contain; display: block; user-select: none;
                     pointer-events: none; max-width: none; margin: 0 }
-.dwiml-canvas .dwiml-moving { position: absolute; inset: 0; width: 100%; height: 100%; object-fit: contain;
-                              background: inherit; pointer-events: none }
 .dwiml-canvas svg { position: absolute; inset: 0; width: 100%; height: 100%; pointer-events: none }
 .dwiml-canvas polyline { fill: none; stroke-linejoin: round; stroke-linecap: round }
 .dwiml-halo { stroke: #1f2933; stroke-width: 6; opacity: .8 }
@@ -122,9 +120,7 @@ function make(tag, className, parent) {
 }
 function parts(model, el) {
   const box = make("div", "dwiml-canvas", el)
-  const o = { box, image: make("img", "", box), moving: make("canvas", "dwiml-moving", box),
-              over: make("svg", "", box) }
-  o.moving.hidden = true
+  const o = { box, image: make("img", "", box), over: make("svg", "", box) }
   o.tip = make("div", "dwiml-tip", box)
   o.halo = make("polyline", "dwiml-halo", o.over)
   o.lit = make("polyline", "dwiml-lit", o.over)
@@ -149,26 +145,10 @@ function show(model, o) {
   const put = (bytes) => {
     if (!bytes || !bytes.byteLength) return
     const next = URL.createObjectURL(new Blob([bytes]))
-    o.image.onload = () => {
-      if (last) URL.revokeObjectURL(last)
-      last = next
-      o.moving.hidden = true
-    }
+    o.image.onload = () => { if (last) URL.revokeObjectURL(last); last = next }
     o.image.src = next
   }
-  let came = 0, seen = 0                              // a picture at rest outdates the frames before it
-  const flash = async (bytes) => {
-    const number = ++came, frame = await createImageBitmap(new Blob([bytes]))
-    if (number > seen) {
-      seen = number
-      for (const side of ["width", "height"])
-        if (o.moving[side] !== frame[side]) o.moving[side] = frame[side]
-      o.moving.getContext("2d").drawImage(frame, 0, 0)
-      o.moving.hidden = false
-    }
-    frame.close()
-  }
-  const rest = () => { seen = came; put(model.get("picture")) }
+  const rest = () => put(model.get("picture"))
   const told = () => { o.image.alt = model.get("alt") }
   model.on("change:picture", rest)
   model.on("change:alt", told)
@@ -179,7 +159,7 @@ function show(model, o) {
     o.tip.hidden = !message.text
   }
   const heard = (message, buffers) => {
-    if (message.kind === "frame") { flash(buffers[0]); o.answered() }
+    if (message.kind === "frame") { put(buffers[0]); o.answered() }
     if (message.kind === "lit") { light(message); o.looked() }
   }
   model.on("msg:custom", heard)

@@ -141,12 +141,20 @@ const flat = (points) => points.map((p) => p.join(",")).join(" ")
 # %% ../../nbs/09_viz/05_faces.ipynb #b1f529af
 CANVAS_SHOW = """
 function show(model, o) {
-  let last = null
-  const put = (bytes) => {
+  let newest = 0, shown = 0
+  const put = (bytes) => {                              // the one before stays until this one is there
     if (!bytes || !bytes.byteLength) return
-    const next = URL.createObjectURL(new Blob([bytes]))
-    o.image.onload = () => { if (last) URL.revokeObjectURL(last); last = next }
-    o.image.src = next
+    const turn = ++newest, image = new Image(), url = URL.createObjectURL(new Blob([bytes]))
+    Object.assign(image, { decoding: "sync", alt: model.get("alt") })
+    image.onerror = () => URL.revokeObjectURL(url)
+    image.onload = () => {
+      URL.revokeObjectURL(url)
+      if (turn < shown) return
+      shown = turn
+      o.image.replaceWith(image)
+      o.image = image
+    }
+    image.src = url
   }
   const rest = () => put(model.get("picture"))
   const told = () => { o.image.alt = model.get("alt") }

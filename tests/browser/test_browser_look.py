@@ -47,7 +47,7 @@ def shot(where, name):
     where.screenshot(path=SCREENSHOTS / f"{name}.png")
 
 
-def picture(page): return page.locator(".dwiml-canvas img")
+def picture(page): return page.locator(".dwiml-canvas")
 
 
 def pixels(where): return np.asarray(Image.open(BytesIO(where.screenshot())).convert("RGB")).astype(int)
@@ -126,8 +126,9 @@ def test_it_turns_with_the_mouse_and_is_never_empty(page):
 
 def test_one_finger_turns_and_two_magnify(page):
     hand, ink = page.context.new_cdp_session(page), lambda: (pixels(picture(page)) < 230).any(2).mean()
+    turned = pixels(picture(page))
     page.get_by_role("button", name="coronal").click()
-    page.wait_for_timeout(300)
+    until(page, lambda: (pixels(picture(page)) != turned).any(2).mean() > .02)
     drawn(page)
     (x, y), before, inked = middle(page), pixels(picture(page)), ink()
 

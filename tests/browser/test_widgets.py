@@ -105,7 +105,7 @@ def test_batch_preview_turns_with_the_mouse(notebook):
     page = notebook("preview.ipynb", SETUP, "preview = BatchPreview(loader, sampler); preview.viewer.rung = 'live'; preview", "preview.viewer.rung",
                     "print('at', __import__('time').time(), 'frames', preview.viewer.face.frames)")
     assert "live" in output(page, 2).inner_text(), output(page, 2).inner_text()
-    widget, canvas = output(page, 1), output(page, 1).locator(".dwiml-canvas img").first
+    widget, canvas = output(page, 1), output(page, 1).locator(".dwiml-canvas").first
     canvas.wait_for(timeout=60_000)
     wait_until(lambda: len(np.unique(pixels(canvas).reshape(-1, 3), axis=0)) > 50)
     shot(widget, "batch_preview")

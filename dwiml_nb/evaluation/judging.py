@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['ALIKE', 'judges', 'WHOLE', 'OF_BUNDLE', 'STYLE', 'LEGEND', 'has_near', 'bundle_adjacency', 'TrueBundle',
-           'true_bundle', 'beside_truth', 'Judgement', 'Judge', 'judge_tractogram', 'read_to_judge', 'judge_file',
-           'judge_apart', 'judge_files', 'judgement_of', 'kept_judgements', 'shown', 'tractogram_rows', 'bundle_rows',
-           'as_text', 'as_html', 'why', 'judgements_page']
+           'true_bundle', 'beside_truth', 'Judgement', 'Judge', 'judge_tractogram', 'read_to_judge', 'scoring',
+           'judge_file', 'judge_apart', 'judge_files', 'judgement_of', 'kept_judgements', 'shown', 'tractogram_rows',
+           'bundle_rows', 'as_text', 'as_html', 'why', 'judgements_page']
 
 # %% ../../nbs/10_evaluation/04_judging.ipynb #7a56127f
 import os
 import numpy as np
 import torch
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from dipy.tracking.distances import bundles_distances_mdf
 from secrets import token_hex
@@ -155,16 +156,23 @@ def read_to_judge(
                 "judge fewer lines at a time.")
     return load_tractogram(path)
 
+@contextmanager
+def scoring(
+    what, # A tractogram, or so many
+):
+    "Within this block, a problem says what cannot be scored because of it."
+    try: yield
+    except DataProblem as e:
+        raise DataProblem(f"{what} cannot be scored: {e.problem}", e.expected, e.found, e.do,
+                          file=e.file) from e
+
 def judge_file(
     judge:Judge,
     name:str, # A tractogram
 ) -> Judgement:
     "The judgement of a file."
     lines = read_to_judge(name)
-    try: return judge(lines)
-    except DataProblem as e:
-        raise DataProblem(f"{name} cannot be scored: {e.problem}", e.expected, e.found, e.do,
-                          file=e.file) from e
+    with scoring(name): return judge(lines)
 
 judges = {}                                            # of this process: run -> `Judge`
 
@@ -194,7 +202,8 @@ def judge_files(
     if twice := next((n for i,n in enumerate(names) if n in names[:i]), None):
         raise DataProblem("this tractogram is given twice", "each once", file=twice)
     for name in names: tractogram_format(name); need_tractogram(name, "no such tractogram")
-    judge,run = Judge(reference, near_mm), token_hex(8)
+    with scoring(names[0] if len(names) == 1 else f"{len(names)} tractograms"):
+        judge,run = Judge(reference, near_mm), token_hex(8)
     if executor is None and n_procs in (None, 1): found = ((name, judge_file(judge, name)) for name in names)
     else:
         jobs = ((name, (run, reference, near_mm, name)) for name in names)

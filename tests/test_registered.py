@@ -806,7 +806,7 @@ def test_what_is_the_steps_own_is_refused_by_name(make, tmp_path, option):
 
 
 def test_the_models_of_the_page_are_short():
-    page = json.loads((Path(__file__).parent.parent / "nbs/tutorials/02_three_models.ipynb").read_text())
+    page = json.loads((Path(__file__).parent.parent / "nbs/tutorials/04_three_models.ipynb").read_text())
     found = [node for cell in page["cells"] if cell["cell_type"] == "code" for node in ast.parse("".join(cell["source"])).body if isinstance(node, ast.ClassDef)]
     assert [o.name for o in found] == ["Around", "Names", "Squeezes"] and all(o.end_lineno - o.lineno + 2 < 40 for o in found)
 

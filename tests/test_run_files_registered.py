@@ -108,7 +108,7 @@ def test_a_registered_model_of_a_package(here, monkeypatch):
 
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "nbs/tutorials/03_cell_to_package.ipynb"
+PAGE = ROOT / "nbs/tutorials/05_cell_to_package.ipynb"
 
 
 def commands(folder):

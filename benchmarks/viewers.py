@@ -52,8 +52,10 @@ COUNT = """(() => {
     of[name] = function(...a) { seen.dirty = true; if (!drawing.has(this)) drawing.set(this, null); return draw.apply(this, a) } }
   const fill = of.bufferData
   of.bufferData = function(kind, data, ...a) { if (data.constructor === Uint16Array) seen.arrived ||= Date.now(); return fill.call(this, kind, data, ...a) }
-  document.addEventListener("load", e => {
-    if (e.target.tagName === "IMG" && e.target.offsetParent) { seen.dirty = true; seen.arrived ||= Date.now(); seen.first ||= Date.now() } }, true)
+  const picture = image => {
+    if (image.tagName === "IMG" && image.complete && image.offsetParent) { seen.dirty = true; seen.arrived ||= Date.now(); seen.first ||= Date.now() } }
+  document.addEventListener("load", e => picture(e.target), true)
+  new MutationObserver(all => all.forEach(one => one.addedNodes.forEach(picture))).observe(document, {childList: true, subtree: true})
 })()"""
 
 SETUP = """

@@ -4,6 +4,7 @@ Ranks are forked (tests/distributed_script.py) and connected by Fabric with gloo
 """
 import os
 import signal
+import sys
 from functools import partial
 
 import numpy as np
@@ -94,6 +95,35 @@ def test_a_loss_that_is_not_finite_in_one_rank_is_skipped_by_all_or_told_with_it
     told = in_ranks(partial(train, make, study, tmp_path, "stops", **{**skipping, "on_nan": "stop"}))
     for words in told:
         assert words.startswith("NotFinite: the loss is nan at training batch 2 of epoch 1") and "in rank 1" in words and "in rank 0" not in words
+
+
+def uneven(trainer):
+    "Rank 1 leaves out the optimizer's step of its second batch."
+    own, left = trainer.registered, iter([False])
+    real = own.net.optimizer.step
+    if trainer.ranks.rank: own.net.optimizer.step = lambda *a, **k: real(*a, **k) if next(left, True) is False else None
+
+
+def test_ranks_that_make_different_steps_are_told_at_once(study, tmp_path):
+    for words in in_ranks(partial(train, make_registered, study, tmp_path, "uneven", devices=2, after=uneven)):
+        assert words.startswith("ComeApart: ") and "rank 0 at a step of the optimizer, rank 1 at the end of a batch" in words
+    assert read_checkpoint(tmp_path/"uneven").state["epoch"] == 0
+
+
+def test_who_starts_processes_is_known_or_asked_for(monkeypatch):
+    for k in [k for k in os.environ if k.startswith("SLURM_")]: monkeypatch.delenv(k)
+    for variables, name in (({"SLURM_NTASKS": "2"}, "LightningEnvironment"),                  # sbatch, salloc
+                            ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "interactive"}, "SLURMEnvironment")):
+        for k, v in variables.items(): monkeypatch.setenv(k, v)
+        assert [type(o).__name__ for o in several.environment()] == [name]
+    assert several.started_by() == (2, 1)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    with pytest.raises(DataProblem, match="cannot be started and connected.*ntasks-per-node"): several.launched(2, device="cpu")
+    for k in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "MASTER_ADDR", "LOCAL_RANK"): monkeypatch.delenv(k, raising=False)
+    with pytest.raises(DataProblem, match="nothing here starts processes on 3 machines"): several.launched(2, 3, "cpu")
+    monkeypatch.setattr("sys.argv", ["-c"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    with pytest.raises(DataProblem, match="no file of it. Expected: python script.py. Found: -c"): several.launched(2, device="cpu")
 
 
 def commanded(*words):

@@ -1,7 +1,8 @@
 """Build the site in _docs/ from the executed pages in build/nbs and from docs/*.md, without Quarto; fail on a dead link.
 
 nbdev's own processors turn each page into documentation (signatures with their docments, links on `names` in backticks);
-exported code stays, folded under its signature; pandoc writes the HTML. Everything a page shows is in the folder: the site works offline.
+exported code stays, folded under its signature; pandoc writes the HTML. Everything a page shows is in the folder, the words for its
+search too (tools/site_search.py): the site works offline.
 `build_docs.py --readme` only writes README.md, from nbs/index.ipynb.
 """
 import argparse
@@ -24,6 +25,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 from run_pages import EXPORTS, ROOT, SLOW_IMPORTS
+from site_search import places_of, words_file
 
 BUILD, SITE, HERE = ROOT / "build", ROOT / "_docs", Path(__file__).resolve().parent / "site"
 ANSI, FENCE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "`" * 6
@@ -74,7 +76,7 @@ def output_markdown(output, target, number):
     metadata = output.get("metadata", {})
     if PLOTLY in data: return plotly_figure(data[PLOTLY], number)
     if "text/markdown" in data: return data["text/markdown"]
-    if "text/html" in data: return fenced(data["text/html"], "=html")
+    if "text/html" in data: return fenced(f'<div class="shown">{data["text/html"]}</div>', "=html")
     for kind, suffix in (("image/svg+xml", "svg"), ("image/png", "png"), ("image/jpeg", "jpg")):
         if kind in data: return picture(data[kind], metadata.get(kind, {}), suffix, target)
     if "text/latex" in data: return data["text/latex"]
@@ -148,7 +150,7 @@ def coloured(html):
 
 
 def write_page(source, sections):
-    "Write the HTML of one source file (relative to the repository)."
+    "Write the HTML of one source file (relative to the repository); return what the search knows of it: [address, title, places]."
     import pypandoc
     target = SITE / html_path(source)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -177,15 +179,22 @@ def write_page(source, sections):
     html = re.sub(r'<p><a\s+href="[^"]*/blob/[^"]*"[^>]*>source</a></p>', "", html)  # the code itself is folded below
     head, body = html.split("<main>")
     target.write_text(head + "<main>" + coloured(local_links(body, source)), encoding="utf-8")
+    return [html_path(source).as_posix(), title, places_of(title, promise, body.partition("</header>")[2].partition("</main>")[0])]
 
 
 def write_pages(sources, sections):
-    "Write several pages in this process; return what went wrong."
-    problems = []
+    "Write several pages in this process; return what the search knows of them, and what went wrong."
+    known, problems = [], []
     for source in sources:
-        try: write_page(source, sections)
+        try: known.append(write_page(source, sections))
         except Exception as problem: problems.append(f"{source}: {problem}\n    {problem.__cause__!r}")
-    return problems
+    return known, problems
+
+
+def write_search(known):
+    "What every page's search field needs, beside the pages."
+    (SITE / "search_words.js").write_text(words_file(known), encoding="utf-8")
+    shutil.copy(HERE / "search.js", SITE)
 
 
 # ---- the whole site
@@ -270,8 +279,9 @@ def build_site():
     context.set_forkserver_preload([*SLOW_IMPORTS, "nbdev.processors", "pypandoc"])
     with ProcessPoolExecutor(2, mp_context=context, max_tasks_per_child=1) as pool:
         groups = [sources[i:i + 6] for i in range(0, len(sources), 6)]
-        problems = sum(pool.map(write_pages, groups, [sections] * len(groups)), [])
+        known, problems = (sum(lists, []) for lists in zip(*pool.map(write_pages, groups, [sections] * len(groups))))
     if problems: return problems
+    write_search(known)
     if any("Plotly.newPlot" in file.read_text(encoding="utf-8") for file in SITE.rglob("*.html")):
         from plotly.offline import get_plotlyjs
         (SITE / "plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")

@@ -29,10 +29,11 @@ def viewer():
     viewer.close()
 
 
-def seen(viewer):
+def seen(viewer, mode="RGB"):
+    "The picture on the page; or, with another mode, the still."
     from io import BytesIO
     from PIL import Image
-    return np.asarray(Image.open(BytesIO(viewer.face.picture())).convert("RGB")).astype(int)
+    return np.asarray(Image.open(BytesIO(viewer.face.widget.picture if mode == "RGB" else viewer.face.picture())).convert(mode)).astype(int)
 
 
 @pytest.mark.parametrize("name, value", [("opacity", .3), ("line_width", 2.), ("line_width", 6.), ("slice_opacity", .2), ("window", .1), ("level", .1), ("length_mm", (100., 120.)),
@@ -135,8 +136,9 @@ def test_the_page_says_whether_it_is_dark_and_how_wide_it_is(viewer):
     assert seen(viewer)[90, 2].mean() > 250
     viewer.message.dark = True
     assert seen(viewer)[90, 2].mean() < 60
+    assert (seen(viewer, "RGBA")[90, 2] == [125, 136, 148, 0]).all(), "a still may be read on another page"
     viewer.background = "light"
-    assert seen(viewer)[90, 2].mean() > 250
+    assert seen(viewer)[90, 2].mean() > 250 and (seen(viewer, "RGBA")[90, 2] == 255).all()
     viewer.face.hear({"kind": "size", "w": 500, "h": 180})
     assert seen(viewer).shape == (180, 500, 3) and viewer.size == (500, 180)
 
@@ -155,12 +157,12 @@ def test_pictures_of_any_size_and_a_page_go_to_the_readers_disk(viewer, monkeypa
 def test_a_still_stays_with_fewer_lines_while_it_moves(viewer):
     many = scene_of(2000)
     viewer.replace(many)
-    face, rest = viewer.face, viewer.face.picture()
+    face, rest = viewer.face, viewer.face.widget.picture
     face.hear({"kind": "zoom", "dx": 0, "dy": -100, "at": [120, 90]})
-    assert face.picture() == rest and face.frames == 1 and face.lines_moving < 2000, "a frame that moves is a message; the picture at rest stays until there is another"
+    assert face.widget.picture == rest and face.frames == 1 and face.lines_moving < 2000, "a frame that moves is a message; the picture at rest stays until there is another"
     assert face.frame().scale > 1
     face.hear({"kind": "rest"})
-    assert face.picture() != rest
+    assert face.widget.picture != rest
 
 
 def test_a_still_is_renewed_once_when_the_cell_has_ended(monkeypatch):

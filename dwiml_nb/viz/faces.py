@@ -9,6 +9,7 @@ __all__ = ['CANVAS_SEND', 'CANVAS_MOUSE', 'Face', 'still_frame', 'Canvas', 'to_j
 # %% ../../nbs/09_viz/05_faces.ipynb #84a55a7b
 import io
 import time
+from dataclasses import replace
 import numpy as np
 import traitlets as T
 from anywidget import AnyWidget
@@ -66,9 +67,11 @@ class Face:
         "The picture, drawn carefully."
         return paint(self.scene, frame, title='', legend=self.viewer.legend, times=times, smooth=2)
     def picture(self) -> bytes: # PNG
-        "The picture, for readers without a kernel."
-        frame = still_frame(self.frame(), self.scene)
-        return to_png(self.marked(paint(self.scene, frame, title='', legend=self.viewer.legend), frame))
+        "The picture, for readers without a kernel, whose page may be light or dark."
+        frame,look = still_frame(self.frame(), self.scene), self.scene.look
+        if self.viewer.background == 'auto': look = replace(look, dark=None)
+        still = paint(self.scene, frame, title='', legend=self.viewer.legend, look=look)
+        return to_png(self.marked(still, frame))
     def close(self): self.widget.close()
 
 def still_frame(
@@ -379,9 +382,6 @@ class CanvasFace(Face):
         raise NotImplementedError
     def refresh(self):
         self.widget.picture,self.widget.alt = to_png(self.marked(self.paint(), self.at)),repr(self.viewer)
-    def picture(self) -> bytes:
-        is_narrow = still_frame(self.at, self.scene) is self.at
-        return self.widget.picture if is_narrow else super().picture()
 
 # %% ../../nbs/09_viz/05_faces.ipynb #364e9ce6
 @patch
@@ -501,19 +501,10 @@ class LiveFace(CanvasFace):
             frame,times = (self.at, 1.) if most is None else (self.frame_moving(), self.share_moving)
             self.stage.stand(frame)
             drawn = self.stage.draw(most)
-        if most is None: self.drawn = drawn
         return label(drawn, frame, '', self.scene.look, self.viewer.legend, times)
     def fine(self, frame:Frame, times:float):
         with DRAWING: drawn = fine_picture(self.scene, frame, times)
         return label(drawn, frame, '', self.scene.look, self.viewer.legend, times)
-    def picture(self):
-        frame = still_frame(self.at, self.scene)
-        left = (self.at.size[0] - frame.size[0])//2
-        same = frame.scale == self.at.scale and self.drawn.shape[1] == self.at.size[0]
-        if not left or not same: return self.widget.picture
-        drawn = self.drawn[:, left:left + frame.size[0]]
-        pixels = label(drawn, frame, '', self.scene.look, self.viewer.legend)
-        return to_png(self.marked(pixels, frame))
     def close(self):
         with DRAWING: self.stage.close()
         super().close()

@@ -133,9 +133,25 @@ def planes_seen(
     if not view.flat or not slices.planes: return slices.planes
     return 'xyz'[int(np.abs(view.towards).argmax())]
 
+# %% ../../nbs/09_viz/02_painter.ipynb #f0dad392
+def as_ink(
+    colours:np.ndarray, # (n, 3)
+    pixels:np.ndarray, # (H*W, 3 or 4) that get them
+) -> np.ndarray: # (n, 3 or 4)
+    "Colours for these pixels, which may also say how much of the ground is covered."
+    return colours if pixels.shape[1] == 3 else np.concatenate([colours, np.ones_like(colours[:, :1])], 1)
+
+def uncover(
+    pixels:np.ndarray, # (H, W, 4) colours times how much they cover; changed in place
+    bare:str, # Colour of bare ground, which is transparent
+):
+    "The colours themselves."
+    share = pixels[..., 3:]
+    pixels[..., :3] = np.where(share > 0, pixels[..., :3]/np.maximum(share, 1e-6), rgba(bare)[:3])
+
 # %% ../../nbs/09_viz/02_painter.ipynb #1628fba8
 def paint_slices(
-    pixels:np.ndarray, # (H*W, 3) changed in place
+    pixels:np.ndarray, # (H*W, 3 or 4) changed in place
     nearest:np.ndarray, # (H*W,) depth of what is seen so far, changed in place
     slices:Slices,
     frame:Frame,
@@ -148,7 +164,7 @@ def paint_slices(
         points,depth = frame.on_plane(axis, slices.position_mm[axis])
         grey = slices.grey(points)
         seen = np.flatnonzero(np.isfinite(grey) & (depth > nearest))
-        pixels[seen] = opacity*grey[seen, None] + (1 - opacity)*pixels[seen]
+        pixels[seen] = opacity*as_ink(np.repeat(grey[seen, None], 3, 1), pixels) + (1 - opacity)*pixels[seen]
         nearest[seen] = -np.inf if frame.view.flat else depth[seen]
 
 # %% ../../nbs/09_viz/02_painter.ipynb #9977854c
@@ -186,7 +202,7 @@ def disc(
 
 # %% ../../nbs/09_viz/02_painter.ipynb #474a92d9
 def paint_dots(
-    pixels:np.ndarray, # (H*W, 3) changed in place
+    pixels:np.ndarray, # (H*W, 3 or 4) changed in place
     nearest:np.ndarray, # (H*W,) depth of the slices, -inf where there is none
     at:np.ndarray, # (D, 2) pixels
     depth:np.ndarray, # (D,)
@@ -205,7 +221,8 @@ def paint_dots(
     seen = inside[np.argsort(seen_depth[inside], kind='stable')]
     cell,dot = y[seen]*w + x[seen], seen % len(at)
     alpha = colours[dot, 3:]*np.where(seen_depth[seen] >= nearest[cell], 1, behind)[:, None]
-    pixels[cell] = colours[dot, :3]*bright[seen//len(at)][:, None]*alpha + pixels[cell]*(1 - alpha)
+    inked = as_ink(colours[dot, :3]*bright[seen//len(at)][:, None], pixels)
+    pixels[cell] = inked*alpha + pixels[cell]*(1 - alpha)
 
 # %% ../../nbs/09_viz/02_painter.ipynb #06a47118
 def chosen_rows(
@@ -230,12 +247,14 @@ def paint(
     title:str=None, # None: the scene's
     legend=None, # Of `Scene.legend`: what the colours mean
     times:float=1., # How much larger than usual words, lines and points are
-) -> np.ndarray: # (H, W, 3) uint8
+    look:Look=None, # None: the scene's
+) -> np.ndarray: # (H, W, 3) uint8; (H, W, 4), where the look is for any ground
     "A scene as pixels."
     frame = view if isinstance(view, Frame) else frame_of(scene, view, size)
     fine = frame.resized([n*smooth for n in frame.size])
-    (w,h),look = fine.size, scene.look
-    pixels,nearest = np.tile(rgba(look.paper)[:3], (w*h, 1)), np.full(w*h, -np.inf)
+    (w,h),look = fine.size, look or scene.look
+    ground = np.zeros(4, np.float32) if look.dark is None else rgba(look.paper)[:3]
+    pixels,nearest = np.tile(ground, (w*h, 1)), np.full(w*h, -np.inf)
     for s in scene.slices: paint_slices(pixels, nearest, s, fine, look.slice_opacity)
     for s in scene.lines:
         at,depth,rows = dots_of(s, fine, chosen_rows(s, max_lines, look.grown))
@@ -245,7 +264,8 @@ def paint(
         colours = np.broadcast_to(rgba(p.colour), (len(p), 4))
         paint_dots(pixels, nearest, fine.project(p.positions), fine.depth(p.positions),
                    colours, fine, p.size*smooth*times)
-    pixels = pixels.reshape(h//smooth, smooth, w//smooth, smooth, 3).mean((1, 3))
+    pixels = pixels.reshape(h//smooth, smooth, w//smooth, smooth, -1).mean((1, 3))
+    if look.dark is None: uncover(pixels, look.paper)
     return label((pixels*255).round().astype(np.uint8), frame, said_above(scene, title, max_lines), look,
                  legend, times)
 
@@ -260,6 +280,8 @@ def said_above(
     return ', '.join(filter(None, [scene.title if title is None else title, *few]))
 
 # %% ../../nbs/09_viz/02_painter.ipynb #bf5cd43a
+def halo(look:Look, u:float) -> int: return 0 if look.dark is None else round(2*u) # Pixels around letters
+
 def wrapped(
     text:str,
     font, # Of PIL
@@ -285,7 +307,7 @@ def write_legend(
     pen,font,w = ImageDraw.Draw(picture), ImageFont.load_default(12*u), picture.width
     def write(x, y, text, fill=look.ink):
         pen.text((w - x*u, y*u), printable(text, ''), fill=fill, anchor='rm', font=font,
-                 stroke_width=round(2*u), stroke_fill=look.paper)
+                 stroke_width=halo(look, u), stroke_fill=look.paper)
     if isinstance(legend, tuple):
         low,high = scale_words(legend)
         bar = value_colours(np.linspace(1, 0, round(80*u)), scale=legend[3])[:, None, :3]
@@ -301,7 +323,7 @@ def write_legend(
 
 # %% ../../nbs/09_viz/02_painter.ipynb #9c671219
 def label(
-    pixels:np.ndarray, # (H, W, 3) uint8
+    pixels:np.ndarray, # (H, W, 3 or 4) uint8
     frame:Frame,
     title:str='',
     look:Look=Look(), # Dark or light
@@ -313,7 +335,7 @@ def label(
     picture,u = Picture.fromarray(pixels),times
     pen,font,(w,h) = ImageDraw.Draw(picture), ImageFont.load_default(14*u), frame.size
     def write(at, text, anchor, fill=look.ink):
-        pen.text(at, text, fill=fill, anchor=anchor, font=font, stroke_width=round(2*u),
+        pen.text(at, text, fill=fill, anchor=anchor, font=font, stroke_width=halo(look, u),
                  stroke_fill=look.paper)
     rows = wrapped(title := printable(title, ''), font, w - 12*u)
     free = font.getlength(title) < w/2 - 20*u

@@ -20,7 +20,7 @@ from ..core.ragged import Ragged, as_ragged
 from ..core.space import apply_affine, convert
 from ..core.tractograms import Tractogram
 from ..batch.sampler import batch_words
-from .theme import (DARK_INK, DARK_PAPER, DARK_QUIET, INK, PALETTE, PAPER, QUIET,
+from .theme import (DARK_INK, DARK_PAPER, DARK_QUIET, INK, MIDDLE, PALETTE, PAPER, QUIET,
                                 category_colours, direction_colours, rgba, value_colours)
 
 # %% ../../nbs/09_viz/01_scene.ipynb #2db98bab
@@ -214,13 +214,14 @@ class Look:
     line_width:float=1. # Pixels; above 3 lines become tubes
     slice_opacity:float=1. # Of slices, 0 to 1. Lines behind a slice are drawn faintly, never hidden
     grown:float=None # Lines that grow are drawn up to so many steps from their starts; None: whole
-    dark:bool=False # Light on a dark ground
+    dark:bool=False # Light on a dark ground; None: on any ground, which is transparent
+    def of(self, light, dark): return MIDDLE if self.dark is None else dark if self.dark else light
     @property
-    def paper(self) -> str: return DARK_PAPER if self.dark else PAPER
+    def paper(self) -> str: return self.of(PAPER, DARK_PAPER)
     @property
-    def ink(self) -> str: return DARK_INK if self.dark else INK
+    def ink(self) -> str: return self.of(INK, DARK_INK)
     @property
-    def quiet(self) -> str: return DARK_QUIET if self.dark else QUIET
+    def quiet(self) -> str: return self.of(QUIET, DARK_QUIET)
 
 # %% ../../nbs/09_viz/01_scene.ipynb #fc422401
 class Scene:
@@ -267,6 +268,11 @@ def bounds(self:Scene) -> np.ndarray: # (2, 3) RAS mm
 def colourings(self:Scene) -> list:
     "Names of what can set the colour of the lines."
     return list(dict.fromkeys(['direction', *(name for s in self.lines for name in s.colourings)]))
+
+@patch(as_prop=True)
+def is_coloured(self:Scene) -> bool:
+    "Whether a colouring sets the colour of any lines: those of one given colour keep it."
+    return not all(str(s.colour).startswith('#') for s in self.lines)
 
 # %% ../../nbs/09_viz/01_scene.ipynb #e042bcf2
 @patch

@@ -137,7 +137,7 @@ def tell_scene(self:Viewer,
     scene,look = self.scene,self.scene.look
     if name == 'colour':
         scene.colour_by(self.colour)
-        self.set_trait('legend', scene.legend(self.colour) if scene.lines else [])
+        self.set_trait('legend', scene.legend(self.colour) if scene.is_coloured else [])
     elif name == 'cut_mm': scene.move_slices(self.cut_mm)
     elif name in ('planes', 'window', 'level'):
         for s in scene.slices:
@@ -333,7 +333,8 @@ def fit_lines(self:Controls):
     longest = float(np.ceil(max([1., *(s.lengths_mm.max(initial=0) for s in sets)])))
     self.lengths.max = longest if chosen is None else max(longest, chosen[1])
     self.lengths.value = chosen or (0, longest)
-    for part in (self.line_row, self.colours): part.layout.display = None if sets else 'none'
+    for part,there in ((self.line_row, sets), (self.colours, self.viewer.scene.is_coloured)):
+        part.layout.display = None if there else 'none'
     names = [s.name for s in sets if s.name in TARGETS]
     self.targets.layout.display = None if names else 'none'
     if names: self.targets.description = names[0]

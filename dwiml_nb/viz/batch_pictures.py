@@ -13,7 +13,7 @@ from ..core.sh import sh_basis, sh_degrees
 from ..core.sphere import sphere_faces, sphere_vertices
 from .plots import histogram, showing
 from .spheres import draw_ball
-from .theme import DARK_INK, DARK_PAPER, DARK_QUIET, INK, PALETTE, PAPER, QUIET, matplotlib_style
+from .theme import INK, PALETTE, PAPER, inks, matplotlib_style
 
 # %% ../../nbs/09_viz/16_batch_pictures.ipynb #e7fc4fcc
 def lengths_picture(
@@ -30,7 +30,7 @@ def lengths_picture(
         figure = Figure(figsize=(5, 2.1), layout='constrained')
         ax = figure.subplots()
         for (name,n),look in zip(reversed(found.items()),
-                                 (dict(fill=True, alpha=.45, color=DARK_QUIET if dark else QUIET),
+                                 (dict(fill=True, alpha=.45, color=inks(dark)[1]),
                                   dict(lw=1.8, color=PALETTE[5] if dark else PALETTE[0]))):
             ax.stairs(100*n/max(n.sum(), 1), edges, label=f'{name} ({n.sum():,} lines)', **look)
         ax.set(xlabel='length (mm)', ylabel='share of lines (%)')
@@ -123,7 +123,7 @@ def line_picture(
             bar = figure.colorbar(draw_heat(ax, mm[:len(along.values)], along), ax=ax, pad=.01, aspect=12)
             bar.ax.tick_params(labelsize='x-small')
         if point is not None:
-            for ax in axes: ax.axvline(mm[point], color=DARK_INK if dark else INK, lw=1, ls=':')
+            for ax in axes: ax.axvline(mm[point], color=inks(dark)[0], lw=1, ls=':')
         axes[-1].set_xlabel('along the line (mm)')
     return showing(figure)
 
@@ -248,10 +248,10 @@ def around_picture(
             ball = figure.add_subplot(1, nb, 2, projection='3d')
             draw_ball(ball, density, sphere, camera=CAMERA)
             draw_arrows(ball, arrows, 1.5)
-            ball.set_facecolor(DARK_PAPER if dark else PAPER)
+            ball.set_facecolor(inks(dark)[2])
             ball.set_title('density of directions', size=8)
             for text in ball.texts:
-                text.set(color=DARK_INK if dark else INK, text={'x': 'i', 'y': 'j'}.get(text.get_text(), 'k'))
+                text.set(color=inks(dark)[0], text={'x': 'i', 'y': 'j'}.get(text.get_text(), 'k'))
     return showing(figure)
 
 def draw_glyphs(ax, values, vectors, kind, arrows, dark):
@@ -264,10 +264,11 @@ def draw_glyphs(ax, values, vectors, kind, arrows, dark):
     ax.set(xlim=(-reach, reach), ylim=(-reach, reach), zlim=(-reach, reach))
     ax.set_box_aspect((1, 1, 1), zoom=1.55)
     ax.view_init(*CAMERA)
-    ax.set_facecolor(DARK_PAPER if dark else PAPER)
+    ink,quiet,paper = inks(dark)
+    ax.set_facecolor(paper)
     for name,axis in zip('ijk', np.eye(3)):
-        ax.plot(*np.stack([-axis, axis]).T*reach, color=DARK_QUIET if dark else QUIET, lw=.5, alpha=.6)
-        ax.text(*1.1*reach*axis, name, color=DARK_INK if dark else INK, size=7)
+        ax.plot(*np.stack([-axis, axis]).T*reach, color=quiet, lw=.5, alpha=.6)
+        ax.text(*1.1*reach*axis, name, color=ink, size=7)
     ax.set_axis_off()
     if arrows: ax.legend(fontsize='x-small', loc='lower left', bbox_to_anchor=(-.05, -.05))
 

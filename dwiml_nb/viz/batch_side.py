@@ -220,7 +220,7 @@ class BatchSide(W.VBox):
     point = T.Int(0, help="Number on the line of the point that is told of.")
     glyphs = T.Enum(['', *GLYPHS], '', help="What the volume holds; '': what is most likely.")
     which = T.Int(0, help="Number of the input that is drawn around a point.")
-    dark = T.Bool(False, help="Pictures that are light on a dark ground.")
+    dark = T.Bool(None, allow_none=True, help="Pictures that are light on a dark ground; None: on any.")
 
     def __init__(self,
         guard=lambda callback: callback, # Of a `Panel`: it shows the errors of callbacks

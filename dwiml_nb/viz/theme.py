@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'INK', 'QUIET', 'PAPER', 'WARN', 'DARK_PAPER', 'DARK_INK', 'DARK_QUIET', 'DARK_WARN', 'MIDDLE',
-           'PAGE_STYLE', 'rgba', 'contrast', 'direction_colours', 'category_colours', 'value_colours',
+           'PAGE_STYLE', 'rgba', 'contrast', 'direction_colours', 'category_colours', 'value_colours', 'inks',
            'matplotlib_style', 'plotly_style']
 
 # %% ../../nbs/09_viz/00_theme.ipynb #de6add42
@@ -45,6 +45,7 @@ PAGE_STYLE = f"""
 [data-jp-theme-light="false"] .dwiml-warn {{ color: {DARK_WARN} }}
 .dwiml-panel .dwiml-panel .dwiml-gone {{ display: none }}
 .dwiml-panel .widget-html-content {{ line-height: 1.35 }}
+:where(.dwiml-panel .widget-html-content) :is(td, th) {{ padding: 1px 12px 1px 0; text-align: left }}
 .dwiml-panel .widget-readout {{ flex-shrink: 0 }}
 .dwiml-side img {{ max-width: 100%; height: auto }}
 """
@@ -93,14 +94,19 @@ def value_colours(
     return colours
 
 # %% ../../nbs/09_viz/00_theme.ipynb #cf9c9bae
+def inks(
+    dark:bool=False, # As for `matplotlib_style`
+) -> tuple: # Of words, of what matters less, of the ground
+    "Colours for matplotlib."
+    if dark is None: return MIDDLE, MIDDLE, 'none'
+    return (DARK_INK, DARK_QUIET, DARK_PAPER) if dark else (INK, QUIET, PAPER)
+
 def matplotlib_style(
     dark:bool=False, # Light on a dark ground; None: without paper, read on any ground
 ) -> dict:
     "Settings for `plt.rc_context`."
     from cycler import cycler
-    ink,quiet,paper,grid = ((MIDDLE, MIDDLE, 'none', f'{MIDDLE}4d') if dark is None else
-                            (DARK_INK, DARK_QUIET, DARK_PAPER, '#3a4046') if dark else
-                            (INK, QUIET, PAPER, '#e2e6ea'))
+    (ink,quiet,paper),grid = inks(dark), f'{MIDDLE}4d' if dark is None else '#3a4046' if dark else '#e2e6ea'
     return {'axes.prop_cycle': cycler(color=PALETTE),
             'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': quiet,
             'axes.labelcolor': ink, 'axes.titlecolor': ink, 'axes.titlesize': 'medium',

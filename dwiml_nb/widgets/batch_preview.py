@@ -212,9 +212,8 @@ def make_columns(
     right = W.VBox([preview.side, preview.worst], layout=W.Layout(flex='2 1 340px', min_width='0'))
     viewer.observe(preview.guard(lambda _: heed_selection(preview)), 'selection')
     viewer.observe(preview.guard(lambda change: heed_click(preview, *change['new'])), 'clicked')
-    T.dlink((viewer.message, 'dark'), (preview.side, 'dark'))
     preview.side.observe(preview.guard(lambda _: mark_point(preview)), ['face', 'line', 'point'])
-    preview.side.observe(lambda _: preview.renewal(), ['face', 'line', 'point', 'glyphs', 'which', 'dark'])
+    preview.side.observe(lambda _: preview.renewal(), ['face', 'line', 'point', 'glyphs', 'which'])
     return W.HBox([viewer, right], layout=W.Layout(flex_flow='row wrap', align_items='flex-start'))
 
 def subset_lengths(

@@ -39,7 +39,7 @@ from ..viz.panel import Panel, Settled, Part, parts_of, picture_html
 from ..viz.plots import figure_png
 from ..viz.scene import Scene, data_to_colour, first_group
 from ..viz.spheres import draw_ball, towards
-from ..viz.theme import DARK_INK, DARK_QUIET, PALETTE, QUIET, matplotlib_style
+from ..viz.theme import PALETTE, inks, matplotlib_style
 from ..viz.viewers import show
 from ..evaluation.bundles import REASONS, Reference, judge, load_reference
 
@@ -278,7 +278,7 @@ class Place(NamedTuple):
     signal:np.ndarray=None # (V,) at the vertices, in the world
     signal_name:str=''
     truth:np.ndarray=None # (3,) direction in the world
-    dark:bool=False # On a dark page
+    dark:bool=None # On a dark page; None: on any
 
 BALL = 'symmetric362'                                  # dipy's sphere that is drawn
 
@@ -324,7 +324,7 @@ def ball(
         front,end = 9 if pin @ towards(*camera) > 0 else -9, PINS[name][1]     # one over another: shorter
         ax.plot(*np.stack([1.02*pin, end*pin]).T, color=PINS[name][0], lw=3, zorder=front - end)
     ax.set_title(title, size=9, pad=2)
-    if dark: [text.set_color(DARK_INK) for text in ax.texts]
+    for text in ax.texts: text.set_color(inks(dark)[0])
 
 # %% ../../nbs/11_widgets/05_tracking_player.ipynb #1ddb026a
 def balls_figure(
@@ -356,7 +356,7 @@ def balls_figure(
 def curves_figure(
     said:StepAnswers,
     row:int, # The step to mark, from 0
-    dark:bool=False, # On a dark page
+    dark:bool=None, # On a dark page; None: on any
 ): # -> a matplotlib figure
     "Angles along the line, and the probability that it ends."
     import matplotlib
@@ -377,7 +377,7 @@ def draw_curves(
     ax.plot(said.steps, angles_between(said.dirs, said.before), color=PALETTE[5], label='turn of the model')
     ax.plot(said.steps, said.angles, color=PALETTE[1], label='model to step taken')
     ax.set(xlabel='step from the seed', ylabel='degrees', ylim=(0, None))
-    ax.axvline(said.steps[row], color=DARK_QUIET if dark else QUIET, lw=1, ls=':')
+    ax.axvline(said.steps[row], color=inks(dark)[1], lw=1, ls=':')
     handles = ax.get_legend_handles_labels()
     if said.p_end is not None:
         other = ax.twinx()
@@ -494,7 +494,7 @@ def place_of(
         truth,ahead = near.dirs[int(said.points[row])], said.taken[row].double().numpy() @ axes.T
         if not np.isfinite(ahead).all(): ahead = said.before[row].double().numpy() @ axes.T
         truth = truth if truth @ ahead >= 0 else -truth          # a true line has no sense of its own
-    return Place(axes, values, name, truth, bool(player.message.dark))
+    return Place(axes, values, name, truth)
 
 def step_words(
     player, # `TrackingPlayer`
@@ -642,7 +642,6 @@ def listen(self:TrackingPlayer):
     self.observe(self.guard(lambda change: self.choose()), 'reasons')
     self.observe(self.guard(lambda change: self.ask()), 'line')
     self.observe(self.guard(lambda change: self.answers.show_step()), 'step')
-    self.message.observe(self.guard(lambda change: self.answers.show_step()), 'dark')
 
 # %% ../../nbs/11_widgets/05_tracking_player.ipynb #864262c1
 @patch

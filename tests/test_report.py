@@ -84,7 +84,7 @@ def test_all_of_a_run_is_on_one_page_that_asks_for_nothing(here, run):
     assert re.findall("<h2>(.*?)</h2>", text) == list(SECTIONS)
     assert text.count('class="dwiml-turns"') == 3 and text.count("class StageView") == 1                       # epochs; the tractogram, the truth
     assert text.count('class="dwiml-on-paper"') == 3
-    assert "240 lines of 2 subjects for training; 120 lines of 1 subjects for validation" in words
+    assert "240 lines of 2 subjects for training; 120 lines of 1 subject for validation" in words
     assert text.count("data-epoch=") == 2 and "epoch 2: " in words and lines[0].name in words and "truth" in words
     assert "1.000" in words                                                                                     # the share of valid lines of the truth
     assert "1 began" not in words and "ended in order" in words and "Nothing failed." in words
@@ -92,7 +92,7 @@ def test_all_of_a_run_is_on_one_page_that_asks_for_nothing(here, run):
 
 def test_what_differs_from_the_defaults_comes_first(run):
     text, _ = told(run)
-    chosen, usual = text.split("as the defaults are</summary>")
+    chosen, usual = text.replace("<wbr>", "").split("as the defaults are</summary>")
     for name in ("rnn_layer_sizes", "dropout", "on_nan", "max_epochs"): assert f"<td>{name}</td>" in chosen
     assert "<td>clip_grad</td>" in usual and "<td>clip_grad</td>" not in chosen
     record = json.loads((run / "parameters_latest.json").read_text())

@@ -517,7 +517,7 @@ def test_empty_batches_and_empty_subjects(toy):
 def test_trackers_say_what_is_wrong():
     dataset, grid = one_subject(mask=torch.ones(30, 12, 10, 1), peaks=torch.ones(30, 12, 10, 2))
     make = lambda model=None, **kw: Tracker(model or Straight(), dataset, "sub-01", "input", **kw)
-    with pytest.raises(DataProblem, match="group input: a tracking mask cannot be this volume. Expected: 1 features. Found: 4"): make(tracking_mask_group="input")
+    with pytest.raises(DataProblem, match="group input: a tracking mask cannot be this volume. Expected: 1 feature. Found: 4"): make(tracking_mask_group="input")
     with pytest.raises(DataProblem, match="peaks cannot be this volume. Expected: 3 features. Found: 2"): make(first_direction="peaks:peaks")
     with pytest.raises(DataProblem, match="the model was made for another volume. Expected: 7 features. Found: 4"): make(Learn2TrackModel(7, rnn_layer_sizes=[3], step_size=1.0))
     with pytest.raises(ValueError, match="theta_deg"): make(theta_deg=0)

@@ -42,6 +42,13 @@ max_batches_per_epoch_validation = 1
 device = "cpu"
 ''')
 """
+QUICK = """
+import subprocess, tempfile
+from pathlib import Path
+from dwiml_nb.all import *
+out = Path(tempfile.gettempdir())/'dwiml_quick_demo'
+if not (out/'report.html').is_file(): subprocess.run(['dwiml_demo', '--quick', '--out', str(out)], check=True)
+"""
 DEMO = """
 import json, tempfile
 from pathlib import Path
@@ -105,9 +112,14 @@ def steer(page, widget, shoot):
     widget.get_by_placeholder("0.0001").fill("0.0005")
     press(page, widget, "Set learning rate")
     press(page, widget, "Go on")
-    press(page, widget, "Stop after epoch")
-    until(page, lambda: "stopped: epoch" in widget.inner_text())
-    page.mouse.click(*page.evaluate("""() => { const g = document.querySelector('.js-plotly-plot'), t = g._fullData.find(o => o.name == 'training batches')
+    press(page, widget, "Checkpoint now")
+    until(page, lambda: "a checkpoint was saved" in widget.inner_text())
+    for after in ("batch", "epoch"):
+        press(page, widget, f"Stop after {after}")
+        until(page, lambda: "stopped: epoch" in widget.inner_text())
+        shoot(f"stopped-{after}")
+        if after == "batch": press(page, widget, "Go on")
+    page.mouse.click(*widget.locator(".js-plotly-plot").evaluate("""g => { const t = g._fullData.find(o => o.name == 'training batches')
         const i = t.y.length - 2, b = g.getBoundingClientRect(), { xaxis, yaxis } = g._fullLayout
         return [b.left + xaxis._offset + xaxis.c2p(t.x[i]), b.top + yaxis._offset + yaxis.c2p(t.y[i])] }"""))
     page.wait_for_timeout(6000)
@@ -158,4 +170,7 @@ FORMS = {
     "model": Row((STUDY, "viz(Learn2TrackModel(dataset.nb_features['input'], step_size=1., neighborhood_type='axes', neighborhood_radius=1, neighborhood_resolution=1, rnn_layer_sizes=[32]))")),
     "scores": Row((DEMO, "from dwiml_nb.evaluation.bundles import load_reference\nviz(score_tractogram(load_tractogram(out/'tractogram.trx').lines, load_reference(out/'subjects'/dataset.testing.subjects[0])))")),
     "demo": Row((DEMO, "viz(out)"), link),
+    "demo_quick": Row((QUICK, "board = viz(out); board.to_html('demo_quick.html'); board"), link, 600),
+    "report": Row((QUICK, "from dwiml_nb.widgets.report import report_run\nrun, = (out/'experiments').iterdir()\n"
+                   "report_run(run, 'report.html', [out/'scores.json'], [out/'tractogram.trx', out/'csd.trx'], out/'subjects'/'sub_5')"), None, 600),
 }

@@ -1,7 +1,7 @@
 """See every widget in every place where people meet it: `python tools/shoot_widgets.py --out FOLDER [NAME …]`.
 
 A notebook of the widgets, over the toy study, is run in JupyterLab and in Notebook 7; each widget is used with real clicks and drags, and photographed: alive, light and dark (the theme changes while
-it is open), 820 and 1,600 pixels wide; then saved, its kernel ended, and opened again without one; then as nbconvert's HTML. Pictures go to FOLDER (`NAME.app.form.theme.width.png`, what a click
+it is open), 820 and 1,600 pixels wide; then saved, its kernel ended, and opened again without one; then as nbconvert's HTML; pages that its cell wrote (NAME.html) too. Pictures go to FOLDER (`NAME.app.form.theme.width.png`, what a click
 led to as `NAME.app.live.did-….png`), contact sheets to FOLDER/sheets. Beside them findings.txt: errors on the browser's console, requests that leave the machine, what stands past the edge of its cell,
 scroll bars inside a cell, words that nobody should read, cells that failed. A new widget is a row of shoot_rows.py.
 """
@@ -27,8 +27,8 @@ from shoot_rows import WIDGETS  # noqa: E402
 
 WIDGETS |= FORMS
 
-THEMES, WIDTHS, HEIGHT = ("light", "dark"), (820, 1600), 1800
-QUIET = re.compile(r"GPU stall|cdnjs|GL Driver Message|swiftshader|WebGL: CONTEXT_LOST|favicon|/api/(sessions|kernels)|kernelspecs/.*logo|Failed to start the kernel|jupyterlab-manager")
+THEMES, WIDTHS = ("light", "dark"), (820, 1600)
+QUIET = re.compile(r"GPU stall|cdnjs|GL Driver Message|swiftshader|WebGL: CONTEXT_LOST|favicon|/api/(sessions|kernels)|kernelspecs/.*logo|Failed to start the kernel|jupyterlab-manager|[Ss]chema not found|layout restorer|reading .schema.")
 NBCONVERT = r"cdnjs.cloudflare.com/.*/(mathjax|require\.js)/"  # what its pages load, whatever they show
 BAD_WORDS = ("model not found", "Loading widget", " object at 0x", "<dwiml", "Traceback", "[object Object]", "undefined", "NaN")
 LOOK = """area => {                                      // what is past its cell's edge, scrolls inside it, or is cut off
@@ -89,7 +89,7 @@ def free_port():
 
 class Camera:
     "Opens pages, photographs their widgets, and writes down what is wrong with them."
-    def __init__(self, browser, out): self.browser, self.out, self.found = browser, out, {}
+    def __init__(self, browser, out, height): self.browser, self.out, self.height, self.found = browser, out, height, {}
 
     def note(self, what, where): self.found.setdefault(what[:300], []).append(where)
 
@@ -97,11 +97,11 @@ class Camera:
     def page(self, where, with_kernel=True):
         page = self.browser.new_page()
         page.on("console", lambda m: m.type == "error" and not QUIET.search(m.text + m.location.get("url", "")) and self.note(f"console: {m.text}", where))
-        page.on("pageerror", lambda e: self.note(f"console: {e.stack or e}", where))
+        page.on("pageerror", lambda e: QUIET.search(e.stack or "") or self.note(f"console: {e.stack or e}", where))
         page.on("request", lambda r: r.url.startswith(("http", "ws")) and not re.search("//127.0.0.1|" + NBCONVERT, r.url) and self.note(f"leaves the machine: {r.url}", where))
         if not with_kernel:
             for what in ("sessions", "kernels"): page.route(f"**/api/{what}*", lambda r: r.abort() if r.request.method == "POST" else r.continue_())
-        page.set_viewport_size({"width": 1600, "height": HEIGHT})
+        page.set_viewport_size({"width": 1600, "height": self.height})
         try: yield page
         finally: page.close()
 
@@ -119,7 +119,7 @@ class Camera:
         for theme in themes:
             set_theme(theme)
             for width in WIDTHS:
-                page.set_viewport_size({"width": width, "height": HEIGHT})
+                page.set_viewport_size({"width": width, "height": self.height})
                 page.wait_for_timeout(1500)
                 for name, i in shown.items(): self.shoot(page, f"{name}.{where}.{theme}.{width}", output(page, i))
 
@@ -199,13 +199,25 @@ def see(camera, server, names, forms):
                 page.goto(made.as_uri(), wait_until="domcontentloaded")
                 page.wait_for_timeout(1500)
                 camera.everywhere(page, shown, "html", lambda _: None, [theme])
+    if "page" in forms:
+        for made in sorted(server.folder.glob("*.html")):
+            shutil.copy(made, camera.out)
+            for theme in THEMES:
+                with camera.page("page") as page:
+                    page.emulate_media(color_scheme=theme)
+                    page.goto(made.as_uri())
+                    for width in WIDTHS:
+                        page.set_viewport_size({"width": width, "height": camera.height})
+                        page.wait_for_timeout(2000)
+                        name = f"{made.stem}.page.{theme}.{width}"
+                        camera.shoot(page, name, page.locator("body"))
 
 
 def sheet(out, name):
     "All pictures of a widget on a few sheets, each with its name."
     from PIL import Image, ImageDraw
     (out / "sheets").mkdir(exist_ok=True)
-    for part in ("live", "reopened", "html"):
+    for part in ("live", "reopened", "html", "page"):
         pictures = [(p.stem[len(name) + 1:], Image.open(p).convert("RGB")) for p in sorted(out.glob(f"{name}.*{part}.*.png"))]
         small = [(words, o.resize((800, max(1, round(o.height*800/o.width))))) for words, o in pictures]
         for k in range(0, len(small), 4):
@@ -224,7 +236,8 @@ def main():
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(WIDGETS)}; none: all")
     parser.add_argument("--out", type=Path, default=ROOT / "build/shots")
     parser.add_argument("--apps", nargs="+", default=["lab", "nb7"], choices=["lab", "nb7"])
-    parser.add_argument("--forms", nargs="*", default=["live", "reopened", "html"])
+    parser.add_argument("--forms", nargs="*", default=["live", "reopened", "html", "page"])
+    parser.add_argument("--height", type=int, default=1800, help="of the window; what is taller is not seen whole")
     parser.add_argument("--notebook7", default="", help="a folder that holds Notebook 7, where it is not installed")
     args = parser.parse_args()
     if unknown := set(args.names) - set(WIDGETS): parser.error(f"no widget {unknown}; there are {', '.join(WIDGETS)}")
@@ -233,7 +246,7 @@ def main():
     work = Path(tempfile.mkdtemp(prefix="shoot"))
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=conftest.chromium_path(), args=conftest.CHROMIUM)
-        camera = Camera(chromium.new_context(), args.out)
+        camera = Camera(chromium.new_context(), args.out, args.height)
         for app in args.apps:
             (folder := work / app).mkdir()
             server = Server(app, folder, args.notebook7)

@@ -8,7 +8,7 @@ __all__ = ['known_group', 'known_groups', 'groups_of_inputs', 'check_features', 
 # %% ../../nbs/03_batch/01_inputs.ipynb #06dcbeea
 import torch
 from torch import Tensor
-from ..core.errors import DataProblem, did_you_mean
+from ..core.errors import DataProblem, counted, did_you_mean
 from ..core.space import Grid, fits_grid
 from ..core.volume import sample_neighborhood
 from .spec import ModelSpec
@@ -63,8 +63,8 @@ def check_features(
     "Raise an error unless the groups have as many features as the model was made for."
     wanted = spec.inputs[name].nb_features
     if wanted is None or wanted == (found := sum(dataset.nb_features[g] for g in groups)): return
-    raise DataProblem("the model was made for another volume", expected=f"{wanted} features",
-                      found=f"{found} features", group=', '.join(groups),
+    raise DataProblem("the model was made for another volume", expected=counted(wanted, 'feature'),
+                      found=counted(found, 'feature'), group=', '.join(groups),
                       do=f"choose the right group among {', '.join(dataset.volume_groups)}, "
                          f"or make the model with nb_features={found}.")
 

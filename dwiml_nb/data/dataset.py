@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from ..core.dwi_ml import ByName, NamesOfDwiml
-from ..core.errors import DataProblem, did_you_mean, html_text, naming, printable
+from ..core.errors import DataProblem, counted, did_you_mean, html_text, naming, printable
 from ..core.files import progress
 from .stored import told_of
 from .subjects import MultisubjectSubset, SubjectData
@@ -299,8 +299,8 @@ def table(self:MultiSubjectDataset) -> list: # of tuples of str, the first one t
     for name,subset in self.subsets.items():
         for i,s in enumerate(subset.data):
             groups = [*s.volumes.values(), *s.streamlines.values()]
-            holds = ([f"{v.nb_features} features" for v in s.volumes.values()]
-                     + [f"{v.nb_streamlines} lines" for v in s.streamlines.values()])
+            holds = ([counted(v.nb_features, 'feature') for v in s.volumes.values()]
+                     + [counted(v.nb_streamlines, 'line') for v in s.streamlines.values()])
             rows.append((name, str(i), s.subj_id, str(groups[0].grid)[5:-1] if groups else '', *holds))
     return rows
 

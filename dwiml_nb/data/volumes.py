@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import get_worker_info
-from ..core.errors import DataProblem, printable
+from ..core.errors import DataProblem, counted, printable
 from ..core.sizes import free_memory
 from ..study.files import OwnLock
 from ..study.headers import Look
@@ -110,7 +110,7 @@ class MRIData(GroupData):
     @property
     def is_lazy(self) -> bool: return self.tensor is None
     def __repr__(self):
-        return printable(f"MRIData({self.name}: {self.grid}, {self.nb_features} features, "
+        return printable(f"MRIData({self.name}: {self.grid}, {counted(self.nb_features, 'feature')}, "
                          f"{'lazy' if self.is_lazy else 'in memory'})")
 
 # %% ../../nbs/02_data/01_volumes.ipynb #99d2365b

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 import h5py
-from ..core.errors import html_text, naming, printable
+from ..core.errors import counted, html_text, naming, printable
 from .lists import SUBSETS
 from .schema import (INDEX, allowing_links, attr_value, attr_words, group_grid, group_kind,
                                    open_study, study_config, subject_in)
@@ -74,8 +74,8 @@ def group_row(
     kind,data,size = group_kind(group), group['data'], []
     group.visititems(lambda name,o: size.append(o.id.get_storage_size()) if isinstance(o, h5py.Dataset)
                      else None)
-    holds = (f"{data.shape[-1]} features" if kind == 'volume'
-             else f"{group['lengths'].shape[0]} streamlines, {data.shape[0]} points")
+    holds = (counted(data.shape[-1], 'feature') if kind == 'volume'
+             else f"{counted(group['lengths'].shape[0], 'streamline')}, {counted(data.shape[0], 'point')}")
     return dict(subject=subject, subset=subset, group=group.name.split('/')[-1], kind=kind, holds=holds,
                 shape=data.shape, dtype=str(data.dtype),
                 grid=group_grid(group), bytes=sum(size), notes=group_notes(group, root),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from fastcore.basics import patch
 from ..core.dwi_ml import NamesOfDwiml
-from ..core.errors import DataProblem
+from ..core.errors import DataProblem, counted
 from ..core.files import progress
 from ..core.options import check_number, check_seed
 from ..core.ragged import Ragged
@@ -135,8 +135,8 @@ def volume_on_grid(
                           do="resample it to the input's grid.")
     volume = subset.get_volume(subject, group, device)
     if volume.shape[3] != nb_features and not (what == "peaks" and volume.shape[3] > nb_features):
-        raise DataProblem(f"{what} cannot be this volume", expected=f"{nb_features} features",
-                          found=f"{volume.shape[3]} features", **place,
+        raise DataProblem(f"{what} cannot be this volume", expected=counted(nb_features, 'feature'),
+                          found=counted(volume.shape[3], 'feature'), **place,
                           do=f"choose another group: there are {', '.join(dataset.volume_groups)}.")
     return volume
 

@@ -34,7 +34,7 @@ def lengths_picture(
                                   dict(lw=1.8, color=PALETTE[5] if dark else PALETTE[0]))):
             ax.stairs(100*n/max(n.sum(), 1), edges, label=f'{name} ({n.sum():,} lines)', **look)
         ax.set(xlabel='length (mm)', ylabel='share of lines (%)')
-        ax.legend(fontsize='small')
+        figure.legend(loc='outside upper center', ncols=2, fontsize='small')          # on no curve
     return showing(figure)
 
 # %% ../../nbs/09_viz/16_batch_pictures.ipynb #4d4156c5

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COUNTS', 'FIRST', 'TITLES', 'ALONG', 'LIGHTER', 'CURVES_STYLE', 'thinned', 'smoothed', 'Curve', 'curves_of',
            'place_of', 'done_after', 'points_of', 'best_point', 'Line', 'lines_of', 'lines_of_curve', 'places_of',
-           'title_of', 'only_value', 'curves_figure', 'curves_picture', 'Fit', 'live_figure', 'axes_layout', 'large',
-           'Curves', 'parts_of_curves', 'in_order']
+           'title_of', 'only_value', 'curves_figure', 'curves_picture', 'Fit', 'live_figure', 'axes_layout', 'spread',
+           'large', 'Curves', 'parts_of_curves', 'in_order']
 
 # %% ../../nbs/09_viz/10_curves.ipynb #65a9113f
 import json
@@ -267,11 +267,20 @@ def draw_line(ax, o:Line, label):
 
 def is_positive(lines) -> bool: return all((o.y[np.isfinite(o.y)] > 0).all() for o in lines)
 
+def log_axis(ax):
+    "Let an axis be logarithmic, its numbers as people write them."
+    ax.set_yscale('log')
+    def between(v, _=None):                                          # 2, 3, 5: where no power of ten is near
+        low,high = ax.get_ylim()
+        return f'{v:.6g}' if high < 10*low and f'{v:e}'[0] in '235' else ''
+    ax.yaxis.set_major_formatter(lambda v, _: f'{v:.6g}')
+    ax.yaxis.set_minor_formatter(between)
+
 def plain_axes(ax, title:str, legend:bool):
     "Axes in an ink that is read on any paper."
     ax.set_title(title, fontsize=11, color=MIDDLE, loc='left', parse_math=False)
     ax.grid(color=MIDDLE, alpha=.3, lw=.6)
-    ax.tick_params(colors=MIDDLE, labelsize=9)
+    ax.tick_params(which='both', colors=MIDDLE, labelsize=9)
     for side,spine in ax.spines.items(): spine.set(visible=side in ('left', 'bottom'), color=MIDDLE)
     if not legend or not ax.get_legend_handles_labels()[1]: return
     box = ax.legend(frameon=False, fontsize=9, labelcolor=MIDDLE, ncols=4, loc='lower right',
@@ -303,7 +312,7 @@ def curves_figure(
                                (right - left)*(x1 - x0), inner*(y1 - y0)))
         mine = [o for o in lines if o.value == name and len(o.x)]
         for o in mine: draw_line(ax, o, named.pop(o.name, None) and o.name)
-        if log_scale and is_positive(mine): ax.set_yscale('log')
+        if log_scale and is_positive(mine): log_axis(ax)
         elif (same := only_value(mine)) and same > 0: ax.set_ylim(.5*same, 1.5*same)
         is_first = name == list(places)[0]
         plain_axes(ax, title_of(name), legend=is_first)
@@ -473,10 +482,18 @@ def axes_layout(
     # plotly would draw a value that never changes, a learning rate of 0.001 say, between -1 and 1
     scale = dict(range=[.5*same, 1.5*same], autorange=False, type='linear') if same and same > 0 else \
         dict(autorange=True, type='log' if is_log else 'linear')
+    if is_log and number == 0 and 6 < spread(lines) < 1e4: scale['dtick'] = 'D2'  # 1, 2, 5: more overlap
     few = {} if number == 0 else dict(nticks=4)
     return {f'xaxis{n}': dict(look, anchor=f'y{n}', domain=place[:2], exponentformat='none', **few),
             f'yaxis{n}': dict(look, anchor=f'x{n}', domain=place[2:], nticks=8 if number == 0 else 5,
                               tickformat='~s' if large(lines) else '~g', **scale)}
+
+def spread(
+    lines, # Of positive values
+) -> float:
+    "How many times the lowest value the highest one is."
+    y = np.concatenate([np.zeros(0), *(o.y[np.isfinite(o.y)] for o in lines)])
+    return float(y.max()/y.min()) if len(y) else 1.
 
 def large(lines) -> bool: return any((o.y[np.isfinite(o.y)] > 9999).any() for o in lines)
 

@@ -234,7 +234,8 @@ def page_still(
 ) -> dict: # MIME type -> content
     "The still as an output of a page, with the style that hides a widget which is not alive."
     dead = f'.jp-OutputArea-child:not(:has(.dwiml-panel)):has(+ .jp-OutputArea-child .{panel.mark})'
-    style = f'<style>{dead} {{ display: none }}</style>'
+    low = f'.jp-CodeCell.jp-mod-outputsScrolled .jp-Cell-outputArea:has(.{panel.mark})'   # as Notebook 7 does
+    style = f'<style>{dead} {{ display: none }} {low} {{ max-height: 95vh }}</style>'
     return {'text/html': f'{style}<div class="{panel.mark}">{panel.still()}</div>'}
 
 @patch

@@ -312,6 +312,8 @@ def spread_of(
     middles = {name: np.nanmedian(v) for name,v in groups.items() if np.isfinite(np.asarray(v)).any()}
     if not middles: return table,f"{len(counts)} {each} without values"
     low,high = min(middles, key=middles.get),max(middles, key=middles.get)
+    if middles[low] == middles[high]:
+        return table,f"{len(counts)} {each}, all with the median {middles[low]:.3g}"
     return table,(f"{len(counts)} {each}; lowest median {low} ({middles[low]:.3g}), "
                   f"highest {high} ({middles[high]:.3g})")
 

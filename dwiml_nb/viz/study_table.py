@@ -9,9 +9,9 @@ __all__ = ['COLUMNS', 'ABOUT_STYLE', 'study_table', 'cells_of', 'StudyFacts', 's
 import asyncio
 from collections import deque
 from fastcore.basics import patch
-from ..core.errors import html_text
+from ..core.errors import counted, html_text
 from ..data.line_filter import LineFilter
-from ..data.overview import Overview, subject_rows, unlike_others
+from ..data.overview import FEWEST, Overview, subject_rows, unlike_others
 from ..data.subjects import MultisubjectSubset, SubjectData
 from .panel import picture_html
 from .tables import Column, LazyTable, cell_html, cell_text
@@ -92,6 +92,15 @@ class StudyFacts:
         done = self.overview.wait(seconds)
         self.show()
         return done
+    def know(self,
+        subset:str='all',
+        most:int=50, # Subjects
+        seconds:float=10., # Give up after this long
+    ) -> bool: # False: the time was not enough
+        "Have the first subjects looked at, for a page that is kept, and wait for it."
+        ids = [r.subject for r in self.rows if subset in ('all', r.subset)][:most]
+        self.overview.look_at(ids, self.group)
+        return self.wait(seconds)
     def close(self): self.overview.close(); self.table.close()
 
 # %% ../../nbs/09_viz/14_study_table.ipynb #c19db649
@@ -120,9 +129,11 @@ def progress(self:StudyFacts) -> str:
                                                  for s in self.asked)
     odd = [f"{s} ({'; '.join(said)})" for s,said in self.odd.items() if s in self.asked]
     more = f" and {len(odd) - 3} more" if len(odd) > 3 else ''
+    said = ', '.join(odd[:3]) or 'nobody'
+    if len(self.rows) < FEWEST: said = f"of fewer than {FEWEST} subjects nobody can be said to be"
     return (f"{measured:,} of {len(self.asked):,} subjects measured, {len(checked):,} checked, "
             f"{bad or 'none'} of them with problems; "
-            f"{', '.join(odd[:3]) or 'nobody'}{more} unlike the others")
+            f"{said}{more} unlike the others")
 
 @patch
 def count(self:StudyFacts,
@@ -160,14 +171,16 @@ def html_rows(self:StudyFacts,
     subset:str='all',
     most:int=50, # Rows
 ) -> str: # HTML
-    "The table as a page keeps it; a row knows its subject."
-    shown = [cells for cells in self.table.rows if subset in ('all', cells[0])]
+    "The table as a page keeps it: those with problems or left out, and the first of the others."
+    inside = [cells for cells in self.table.rows if subset in ('all', cells[0])]
+    noted = [cells[5] or cells[8] for cells in inside]
+    keep = sorted(sorted(range(len(inside)), key=lambda i: not noted[i])[:most])
     cell = lambda c, v: f'<td style="text-align:left">{cell_html(c.kind, v)}</td>'
     row = lambda cells: (f'<tr data-subject="{html_text(cells[1])}">'
                          + ''.join(map(cell, COLUMNS, cells)) + '</tr>')
     head = ''.join(f'<th style="text-align:left">{c.title}</th>' for c in COLUMNS)
-    more = f'<p>… and {len(shown) - most:,} more</p>' if len(shown) > most else ''
-    body = ''.join(map(row, shown[:most]))
+    more = f'<p>… and {len(inside) - most:,} more</p>' if len(inside) > most else ''
+    body = ''.join(row(inside[i]) for i in keep)
     return f'<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}'
 
 # %% ../../nbs/09_viz/14_study_table.ipynb #9d484cd0
@@ -195,10 +208,11 @@ def subject_words(
     "A subject in a few lines."
     said = [f"<b>{html_text(data.subj_id)}</b> ({row.subset}), {html_text(row.grid)}"]
     for g,v in data.volumes.items():
-        said.append(f"{html_text(g)}: {v.nb_features} feature{'s'*(v.nb_features != 1)}")
+        said.append(f"{html_text(g)}: {counted(v.nb_features, 'feature')}")
     for g,v in data.streamlines.items():
         beside = f", with {html_text(', '.join(v.dps_keys))}" if v.dps_keys else ''
-        said.append(f"{html_text(g)}: {v.nb_streamlines:,} lines, {v.nb_stored_points:,} points{beside}")
+        holds = f"{counted(v.nb_streamlines, 'line')}, {counted(v.nb_stored_points, 'point')}"
+        said.append(f"{html_text(g)}: {holds}{beside}")
     return said + [f'<span class="dwiml-warn">{html_text(p)}</span>' for p in problems]
 
 ABOUT_STYLE = """.dwiml-about { display: flex; gap: 1em; flex-wrap: wrap; line-height: 1.4 }

@@ -86,7 +86,8 @@ def cell_html(
     most = max(1, *value)
     bars = ''.join(f'<rect x="{4*i}" y="{20 - 20*v/most:.3g}" width="3" height="{20*v/most:.3g}"/>'
                    for i,v in enumerate(value))
-    return f'<svg width="{4*len(value)}" height="20" fill="#3a94cc">{bars}</svg>'
+    size = f'width="{4*len(value)}" height="20" viewBox="0 0 {4*len(value)} 20" preserveAspectRatio="none"'
+    return f'<svg {size} style="min-width:48px" fill="#3a94cc">{bars}</svg>'
 
 # %% ../../nbs/09_viz/13_tables.ipynb #c7a98593
 TABLE_STYLE = f"""
@@ -96,7 +97,7 @@ TABLE_STYLE = f"""
 .dwiml-table .itables_anywidget {{ overflow-x: auto; padding: 2px; container-type: inline-size }}
 @container (max-width: 800px) {{
   .dwiml-table table.dataTable.compact > :is(thead, tbody) > tr > :is(th, td) {{
-      font-size: 11.5px; padding: 2px 3px; max-width: 8.5em }}
+      font-size: 11.5px; padding: 2px 3px; max-width: 7.5em }}
   .dwiml-table table.dataTable.compact > thead > tr > th {{ white-space: normal }}
   .dwiml-table table.dataTable .dt-column-order {{ display: none }}
   .dwiml-table table.dataTable svg {{ width: 48px }} }}
@@ -106,6 +107,7 @@ TABLE_STYLE = f"""
 .dwiml-table tr.selected .dwiml-bars {{ fill: currentColor }}
 [data-jp-theme-light="false"] .dwiml-table .dwiml-bars {{ fill: {PALETTE[5]} }}
 .dwiml-table tr.dwiml-off td {{ text-decoration: line-through; opacity: .55 }}
+.dwiml-table tr.dwiml-off.selected td {{ opacity: 1 }}
 .dwiml-table tr:not(.selected) .dwiml-warn {{ color: {WARN} }}
 .dwiml-table .dwiml-warn {{ white-space: nowrap }}
 .dwiml-table tr.selected .dwiml-warn {{ color: inherit }}

@@ -19,7 +19,8 @@ from ..batch.augment import Draws
 from ..batch.loader import Place
 from ..batch.stages import Stage, batch_in_stages, same_lines
 from ..models.batch_losses import losses_of_batch, ready
-from ..viz.batch_side import BatchFacts, BatchSide, shown_lines, with_answers, with_losses, with_stage
+from ..viz.batch_side import (MOST_SUBJECTS, BatchFacts, BatchSide, shown_lines, with_answers,
+                                 with_losses, with_stage)
 from ..viz.scene import Scene, batch_in_world, scene_of_batch
 from ..viz.panel import Panel, Settled
 from ..viz.viewers import show
@@ -218,7 +219,7 @@ def make_columns(
 
 def subset_lengths(
     preview:BatchPreview,
-    most:int=20, # Subjects
+    most:int=MOST_SUBJECTS,
 ) -> np.ndarray: # (n,) mm
     "The lengths of the lines that batches are drawn from, of some subjects; they are read once."
     sampler,context = preview.batch_sampler,preview.context

@@ -100,10 +100,11 @@ class DemoBoard(Panel):
         self.subject = self.tracked
         self.beside = SideBySide(self.scenes([self.tracked]), always={'subject': self.tracked})
         self.scores = ScoreView(self.found)
-        parts = {'Study': self.browser, self.title(): self.beside, f'Scores of {self.tracked}': self.scores,
-                 'Training': self.dashboard}
-        for part in parts.values(): part.owner = self
-        headed = [w for name,part in parts.items() for w in (W.HTML(f'<h3>{html_text(name)}</h3>'), part)]
+        self.parts = {'Study': self.browser, self.title(): self.beside,
+                      f'Scores of {self.tracked}': self.scores, 'Training': self.dashboard}
+        for part in self.parts.values(): part.owner = self
+        head = lambda name: W.HTML(f'<h3>{html_text(name)}</h3>')
+        headed = [w for name,part in self.parts.items() for w in (head(name), part)]
         self.children = [*headed, self.message]
         link_parts(self)
 
@@ -111,7 +112,7 @@ class DemoBoard(Panel):
         "Over the tractograms."
         return f"Truth, {' and '.join(self.lines)} of {self.tracked}"
     def still(self) -> str:
-        return ''.join(p.still() for p in (self.browser, self.beside, self.scores, self.dashboard))
+        return ''.join(f'<h3>{html_text(name)}</h3>{part.still()}' for name,part in self.parts.items())
     def close(self):
         "Close all parts too."
         for part in (self.browser, self.dashboard, self.beside, self.scores):
@@ -244,9 +245,10 @@ def tractograms_chosen(self:DemoBoard):
     self.length_mm,self.bundle = self.beside.length_mm, self.beside.only.get('bundle', '')
     self.subject = self.beside.only.get('subject', self.tracked)
     counts = {}
-    for name in self.lines:
+    for name,found in self.found.items():
+        if name == 'truth' and self.subject != self.tracked: continue            # it is another's
         s = self.beside.scenes[name].lines[0]
-        n = np.bincount(s.labels['verdict'][s.shown], minlength=len(REASONS)).tolist()
+        n = np.bincount(s.labels.get('verdict', found.reason)[s.shown], minlength=len(REASONS)).tolist()
         counts[name] = dict(zip(REASONS, n))
     self.scores.count_only(counts)
 
@@ -255,6 +257,7 @@ def study_rows(
     browser:StudyBrowser,
 ) -> str: # HTML
     "The table of a study's subjects; a row knows its subject."
+    browser.facts.know()
     return f"<p>{browser.heading.value}</p>{browser.facts.html_rows()}"
 
 @parts_of.register

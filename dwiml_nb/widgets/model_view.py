@@ -10,7 +10,7 @@ from inspect import getdoc
 import ipywidgets as W
 import numpy as np
 from torch import nn
-from ..core.errors import html_text
+from ..core.errors import counted, html_text
 from ..study.describe import html_table
 from ..batch.spec import ModelSpec, spec_of
 from ..models.base import MainModelAbstract
@@ -55,7 +55,7 @@ def model_asks(
     spec = spec_of(model)
     rows = [('it asks for', '')]
     for name,o in spec.inputs.items():
-        features = f"{o.nb_features} features" if o.nb_features else 'any number of features'
+        features = counted(o.nb_features, 'feature') if o.nb_features else 'any number of features'
         more = len(o.vectors) - 1
         around = f'at each point and {more} around it' if more else 'at each point'
         rows.append((f"input {name}".strip(), f'{features}, {around}' if spec.takes_inputs else 'none'))

@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np
-from ..core.errors import DataProblem, html_text, printable
+from ..core.errors import DataProblem, counted, html_text, printable
 from ..core.files import atomic_file, check_outputs, read_json
 from ..core.folders import whole_folder
 from ..core.ragged import Ragged
@@ -132,7 +132,8 @@ def option_table(
     "A row for each option."
     head = ''.join(f'<th>{o}</th>' for o in ('', 'option', 'value', 'default', 'what it is'))
     cut = lambda text: html_text(printable(text, '', 300))
-    rows = ''.join(f'<tr><td class="dwiml-quiet">{html_text(o.part)}</td><td>{html_text(o.name)}</td>'
+    name = lambda o: html_text(o.name).replace('_', '_<wbr>')
+    rows = ''.join(f'<tr><td class="dwiml-quiet">{html_text(o.part)}</td><td>{name(o)}</td>'
                    f'<td><b>{cut(plain(o.value))}</b></td><td>{cut(o.default)}</td>'
                    f'<td class="dwiml-quiet">{cut(o.about)}</td></tr>' for o in options)
     return f'<table class="dwiml-options"><tr>{head}</tr>{rows}</table>'
@@ -197,7 +198,8 @@ def data_parts(
              'left out': kept.get('leave_out')}
     rows = [('', ''), *((k, v if isinstance(v, str) else plain(v)) for k,v in facts.items() if v)]
     counts = {k: v for k,v in record.get('study', {}).items() if v}
-    said = '; '.join(f'{sum(v.values()):,} lines of {len(v)} subjects for {k}' for k,v in counts.items())
+    said = '; '.join(f"{counted(sum(v.values()), 'line')} of {counted(len(v), 'subject')} for {k}"
+                     for k,v in counts.items())
     note = f'<p class="dwiml-warn">The study cannot be looked at now: {html_text(problem)}</p>'
     return [Part(f'{html_table(rows)}<p>{html_text(said)}</p>{note*bool(problem)}'
                  f'{html_table(data_table(record, now), most=200)}')]
@@ -238,7 +240,7 @@ h2 {{ border-bottom: 1px solid {QUIET}55; padding-bottom: .15em }}
 .dwiml-state {{ font-size: 1.1em }}
 summary {{ cursor: pointer; margin: .4em 0 }}
 td, th {{ vertical-align: top }}
-.dwiml-options td:nth-child(3) {{ overflow-wrap: anywhere; min-width: 7em }}
+.dwiml-options td:nth-child(3) {{ overflow-wrap: anywhere; min-width: 9em }}
 .dwiml-on-paper {{ display: none }}
 .dwiml-epochs input {{ width: min(28em, 60vw); vertical-align: middle }}
 @media print {{
@@ -412,8 +414,8 @@ def scene_of_scored(
         labels = {'bundle': np.where(scores.bundle < 0, len(names), scores.bundle)[some],
                   'verdict': scores.reason[some].astype(int)}
         legends = {'bundle': [*names, 'none'], 'verdict': list(REASONS)}
-    return Scene(f'{name}: {len(some):,} of {len(tractogram):,} lines').add_lines(lines, name, labels=labels,
-                                                                                  legends=legends)
+    title = f'{name}: {len(some):,} of {len(tractogram):,} lines' if len(some) < len(tractogram) else name
+    return Scene(title).add_lines(lines, name, labels=labels, legends=legends)
 
 def beside_parts(
     scenes:dict, # name -> `Scene`
@@ -560,8 +562,8 @@ def worst_parts(
     "Where the model is wrong."
     rows,scenes = worst_batches(report.run.log), worst_lines(report)
     if len(rows) < 2 and not scenes: return []
-    hint = ('<p class="dwiml-quiet">dwiml_visualize_loss --save_colored_best_and_worst keeps the worst '
-            'lines; then they are shown here.</p>')*(not scenes)
+    hint = (f'<p class="dwiml-quiet">dwiml_visualize_loss {html_text(report.folder.absolute())} SUBJECT '
+            '--save_colored_best_and_worst keeps the worst lines; then they are shown here.</p>')*(not scenes)
     return [Part(f'<h3>Batches of the highest loss in the last epoch</h3>{html_table(rows)}{hint}'),
             *(turning(o, 380) for o in scenes)]
 

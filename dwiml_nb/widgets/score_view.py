@@ -54,8 +54,8 @@ def checked_scores(
 # %% ../../nbs/11_widgets/08_scores.ipynb #16bff89c
 SCORE_STYLE = f"""<style>
 .dwiml-scores table {{ border-collapse: collapse; display: table }}
-.dwiml-scores :is(td, th) {{ padding: 2px 8px 2px 0; text-align: left; white-space: nowrap;
-                               line-height: 1.5 }}
+.dwiml-scores :is(td, th) {{ padding: 2px 8px 2px 0 !important; text-align: left !important;
+                               white-space: nowrap; line-height: 1.5 }}
 .dwiml-bar-of {{ display: inline-block; width: clamp(2em, 7vw, 7em); height: .75em; background: {QUIET}33;
                  margin-right: .6em }}
 .dwiml-bar-of i {{ display: block; height: 100%; background: {PALETTE[0]} }}

@@ -75,7 +75,8 @@ class StudyBrowser(Panel):
         about = self.about_subject(waits=False)
         picture = {None: '', 'look': self.viewer and self.viewer.still(),
                    'plot_lengths': self.lengths and picture_html(self.lengths, 'lengths')}[self.shown[0]]
-        return f'{self.heading.value}{self.facts.html_rows(self.subset)}{about}{picture}'
+        rows = f'<div style="max-height:450px; overflow:auto">{self.facts.html_rows(self.subset)}</div>'
+        return f'{self.heading.value}{rows}{about}{picture}'
     def close(self):
         "Close the viewer, the table and its file too."
         if self.viewer is not None: self.viewer.close()

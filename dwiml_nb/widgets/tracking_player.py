@@ -21,7 +21,7 @@ import traitlets as T
 from scipy.spatial import cKDTree
 from scipy.special import eval_legendre
 from fastcore.basics import patch
-from ..core.errors import DataProblem
+from ..core.errors import DataProblem, counted
 from ..core.files import in_notebook
 from ..core.gradients import image_axes
 from ..core.lines import arc_positions, lengths_of
@@ -606,7 +606,8 @@ def signal_of(
     if kind := signal_kind(volume.shape[3], name): return Signal(volume, kind, name)
     if group is None: return None
     raise DataProblem("this volume has no directions to show", expected="SH coefficients or peaks",
-                      found=f"{volume.shape[3]} features", group=group, do="choose another group as signal.")
+                      found=counted(volume.shape[3], 'feature'), group=group,
+                      do="choose another group as signal.")
 
 def reasons_html(
     player:TrackingPlayer,

@@ -22,7 +22,7 @@ from ..core.files import in_notebook
 from ..core.registry import class_path
 from ..training.control import send_control
 from ..runs.resume import trainer_from_folder
-from ..runs.table import RunsTable, run_row
+from ..runs.table import RunsTable, of_most, run_row
 from ..runs.watch import WatchedRun, order_words
 from ..viz.curves import Curves
 from ..viz.plots import labels_of
@@ -101,7 +101,9 @@ def words(self:SteeredRun,
 ) -> str: # HTML
     "The state in a line."
     log,most,(state,more) = self.log.epochs, self.max_epochs, self.present()
-    said = [f"{state}: epoch {min(self.epoch + 1, most or self.epoch + 1)} of {most or '?'}"]
+    place = self.log.place                                       # of the last batch
+    begun = self.is_live or not self.epoch or place is not None and place[0] >= self.epoch
+    said = [f"{state}: epoch {of_most(min(self.epoch + begun, most or self.epoch + 1), most)}"]
     if len(log):
         loss,best = (log[name][-1] for name in ('valid_loss', 'best_epoch'))
         if loss == loss: said.append(f"validation loss {loss:.4g}")
@@ -186,7 +188,7 @@ class TrainingDashboard(Panel):
     def __repr__(self):
         if self.table: return repr(self.table)
         return (f"TrainingDashboard({self.run_name}: {self.state}, "
-                f"{self.epoch} of {self.run.max_epochs or '?'} epochs done, {self.progress:.0%})")
+                f"{of_most(self.epoch, self.run.max_epochs)} epochs done, {self.progress:.0%})")
 
 # %% ../../nbs/11_widgets/03_training_dashboard.ipynb #b2709966
 @patch
@@ -422,10 +424,13 @@ def runs_html(
     "The table, which breaks its words where a reader would."
     def breaks(words):                              # 2026-11-29 | 01:06:33; 0.0091 | (epoch 7)
         parts = re.split(r' (?=\(|\d\d:)', words) if len(words) < 45 else [words]
-        return ' '.join(f'<span>{html_text(o)}</span>' if len(words) < 45 else html_text(o) for o in parts)
+        whole = lambda o: f'<span style="white-space:nowrap">{html_text(o)}</span>'
+        return ' '.join(whole(o) if len(words) < 45 else html_text(o) for o in parts)
     named = (re.sub('([._])', r'\1<wbr>', html_text(o)) for o in table.table()[0])
-    heads = ''.join(f'<th>{o}</th>' for o in named)
-    rows = ''.join(f"<tr>{''.join(f'<td>{breaks(o)}</td>' for o in row)}</tr>" for row in table.table()[1:])
+    left = 'style="text-align:left"'                  # said here, as a page of its own has no other style
+    heads = ''.join(f'<th {left}>{o}</th>' for o in named)
+    cells = lambda row: ''.join(f'<td {left}>{breaks(o)}</td>' for o in row)
+    rows = ''.join(f'<tr>{cells(row)}</tr>' for row in table.table()[1:])
     return f'<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
 
 def make_table(

@@ -260,7 +260,9 @@ def parts_of_preview(x:BatchPreview) -> list: return parts_around(x, x.viewer)
 def parts_of_player(x:TrackingPlayer) -> list: return parts_around(x, x.viewer)
 
 @parts_of.register
-def parts_of_study(x:StudyBrowser) -> list: return parts_around(x, x.viewer if x.shown[0] == 'look' else None)
+def parts_of_study(x:StudyBrowser) -> list:
+    x.facts.know(x.subset)
+    return parts_around(x, x.viewer if x.shown[0] == 'look' else None)
 
 @parts_of.register
 def parts_of_run(x:RunPanel) -> list:

@@ -45,7 +45,7 @@ def test_stages_a_line_and_a_point(notebook):  # noqa: F811
     number.press("Enter")
     said("training batch 2 of", "first part")
     widget.locator("select").first.select_option("validation")
-    said("validation batch", "Nothing was done to these lines.")
+    said("validation batch", "Nothing was done to these lines but resampling.")
     page.set_viewport_size({"width": 820, "height": 1000})
     wait_until(lambda: side.bounding_box()["y"] > canvas.bounding_box()["y"] + canvas.bounding_box()["height"])  # below, where it is narrow
     shot(widget, "batch_page_narrow")

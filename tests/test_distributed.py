@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from distributed_script import in_ranks, make, make_registered, start, train
 
 from dwiml_nb.core.errors import DataProblem
@@ -99,13 +100,18 @@ def test_a_loss_that_is_not_finite_in_one_rank_is_skipped_by_all_or_told_with_it
 
 def uneven(trainer):
     "Rank 1 leaves out the optimizer's step of its second batch."
+    assert torch.get_num_threads() == 1                                          # threads are not there after a fork: whoever waits for them hangs
     own, left = trainer.registered, iter([False])
     real = own.net.optimizer.step
     if trainer.ranks.rank: own.net.optimizer.step = lambda *a, **k: real(*a, **k) if next(left, True) is False else None
 
 
 def test_ranks_that_make_different_steps_are_told_at_once(study, tmp_path):
-    for words in in_ranks(partial(train, make_registered, study, tmp_path, "uneven", devices=2, after=uneven)):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try: told = in_ranks(partial(train, make_registered, study, tmp_path, "uneven", devices=2, after=uneven))
+    finally: torch.set_num_threads(threads)
+    for words in told:
         assert words.startswith("ComeApart: ") and "rank 0 at a step of the optimizer, rank 1 at the end of a batch" in words
     assert read_checkpoint(tmp_path/"uneven").state["epoch"] == 0
 

@@ -267,7 +267,7 @@ def test_older_arguments_of_dwi_ml(tmp_path):
     with pytest.raises(DataProblem, match="takes no argument 'start_from_copy_prev'"): load_model(tmp_path)
 
 
-@pytest.mark.parametrize("change, says", [(dict(dg_key="gausian"), "unknown direction getter 'gausian'.*Did you mean 'gaussian'"), (dict(neighborhood_radius=[1., 3.]), "TypeError"),
+@pytest.mark.parametrize("change, says", [(dict(dg_key="gausian"), "unknown direction getter 'gausian'.*Did you mean 'gaussian'"), (dict(neighborhood_radius=[1., 3.]), "neighborhood_radius is a whole number"),
                                           (dict(rnn_layer_sizes=None), "no model can be built with these arguments")], ids=str)
 def test_arguments_that_make_no_model_are_told(tmp_path, change, says):
     "A getter that nobody has, or a value that makes no sense: one sentence with the file."

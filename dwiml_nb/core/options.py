@@ -10,7 +10,10 @@ import importlib
 import inspect
 import math
 import random
+import types
+from collections.abc import Iterable
 from numbers import Real
+from typing import Literal, get_args, get_origin
 import numpy as np
 import torch
 from fastcore.basics import copy_func
@@ -160,6 +163,48 @@ def wrong_name(
     if name.startswith('.'): return "a name that begins with a dot"
     if not name.isprintable(): return "a name with a character that cannot be shown"
     if len(name.encode()) > 200: return f"a name of {len(name.encode())} bytes; 200 are the most"
+
+# %% ../../nbs/00_core/14_options.ipynb #50a860c7
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list",
+         dict: "a dict"}
+
+def may_be(
+    value, # What was given
+    kind:type, # Of `WORDS`
+) -> bool:
+    "Whether it is not certainly wrong."
+    if value is None: return True
+    if kind is bool:
+        try: return bool(value) or True
+        except (ValueError, RuntimeError, TypeError): return False
+    if kind in (int, float): return isinstance(value, Real) or getattr(value, 'shape', None) == ()
+    if kind is list:
+        return isinstance(value, Iterable) and not isinstance(value, (str, bytes, dict, np.ndarray, torch.Tensor))
+    return isinstance(value, kind)
+
+def kinds_meant(
+    parameter:inspect.Parameter, # Of a part
+) -> tuple: # of types of `WORDS`; empty: nothing is known
+    "What a parameter takes, by its annotation."
+    kind = parameter.annotation
+    if get_origin(kind) is Literal: return (str,)
+    kinds = get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return kinds if all(k in WORDS for k in kinds) else ()
+
+def check_kinds(
+    cls:type, # Made of parts
+    given:dict, # name -> value
+):
+    "Refuse what the annotations of this library's parts rule out."
+    parts = {}
+    for init in reversed(chain_of(cls)):
+        ours = init.__module__.startswith('dwiml_nb.')
+        parts |= {name: ours and p for name,p in own_signature(init).parameters.items()}
+    for name,value in given.items():
+        if not parts.get(name) or not (kinds := kinds_meant(parts[name])): continue
+        if any(may_be(value, kind) for kind in kinds): continue
+        raise ValueError(f"{cls.__name__}: {name} is {' or '.join(WORDS[k] for k in kinds)}, "
+                         f"found {value!r:.80}")
 
 # %% ../../nbs/00_core/14_options.ipynb #5eedb10d
 def seed_all(

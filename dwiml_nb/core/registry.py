@@ -176,6 +176,7 @@ class Registry(Mapping):
 
     def find(self, name): # -> the name in full, or None
         "The entry that a name means."
+        if not isinstance(name, str): return None
         if name in self.entries: return name
         same = self.called(name)
         return same[0] if len(same) == 1 else None

@@ -92,7 +92,7 @@ def neighborhood_vectors(
     else:
         ticks = range(-radius, radius+1)
         steps = torch.tensor([t for t in itertools.product(ticks, ticks, ticks) if any(t)], dtype=torch.float)
-    return torch.cat([torch.zeros(1, 3), steps*resolution])
+    return torch.cat([torch.zeros(1, 3), steps*float(resolution)])
 
 # %% ../../nbs/00_core/09_volume.ipynb #fd32f07e
 @register_jitable

@@ -6,7 +6,7 @@
 __all__ = ['ALSO_CALLED', 'direction_getter']
 
 # %% ../../nbs/04_directions/07_registry.ipynb #397902f1
-from ..core.options import options_of, refuse_unknown
+from ..core.options import check_kinds, options_of, refuse_unknown
 from .base import DIRECTION_GETTERS, DirectionGetter
 from . import regression, sphere, gaussian, fisher   # noqa: F401, they register getters
 
@@ -20,7 +20,7 @@ def direction_getter(
     **dg_args, # The getter's own arguments
 ) -> DirectionGetter:
     "The direction getter of that name."
-    dg_key = ALSO_CALLED.get(dg_key, dg_key)
-    cls = DIRECTION_GETTERS[dg_key]
+    cls = DIRECTION_GETTERS[ALSO_CALLED.get(dg_key, dg_key) if isinstance(dg_key, str) else dg_key]
     refuse_unknown(dg_args, [k for k in options_of(cls) if k != 'input_size'], dg_key)
+    check_kinds(cls, dg_args)
     return cls(input_size, **dg_args)

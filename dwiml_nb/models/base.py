@@ -24,7 +24,7 @@ from ..core.dwi_ml import NamesOfDwiml, refuse_arguments
 from ..core.errors import DataProblem, did_you_mean, naming, need_file, stand_in
 from ..core.files import read_json, write_json
 from ..core.folders import whole_folder, write_folder
-from ..core.options import no_rest, options_of
+from ..core.options import check_kinds, no_rest, options_of
 from ..core.registry import Registry, class_here, class_named, class_path, is_on_this_machine, trusting
 from ..batch.spec import checked_points, not_written
 
@@ -83,7 +83,9 @@ class MainModelAbstract(NamesOfDwiml, nn.Module):
 
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls, *args, **kwargs)
-        object.__setattr__(self, 'constructor_arguments', bound_arguments(cls, args, kwargs))
+        arguments = bound_arguments(cls, args, kwargs)
+        check_kinds(cls, arguments)
+        object.__setattr__(self, 'constructor_arguments', arguments)
         return self
 
     @no_rest

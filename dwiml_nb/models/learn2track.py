@@ -35,7 +35,7 @@ class Learn2TrackModel(ModelWithOneInput, ModelWithPreviousDirections, ModelWith
         dropout:float=0., # After the embeddings and between layers
         **parts, # Options of the input, the previous directions and the direction getter
     ):
-        super().__init__(nb_features=nb_features, **parts)
+        super().__init__(nb_features=check_number('nb_features', nb_features, least=1, whole=True), **parts)
         self.embedding_dropout = nn.Dropout(check_number('dropout', dropout or 0., least=0, most=1))
         size = self.computed_input_embedded_size + self.computed_prev_dirs_embedded_size
         self.rnn_model = StackedRNN(rnn_key, size, rnn_layer_sizes, use_skip_connection,

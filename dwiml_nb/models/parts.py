@@ -18,7 +18,7 @@ from ..batch.spec import InputSpec
 from ..directions.base import DIRECTION_GETTERS, DirectionGetter
 from ..directions.registry import direction_getter
 from .base import MainModelAbstract, is_reading
-from .embeddings import embedding
+from .embeddings import MOST, embedding
 
 # %% ../../nbs/05_models/02_parts.ipynb #f7d06059
 @with_parts
@@ -54,12 +54,13 @@ class ModelWithOneInput(LooksAround):
         nb_features:int=None, # F of the input group
         input_embedding_key:str|dict='no_embedding', # First layer of the input, of `EMBEDDINGS`; or dict(…)
         input_embedded_size:int=None, # Features after an nn_embedding
-        nb_cnn_filters:list=None, # cnn_embedding: filters of each layer
-        kernel_size:list=None, # cnn_embedding: kernel edge of each layer, in voxels of the grid
+        nb_cnn_filters:list|int=None, # cnn_embedding: filters of each layer
+        kernel_size:list|int=None, # cnn_embedding: kernel edge of each layer, in voxels of the grid
         **parts, # For the other parts
     ):
         super().__init__(experiment_name=experiment_name, **parts)
-        self.nb_features = check_number('nb_features', nb_features, least=1, whole=True, none=True)
+        self.nb_features = check_number('nb_features', nb_features, least=1, most=MOST, whole=True,
+                                        none=True)
         self.input_embedding_key,self.input_embedded_size = input_embedding_key,input_embedded_size
         self.nb_cnn_filters,self.kernel_size = nb_cnn_filters,kernel_size
         self.computed_input_embedded_size = None
@@ -97,7 +98,8 @@ class ModelWithPreviousDirections(MainModelAbstract):
         **parts, # For the other parts
     ):
         super().__init__(experiment_name=experiment_name, **parts)
-        self.nb_previous_dirs = check_number('nb_previous_dirs', nb_previous_dirs or 0, least=0, whole=True)
+        self.nb_previous_dirs = check_number('nb_previous_dirs', nb_previous_dirs or 0, least=0, most=MOST,
+                                             whole=True)
         self.normalize_prev_dirs = bool(normalize_prev_dirs)
         self.prev_dirs_embedding_key = prev_dirs_embedding_key or 'no_embedding'
         self.prev_dirs_embedding = self.prev_dirs_embedded_size = None

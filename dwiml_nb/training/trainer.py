@@ -719,7 +719,8 @@ def load_state(self:DWIMLTrainer,
     load_weights(self.model, checkpoint)
     with naming("the state of the run cannot be used", do=other_version(checkpoint.folder),
                 file=checkpoint.folder):
-        torch.set_num_threads(check_number('num_threads', threads, least=1, most=1024, whole=True))
+        threads = check_number('num_threads', threads, least=1, most=1024, whole=True)
+        torch.set_num_threads(self.ranks.threads(threads))
         check_state(state)
         before = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state['optimizer'])

@@ -179,7 +179,8 @@ def may_be(
         except (ValueError, RuntimeError, TypeError): return False
     if kind in (int, float): return isinstance(value, Real) or getattr(value, 'shape', None) == ()
     if kind is list:
-        return isinstance(value, Iterable) and not isinstance(value, (str, bytes, dict, np.ndarray, torch.Tensor))
+        no_lists = str, bytes, dict, np.ndarray, torch.Tensor
+        return isinstance(value, Iterable) and not isinstance(value, no_lists)
     return isinstance(value, kind)
 
 def kinds_meant(

@@ -80,7 +80,7 @@ from .demo.recipe import recipe_model, recipe_trainer
 from .tracking.seeds import seeds_from_mask
 from .tracking.stops import STOP_REASONS
 from .tracking.tracker import Tracker
-from .runs.track import experiment_model, read_experiment, track_from_model
+from .runs.track import experiment_model, experiment_tracker, read_experiment, track_from_model
 from .demo.recipe import recipe_tracker
 
 # %% ../nbs/all.ipynb #a7f7078b

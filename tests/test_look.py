@@ -1,11 +1,13 @@
 """What every viewer can do, without a browser: each trait changes what is painted, and only that."""
+from threading import Thread
+
 import numpy as np
 import pytest
 import traitlets
 
 from dwiml_nb.viz.panel import Foot
 from dwiml_nb.viz.scene import Scene
-from dwiml_nb.viz.viewers import Viewer
+from dwiml_nb.viz.viewers import RUNGS, Viewer
 
 
 def arcs(n, seed=0):
@@ -141,6 +143,23 @@ def test_the_page_says_whether_it_is_dark_and_how_wide_it_is(viewer):
     assert seen(viewer)[90, 2].mean() > 250 and (seen(viewer, "RGBA")[90, 2] == 255).all()
     viewer.face.hear({"kind": "size", "w": 500, "h": 180})
     assert seen(viewer).shape == (180, 500, 3) and viewer.size == (500, 180)
+
+
+def test_a_scene_that_comes_while_another_face_comes_on_is_drawn(viewer, monkeypatch):
+    told = []
+
+    class Slow(RUNGS["painter"]):
+        def __init__(self, viewer):
+            super().__init__(viewer)
+            thread.start()
+            thread.join(.1)  # as a tracking that has lines to show meanwhile
+
+        def set_scene(self): told.append(len(self.scene.lines[0])); super().set_scene()
+    thread = Thread(target=viewer.replace, args=[scene_of(5)])
+    monkeypatch.setitem(RUNGS, "painter", Slow)
+    viewer.put_on("painter")
+    thread.join()
+    assert told == [5]
 
 
 def test_pictures_of_any_size_and_a_page_go_to_the_readers_disk(viewer, monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ __all__ = ['RUNGS', 'NO_ADAPTER', 'FOLLOWED', 'rungs_here', 'best_rung', 'Viewer
 import re
 from html import escape
 from itertools import count
+from threading import RLock
 from pathlib import Path
 import ipywidgets as W
 import numpy as np
@@ -81,6 +82,7 @@ class Viewer(Panel):
     ):
         self.scene,self.size,self.face = scene,tuple(size),None
         self.caption,self.projected = W.HTML(),{}                 # where lines are seen from one frame
+        self.changing = RLock()                  # a thread may bring a scene while a hand brings a face
         super().__init__()
         self.set_state_from_scene()
         self.message.observe(lambda _: self.apply('background'), 'dark')
@@ -176,13 +178,14 @@ def put_on(self:Viewer,
     rung:str, # One of `RUNGS`
 ):
     "Let another face draw; it looks from where the present one does."
-    old,self.face = self.face,RUNGS[rung](self)
-    self.limits = ' '.join([self.face.limits, best_rung()[1] if rung == 'painter' else ''])
-    if old is None: self.look()
-    else:
-        self.face.stand(old.frame())
-        old.close()
-        self.lay_out()
+    with self.changing:
+        old,self.face = self.face,RUNGS[rung](self)
+        self.limits = ' '.join([self.face.limits, best_rung()[1] if rung == 'painter' else ''])
+        if old is None: self.look()
+        else:
+            self.face.stand(old.frame())
+            old.close()
+            self.lay_out()
 
 @patch
 def lay_out(self:Viewer):
@@ -471,10 +474,11 @@ def replace(self:Viewer,
     fit:bool=False, # Look at the whole of it
 ):
     "Show another scene from where the viewer stands."
-    self.scene = scene
-    with self.hold_trait_notifications():
-        self.set_state_from_scene()
-        self.face.set_scene()                              # before what has changed is followed
+    with self.changing:
+        self.scene = scene
+        with self.hold_trait_notifications():
+            self.set_state_from_scene()
+            self.face.set_scene()                              # before what has changed is followed
     if list(self.controls.colours.options) != scene.colourings:
         kept,self.controls.colours.options = self.colour, scene.colourings    # it begins with its first
         self.colour = kept

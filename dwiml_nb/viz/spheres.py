@@ -47,6 +47,7 @@ def draw_ball(
         ax.plot(*np.stack([axis, 1.3*axis]).T, color=QUIET, lw=1)
         ax.text(*1.4*axis, name, color=INK, size=7, ha='center', va='center')
     if dirs is not None:
+        ax.computed_zorder = False                                           # dots lie on the ball, not in it
         dots = np.asarray(dirs, float); dots = dots/np.linalg.norm(dots, axis=1, keepdims=True)
         seen = dots[dots @ towards(*camera) > 0]
         ax.scatter(*1.03*seen.T, s=4, color=PALETTE[1], depthshade=False, zorder=9, lw=0)

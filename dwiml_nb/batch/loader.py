@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from fastcore.basics import patch
 from ..core.dwi_ml import NamesOfDwiml
-from ..core.errors import DataProblem
+from ..core.errors import DataProblem, counted
 from ..core.options import check_numbers, check_seed
 from ..core.ragged import Ragged, as_ragged
 from ..core.sizes import is_near, refuse_far
@@ -106,7 +106,8 @@ def sentence(self:Batch) -> str:
     "How many lines of how many, and what was done to them."
     chosen = sum(len(ids) for _,ids in self.history.get('ids', []))
     more = f" from {chosen}" if self.draws.split is not None else ''
-    sizes = f"{len(self)} lines{more}, {len(self.lines.data)} points, {len(self.ids_per_subj)} subjects"
+    subjects = counted(len(self.ids_per_subj), 'subject')
+    sizes = f"{len(self)} line{'s'*(len(self) != 1)}{more}, {len(self.lines.data)} points, {subjects}"
     made_by = self.history.get('made_by', {})
     noise = [f"white noise of {made_by[k]:g} mm on {what}"
              for k,what in (('noise_mm_forward', "what the model sees"), ('noise_mm_loss', "the targets"))

@@ -481,6 +481,7 @@ def axes_layout(
     is_log,same = log_scale and is_positive(lines), only_value(lines)
     # plotly would draw a value that never changes, a learning rate of 0.001 say, between -1 and 1
     scale = dict(range=[.5*same, 1.5*same], autorange=False, type='linear') if same and same > 0 else \
+        dict(range=[-.05, 1], autorange=False, type='linear') if same == 0 else \
         dict(autorange=True, type='log' if is_log else 'linear')
     if is_log and number == 0 and 6 < spread(lines) < 1e4: scale['dtick'] = 'D2'  # 1, 2, 5: more overlap
     few = {} if number == 0 else dict(nticks=4)

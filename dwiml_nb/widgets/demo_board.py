@@ -112,7 +112,8 @@ class DemoBoard(Panel):
         "Over the tractograms."
         return f"Truth, {' and '.join(self.lines)} of {self.tracked}"
     def still(self) -> str:
-        return ''.join(f'<h3>{html_text(name)}</h3>{part.still()}' for name,part in self.parts.items())
+        parts = (f'<h3>{html_text(name)}</h3>{part.still()}' for name,part in self.parts.items())
+        return f"{''.join(parts)}{self.message.value}"
     def close(self):
         "Close all parts too."
         for part in (self.browser, self.dashboard, self.beside, self.scores):

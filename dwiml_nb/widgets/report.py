@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['MOST_CURVES', 'MOST_ROWS', 'REPORT_STYLE', 'MOST_EPOCHS', 'MOST_OF_EPOCH', 'EPOCHS_JS', 'TRUTH', 'SECTIONS',
-           'RunReport', 'is_unwell', 'head_words', 'Said', 'plain', 'told_of_class', 'said_options', 'option_table',
-           'options_parts', 'rows_now', 'data_table', 'data_parts', 'epoch_table', 'curves_parts', 'on_paper',
-           'turning', 'epochs_to_show', 'scene_of_epochs', 'tracks_parts', 'scores_in', 'all_scores', 'tractograms_of',
-           'scene_of_scored', 'beside_parts', 'scores_parts', 'session_words', 'places', 'bad_batches', 'problems_of',
-           'ends_table', 'problems_parts', 'worst_batches', 'worst_lines', 'worst_parts', 'records_of', 'version_table',
-           'session_table', 'environment_parts', 'section_parts', 'report_parts', 'check_given', 'report_run',
-           'parts_of_dashboard']
+           'RunReport', 'is_unwell', 'head_words', 'Said', 'plain', 'class_if_here', 'told_of_class', 'own_options',
+           'said_options', 'option_table', 'options_parts', 'rows_now', 'data_table', 'data_parts', 'epoch_table',
+           'curves_parts', 'on_paper', 'turning', 'epochs_to_show', 'scene_of_epochs', 'tracks_parts', 'scores_in',
+           'all_scores', 'tractograms_of', 'scene_of_scored', 'beside_parts', 'scores_parts', 'session_words', 'places',
+           'bad_batches', 'problems_of', 'ends_table', 'problems_parts', 'worst_batches', 'worst_lines', 'worst_parts',
+           'records_of', 'version_table', 'session_table', 'environment_parts', 'section_parts', 'report_parts',
+           'check_given', 'report_run', 'parts_of_dashboard']
 
 # %% ../../nbs/11_widgets/10_report.ipynb #7ee6f18f
 import json
@@ -30,7 +30,8 @@ from ..study.describe import html_table
 from ..data.dataset import MultiSubjectDataset
 from ..data.overview import subject_rows
 from ..training.sessions import moment, sessions_of
-from ..runs.options import NEEDED, options_told
+from ..models.registered import package_config, registered_parents
+from ..runs.options import NEEDED, criterion_options, options_told
 from ..runs.table import duration, short
 from ..runs.watch import order_words
 from ..viz.curves import curves_page, in_order, lines_of
@@ -103,21 +104,53 @@ def plain(value) -> str:
     "A value as JSON says it: tuples are lists."
     return json.dumps(value, default=str, ensure_ascii=False)
 
+def class_if_here(
+    path:str, # Of a class, as the record names it
+): # -> the class; None: it is not here
+    "A class that may be looked at."
+    try: return class_named(path, object)
+    except DataProblem: return None
+
 def told_of_class(
     path:str, # Of a class, as the record names it
 ) -> dict: # name -> `Option`; empty: the class is not here
     "The options of a class that may be looked at."
-    try: return dict(options_told(class_named(path, object)))
-    except (DataProblem, TypeError, ValueError): return {}
+    cls = class_if_here(path)
+    try: return dict(options_told(cls)) if cls else {}
+    except (TypeError, ValueError): return {}
 
+# %% ../../nbs/11_widgets/10_report.ipynb #c0a7e5e2
+def own_options(
+    params:dict, # Of a registered model, as recorded
+) -> list: # of `Said`
+    "What a registered class and its loss were given, beside what its packages and the loss say."
+    cls,config = class_if_here(params['model_class']), params['config']
+    parents = registered_parents(cls) if cls else []
+    names = [o.__name__ for o in parents] or [str(params['model_class']).rpartition('.')[2]]
+    def tables(values):
+        return {f'{n}.{k}': v for n in names for k,v in ((values.get('model') or {}).get(n) or {}).items()}
+    usual,criterion = {}, config.get('criterion') or {}
+    for values in package_config(cls).values() if parents else (): usual |= tables(values)
+    options = criterion_options(cls, criterion.get('name')) if parents else {}
+    loss = {k: o.default for k,o in options.items()}
+    def said(part, name, value, usual):
+        default = plain(usual[name]) if name in usual else 'must be given' if parents else ''
+        return Said(part, name, value, default, '', plain(value) != default)
+    return ([said('model', *o, usual) for o in tables(config).items()]
+            + [said('criterion', *o, loss) for o in criterion.items()])
+
+# %% ../../nbs/11_widgets/10_report.ipynb #c0a7e5e5
 def said_options(
     record:dict, # Of a run
 ) -> list: # of `Said`
     "All options of a run, beside their defaults."
     found = []
     for part in ('model', 'trainer', 'sampler', 'loader'):
-        told = told_of_class(record.get(part, {}).get('class'))
-        for name,value in record.get(part, {}).get('params', {}).items():
+        told,params = told_of_class(record.get(part, {}).get('class')), record.get(part, {}).get('params', {})
+        if isinstance(params.get('config'), dict) and 'model_class' in params:    # the run's other tables
+            found += own_options(params)                                          # stand in other parts
+            params = {k: v for k,v in params.items() if k != 'config'}
+        for name,value in params.items():
             o = told.get(name)
             needed = o is None or o.default is NEEDED
             default = '' if o is None else 'must be given' if needed else plain(o.default)
@@ -146,7 +179,9 @@ def options_parts(
     if not options: return [Part('<p>The record keeps no options.</p>')]
     chosen,usual = ([o for o in options if o.differs == d] for d in (True, False))
     unknown = {o.part for o in options} - {o.part for o in options if o.default}
-    words = ', '.join(str(report.record[o].get('class', f'the {o}, not recorded')) for o in sorted(unknown))
+    registered = {'criterion': report.params('model').get('model_class')}
+    class_of = lambda part: registered.get(part) or report.record.get(part, {}).get('class')
+    words = ', '.join(str(class_of(o) or f'the {o}, not recorded') for o in sorted(unknown))
     note = f'<p class="dwiml-quiet">Defaults not known, as the class is not loaded: {html_text(words)}.</p>'
     more = f'<details><summary>{len(usual)} as the defaults are</summary>{option_table(usual)}</details>'
     return [Part(option_table(chosen) + note*bool(unknown) + more*bool(usual))]

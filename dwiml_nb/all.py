@@ -77,7 +77,7 @@ from .runs.run_files import run_config, run_parts, train, write_run_file
 from .demo.recipe import recipe_model, recipe_trainer
 
 # %% ../nbs/all.ipynb #bec6a930
-from .tracking.seeds import seeds_from_mask
+from .tracking.seeds import SeedsInMask, seeds_from_mask
 from .tracking.stops import STOP_REASONS
 from .tracking.tracker import Tracker
 from .runs.track import experiment_model, experiment_tracker, read_experiment, track_from_model

@@ -187,6 +187,9 @@ def test_cmc_draws_belong_to_lines_and_steps():
     assert not torch.equal(of(seed=5).track(seeds, quiet=True).lines.data, whole.lines.data)
     with pytest.raises(ValueError, match="tissue_groups are two maps"): of(tissue_groups=["grey"])
     with pytest.raises(ValueError, match="'cmc' or 'act'"): of(tissue_rule="both")
+    with pytest.raises(ValueError, match="tissue_groups are two maps, for tissue_rule='act'.*found None"): of(tissue_rule="act", tissue_groups=None)
+    cut = of(tissue_groups=None, exclude_groups=["ring"]).track(seeds, quiet=True).info["dropped"]
+    assert set(cut) == {"entered an exclusion mask"}
 
 
 def test_rk4_leaves_the_state_of_a_step(experiment):

@@ -156,10 +156,10 @@ def tissue_maps(
     rule:str, # 'cmc', 'act'
 ) -> TissueMaps: # or None
     "The rule of two maps."
-    if groups is None: return None
-    if isinstance(groups, str) or len(groups) != 2:
-        raise ValueError("tissue_groups are two maps: where lines may end, and where not; "
-                         f"found {groups!r}")
+    if groups is None and rule == 'cmc': return None
+    if groups is None or isinstance(groups, str) or len(groups) != 2:
+        raise ValueError(f"tissue_groups are two maps, for tissue_rule={rule!r:.20}: where lines may end, "
+                         f"and where not; found {groups!r}")
     maps = [volume(group, 1, "a tissue map")[..., 0].float() for group in groups]
     for group,o in zip(groups, maps):
         if bool(((o > -1e-3) & (o < 1 + 1e-3)).all()): continue
@@ -354,7 +354,8 @@ def finished(self:Tracker,
     for region in regions.exclude: why[self.have_been(lines, region)] = 3
     if regions.exclude: why[(codes == self.walk.code('excluded')).any(1)] = 3
     if self.compress is not None: lines = compressed(lines, self.compress)
-    why[(lengths_of(lines) < self.min_length_mm - 1e-3) | (lines.lengths < 2)] = 2
+    short = (lengths_of(lines) < self.min_length_mm - 1e-3) | (lines.lengths < 2)
+    why[short & (why != 3)] = 2                # one that was cut by an exclusion mask is not told as short
     return lines[why == 0], why
 
 # %% ../../nbs/06_tracking/03_tracker.ipynb #3fecbcb1

@@ -254,4 +254,8 @@ def as_ragged(
     "The same lines as a `Ragged`, copied only if they are not one yet."
     if isinstance(lines, Ragged): return lines
     if hasattr(lines, '_offsets') and hasattr(lines, '_lengths'): return Ragged.from_array_sequence(lines)
+    try: iter(lines)
+    except TypeError:
+        raise TypeError(f"lines are a Ragged or a list of (n, C) points, found a {type(lines).__name__}. "
+                        "Those of a study's group are its as_tractogram().lines, in RAS mm.") from None
     return Ragged.from_list(lines)

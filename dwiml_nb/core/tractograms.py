@@ -798,6 +798,9 @@ def save_tractogram(
     overwrite:bool=True, # False: an existing file is an error, also one that appears meanwhile
 ):
     "Write streamlines to a file, whole or not at all."
+    if not isinstance(tractogram, Tractogram):
+        raise TypeError(f"a Tractogram is saved, found a {type(tractogram).__name__}. "
+                        "Tractogram(lines, grid) is one, of lines in RAS mm.")
     format = tractogram_format(path, write=True)
     check_kept(tractogram, format, path, drop_dps)
     with atomic_file(path, overwrite) as tmp: format.save(tractogram, tmp)

@@ -75,7 +75,10 @@ class MultisubjectSubset(NamesOfDwiml, torch.utils.data.Dataset):
         which, # Number or id
     ) -> SubjectData:
         "One subject."
-        if not isinstance(which, str): return self.data[which]
+        if not isinstance(which, str) and -len(self.data) <= which < len(self.data): return self.data[which]
+        if not isinstance(which, str):
+            raise DataProblem(f"no subject number {which} in the {self.name} subset",
+                              f"a number below {len(self.data)}, or an id", which)
         if which in self.subjects: return self.data[self.subjects.index(which)]
         raise DataProblem(f"no subject '{which}' in the {self.name} subset."
                           f"{did_you_mean(which, self.subjects)}",

@@ -222,6 +222,9 @@ def read_model_folder(
     needed = [f for f in MODEL_FILES if f != 'model_class.json']
     for f in MODEL_FILES: stand_in(folder/f) and need_file(folder/f, "the model cannot be read")
     missing = [f for f in needed if not (folder/f).is_file()]
+    if missing == needed and (folder/'best_model').is_dir():
+        raise DataProblem("this is the folder of an experiment, not of a model", file=folder,
+                          do=f"give {folder/'best_model'}, or take experiment_model.")
     if missing:
         raise DataProblem("files are missing from the model folder", expected=", ".join(needed), file=folder,
                           found=f"no {', '.join(missing)}", do="copy the whole folder again.")

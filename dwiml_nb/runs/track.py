@@ -58,6 +58,9 @@ def experiment_model(
 ): # -> the model, in evaluation mode
     "The trained model of an experiment."
     folder = Path(experiment_path)/('checkpoint/model' if use_latest_epoch else 'best_model')
+    if (Path(experiment_path)/'model_type.txt').is_file():
+        raise DataProblem("this is the folder of a model, not of an experiment", file=experiment_path,
+                          do="give the folder that best_model/ is in, or take load_model.")
     if whole_folder(folder) is None:
         raise DataProblem("the experiment has no such model yet", expected=folder.name, file=folder,
                           do="train for at least one epoch, or take the other model (use_latest_epoch).")

@@ -192,6 +192,7 @@ def viz_experiment(
 # %% ../../nbs/11_widgets/11_viz.ipynb #4b65cf10
 INSTEAD = {'DWIMLBatchIDSampler': "viz(loader, sampler) shows the batches that it chooses",
            'ModelSpec': "give the model itself", 'Optimizer': "give the trainer", 'Grid': "give its image",
+           'type': "make an object of it first",
            'LineSet': "viz(Scene().add_lines(…))", 'DataFrame': "it shows itself, if a cell ends with it"}
 
 def viz_other(x):

@@ -21,7 +21,6 @@ from ..core.tractograms import Tractogram
 from ..core.gradients import B0_MAX, clear_shell, read_gradients
 from ..core.sh import check_dwi, open_volume, values_of
 from ..core.phantom import FIBRE, S0, SimulatedSubject
-from ..tracking.whole_brain import with_threads
 
 # %% ../../nbs/10_evaluation/03_csd.ipynb #6f21bcac
 class Acquisition(NamedTuple):
@@ -143,7 +142,7 @@ def track_csd(
     fodf,sphere = csd_fodf(a, order, response, shell, width, b0_max), get_sphere(name='symmetric362')
     small = a.mask.size*len(sphere.vertices)*8 < 2**30
     how = {'sf': amplitudes(fodf, a.mask, sphere)} if small else {'sh': fodf}
-    with warnings.catch_warnings(), with_threads(torch.get_num_threads()):    # dipy takes all
+    with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         found = deterministic_tracking(seeds, BinaryStoppingCriterion(a.mask.astype(np.uint8)), a.grid.affine,
                                        **how, sphere=sphere, min_len=min_length_mm, max_len=max_length_mm,

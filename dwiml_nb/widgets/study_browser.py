@@ -75,7 +75,8 @@ class StudyBrowser(Panel):
         about = self.about_subject(waits=False)
         picture = {None: '', 'look': self.viewer and self.viewer.still(),
                    'plot_lengths': self.lengths and picture_html(self.lengths, 'lengths')}[self.shown[0]]
-        rows = f'<div style="max-height:450px; overflow:auto">{self.facts.html_rows(self.subset)}</div>'
+        rows,box = self.facts.html_rows(self.subset), 'max-height:450px; overflow:auto; margin-bottom:1em'
+        rows = f'<div style="{box}">{rows}</div>'
         return f'{self.heading.value}{rows}{about}{picture}'
     def close(self):
         "Close the viewer, the table and its file too."

@@ -30,6 +30,11 @@ from dwiml_nb.viz.scene import scene_of_subject
 scene = scene_of_subject(dataset.training, 0, 'bundles', 'input')
 """
 STEPS = ", split_ratio=.3, reverse_ratio=.5, noise_mm_forward=.1)"
+TRAINED = """
+wanted = dict(key='epoch_tracks', nb_seeds=100, reference=folder + '/subjects', tracking=dict(tracking_mask_group='wm_mask', max_length_mm=120.))
+trainer = DWIMLTrainerOneInput(model=model, experiments_path=folder, experiment_name='run', batch_sampler=sampler, batch_loader=loader, max_epochs=3,
+                               max_batches_per_epoch_training=4, learning_rates=[.005], sinks=[wanted])
+trainer.train_and_validate()"""
 FIELD = """
 import numpy as np, torch
 from dwiml_nb.all import *
@@ -94,6 +99,10 @@ def viewer(rung): return Row((STUDY, SUBJECT, f"viewer = show(scene, rung='{rung
 
 def look_at_batch(page, widget, shoot):
     shoot("first")
+    drag(page, stages := widget.locator(".noUi-handle").first, -80, 0)
+    shoot("stage")
+    stages.press("End")
+    page.wait_for_timeout(1500)
     click_line(page, widget)
     shoot("line")
     press(page, widget.locator(".dwiml-side"), "point")
@@ -138,9 +147,6 @@ WIDGETS = {
     "player_live": player(rung="live"),
     "player_model": Row((STUDY, "tracker = Tracker(model, dataset, 'sub-01', 'input', 'wm_mask', max_length_mm=60., min_length_mm=5.)\nplayer = TrackingPlayer(tracker, 200, truth=Path(folder)/'subjects'/'sub-01'); player"), watch),
     "player_finished": Row((STUDY, "tractogram = dataset.training.data[0].streamlines['bundles'].as_tractogram()\nplayer = TrackingPlayer(tractogram); player"), watch),
-    "epoch_tracks": Row((STUDY, """
-wanted = dict(key='epoch_tracks', nb_seeds=100, reference=folder + '/subjects', tracking=dict(tracking_mask_group='wm_mask', max_length_mm=120.))
-trainer = DWIMLTrainerOneInput(model=model, experiments_path=folder, experiment_name='run', batch_sampler=sampler, batch_loader=loader, max_epochs=3,
-                               max_batches_per_epoch_training=4, learning_rates=[.005], sinks=[wanted])
-trainer.train_and_validate()""", "from dwiml_nb.evaluation.tracks_viewer import TracksViewer\nTracksViewer(trainer.experiment_folder, dataset)"), turn),
+    "player_experiment": Row((STUDY, TRAINED, "tracker = experiment_tracker(trainer.experiment_folder, 'sub-01', tracking_mask_group='wm_mask', max_length_mm=60., min_length_mm=5.)\nTrackingPlayer(tracker, 200)"), watch),
+    "epoch_tracks": Row((STUDY, TRAINED, "from dwiml_nb.evaluation.tracks_viewer import TracksViewer\nTracksViewer(trainer.experiment_folder, dataset)"), turn),
 }

@@ -162,6 +162,17 @@ def test_a_scene_that_comes_while_another_face_comes_on_is_drawn(viewer, monkeyp
     assert told == [5]
 
 
+def test_shorter_lines_and_longer_ones_again_are_all_shown():
+    def rods(*mm): return Scene("rods").add_lines([np.array([[0, 0, 0], [n, 0, 0]], "f4") for n in mm])
+    viewer = Viewer(rods(10, 30), (240, 180))
+    for mm in ((10, 20), (5, 50)):
+        viewer.replace(rods(*mm))
+        assert viewer.length_mm is None and viewer.scene.lines[0].shown.all() and viewer.controls.lengths.value == (0, mm[1])
+    viewer.controls.lengths.value = 0, 20
+    assert viewer.length_mm == (0, 20) and viewer.scene.lines[0].shown.tolist() == [True, False]
+    viewer.close()
+
+
 def test_pictures_of_any_size_and_a_page_go_to_the_readers_disk(viewer, monkeypatch, tmp_path):
     sent = {}
     monkeypatch.setattr(Foot, "send", lambda self, message, buffers: sent.update({message["download"]: buffers[0]}))

@@ -314,6 +314,7 @@ def line_rows(self:Controls) -> list: # of widgets
                                       readout_format='.0f', continuous_update=False,
                                       layout=W.Layout(width='22em'), style={'description_width': '6em'})
     def choose(change):
+        if self.is_fitting: return                          # it follows other lines; nobody has chosen
         whole = change['new'] == (self.lengths.min, self.lengths.max)
         viewer.length_mm = None if whole else tuple(change['new'])
     self.targets = W.Checkbox(indent=False, layout=W.Layout(width='6em'))
@@ -334,8 +335,10 @@ def fit_lines(self:Controls):
     "Let the slider span the lengths of the lines at hand, and offer to hide those that are `TARGETS`."
     sets,chosen = self.viewer.scene.lines, self.viewer.length_mm
     longest = float(np.ceil(max([1., *(s.lengths_mm.max(initial=0) for s in sets)])))
+    self.is_fitting = True
     self.lengths.max = longest if chosen is None else max(longest, chosen[1])
     self.lengths.value = chosen or (0, longest)
+    self.is_fitting = False
     for part,there in ((self.line_row, sets), (self.colours, self.viewer.scene.is_coloured)):
         part.layout.display = None if there else 'none'
     names = [s.name for s in sets if s.name in TARGETS]

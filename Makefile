@@ -11,6 +11,7 @@ TORCH_PIP_ARGS ?=
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 export OMP_NUM_THREADS ?= 1
+unexport PYTHONDONTWRITEBYTECODE  # else each process compiles all it imports again
 
 # What `make test` runs, two steps at a time; `timed-x: timed-y` below says what waits for what
 STEPS := packages system check kernels wheel fastcore2 pages quick-demo tests docs

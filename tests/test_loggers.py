@@ -165,7 +165,7 @@ def test_mlflow_shows_the_run_in_its_page(browser, trained, tmp_path):
         port = free.getsockname()[1]
     store, log = own_store(trained.parent), open(tmp_path / "server.txt", "w")
     server = subprocess.Popen([sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
-                              start_new_session=True, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"})
+                              start_new_session=True, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
     page = browser.new_page()
     try:
         for _ in range(240):

@@ -78,7 +78,7 @@ def server(tmp_path):
         port = free.getsockname()[1]
     words = ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "artifacts"), "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     with open(tmp_path / "server.txt", "w") as log:
-        process = subprocess.Popen([sys.executable, "-m", "mlflow", "server", *words], start_new_session=True, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"})
+        process = subprocess.Popen([sys.executable, "-m", "mlflow", "server", *words], start_new_session=True, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
     def kill():
         if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
         process.wait(30)

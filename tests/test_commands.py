@@ -40,6 +40,10 @@ class Reached(BaseException):
     "The work itself would begin."
 
 
+class Waits(BaseException):
+    "For a pipe that nobody writes, say; nothing that catches exceptions may hide it."
+
+
 # what takes long, in the module that calls it
 WORK = ["study.create.write_study", "study.grow.finished_parts", "study.grow.copy_object", "study.check_apart.subprocess.run", "core.sh.fit_attenuation", "viz.plots.draw_graph", "models.checks.run_checks",
         "tracking.tracker.Tracker.track", "training.trainer.DWIMLTrainer.train_and_validate", "cli.fronts.run_parts", "demo.run.demo_study", "runs.export.write_onnx", "cli.logs.open_comet", "widgets.report.report_parts", "cli.attention.line_attention", "cli.noise.noisy_lines"]
@@ -147,8 +151,8 @@ def no_work(here, monkeypatch):
 
 def outcome(name, words, capsys):
     "'done', 'reached', or the sentence; and the status."
-    signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("60 s")))
-    signal.alarm(60)
+    signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(Waits("30 s")))
+    signal.alarm(30)
     try:
         with warnings.catch_warnings(): run_command(command(name), [str(w) for w in words])
         status = 0

@@ -354,6 +354,7 @@ def links_of(
     path, # A study
 ) -> list: # of Paths, relative to the study's folder; None for a file that cannot be read
     "The files that a study links to."
+    if not os.path.isfile(path): return None                                # a pipe would be waited for
     try:
         with h5py.File(path, 'r') as f: links = [f.get(s, getlink=True) for s in f]
     except Exception: return None

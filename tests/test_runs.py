@@ -572,7 +572,7 @@ def test_what_goes_on_cannot_be_given_again(dataset, folder):
 
 @pytest.mark.parametrize("options, words", [
     (dict(rnn_key=dict(key="gru", foo=1)), "gru takes no 'foo'. It takes bias"), (dict(rnn_key=dict(key="gru", batch_first=True)), "gru takes no 'batch_first'"),
-    (dict(dg_args=dict(input_size=3)), "cosine-regression takes no 'input_size'"), (dict(dg_args=[1]), "dg_args are a dict"), (dict(rnn_layer_sizes=[NAN]), "a layer's size is a whole number")])
+    (dict(dg_args=dict(input_size=3)), "cosine-regression takes no 'input_size'"), (dict(dg_args=[1]), "dg_args is a dict"), (dict(rnn_layer_sizes=[NAN]), "a layer's size is a whole number")])
 def test_options_of_models_asked_for_in_vain(dataset, options, words):
     with pytest.raises(ValueError, match=words): learner(dataset, **options)
 

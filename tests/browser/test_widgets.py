@@ -236,17 +236,17 @@ def wait_until(condition, seconds=60, said=lambda: ""):
 
 
 def time_of_a_cell(page, i):
-    "Seconds from running a cell to seeing its answer."
+    "Seconds from running a cell, which prints the time after 'at', to seeing its answer."
     cell = page.locator(".jp-Notebook .jp-Cell").nth(i)
     cell.locator(".jp-InputArea-editor").click()
     before = output(page, i).inner_text()
     return page.evaluate("""async ([i, before]) => {
         const cell = document.querySelectorAll('.jp-Notebook .jp-Cell')[i];
-        const begun = performance.now();
+        const begun = performance.now(), stamp = text => text.match(/at ([0-9.]+)/)?.[1];
         document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', code: 'Enter', keyCode: 13, ctrlKey: true, bubbles: true, cancelable: true}));
         while (performance.now() - begun < 60000) {
             const text = cell.querySelector('.jp-OutputArea')?.innerText ?? '';
-            if (text.includes('at') && text !== before) break;
+            if (stamp(text) && stamp(text) !== stamp(before)) break;
             await new Promise(done => setTimeout(done, 10));
         }
         return (performance.now() - begun)/1000;

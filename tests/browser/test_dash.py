@@ -35,8 +35,7 @@ dashboard = TrainingDashboard(trainer); dashboard""", "import time; print('at', 
     said("goes on with")
     press("Stop after epoch")
     said("stopped; its checkpoint is saved", "stopped: epoch")
-    time_of_a_cell(page, 2)
-    assert output(page, 2).inner_text().split()[-1] == "0.0005"
+    wait_until(lambda: (time_of_a_cell(page, 2), output(page, 2).inner_text().split()[-1])[1] == "0.0005")
     drawn = page.evaluate(POINTS)
     page.locator(".jp-Notebook .jp-Cell").nth(3).locator(".jp-InputArea-editor").click()
     page.keyboard.press("Control+Enter")

@@ -59,7 +59,12 @@ def pixels(where):
     "A picture of a page or a part of it, as numbers."
     from io import BytesIO
     from PIL import Image
-    return np.asarray(Image.open(BytesIO(where.screenshot())).convert("RGB")).astype(int)
+    from playwright.sync_api import Error
+    for _ in range(10):
+        try: taken = where.screenshot(); break
+        except Error as e:                              # another picture took its place meanwhile
+            if "not attached" not in str(e): raise
+    return np.asarray(Image.open(BytesIO(taken)).convert("RGB")).astype(int)
 
 
 def errors(page): return page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_text_contents()

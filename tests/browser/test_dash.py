@@ -11,7 +11,7 @@ def test_training_dashboard_and_a_free_notebook(notebook):  # noqa: F811
 import time
 trainer = DWIMLTrainerOneInput(model=model, experiments_path=folder, experiment_name='run', batch_sampler=sampler, batch_loader=loader, max_epochs=500)
 trainer.control.on_batch_end.append(lambda row: time.sleep(.03))  # or it would train hundreds of epochs while the mouse moves
-dashboard = TrainingDashboard(trainer); dashboard""", "import time; print('at', time.time(), dashboard.state, trainer.optimizer.param_groups[0]['lr'])",
+dashboard = TrainingDashboard(trainer); dashboard""", "import time; print('at', time.time(), dashboard.state, trainer.learning_rate(trainer.epoch, 0))",
                     "second = TrainingDashboard(trainer.experiment_folder) if trainer.experiment_folder.exists() else None; second")
     widget, second = output(page, 1), output(page, 3)
     press = lambda name: widget.get_by_role("button", name=name).click()

@@ -38,9 +38,7 @@ def test_lines_grow_are_sorted_and_asked(notebook):  # noqa: F811 - a fixture
     widget.get_by_role("button", name="play", exact=True).click()
     wait_until(lambda: float(slider.input_value()) > early + 5)
     widget.get_by_role("button", name="pause", exact=True).click()
-    at = slider.input_value()
-    page.wait_for_timeout(300)
-    assert slider.input_value() == at, "it stands still"
+    wait_until(lambda: slider.input_value() == (page.wait_for_timeout(300), slider.input_value())[1])  # it stands still
     slider.fill(slider.get_attribute("max"))
     wait_until(lambda: said().split()[2] == "None", said=said)
     before = pixels(picture)

@@ -31,6 +31,7 @@ from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.demo.recipe import recipe_trainer
 from dwiml_nb.runs.track import track_from_model
 from dwiml_nb.study.toy import toy_study
+from dwiml_nb.tracking import whole_brain
 from dwiml_nb.tracking.seeds import seeds_from_mask
 from dwiml_nb.tracking.tracker import Tracker
 from dwiml_nb.tracking.whole_brain import TrackedParts, parts_folder_of
@@ -164,6 +165,17 @@ def die(threads, experiment, out, n, options):
     track_from_model(experiment, 'sub-04', out, 'seed_mask', in_memory=False, **options)
 
 
+def shuffle(threads, experiment, out, seed, options):
+    "Track the batches in another order."
+    torch.set_num_threads(threads)
+    jobs_of = whole_brain.missing_jobs
+    def shuffled(*args):
+        jobs = list(jobs_of(*args))
+        return (jobs[i] for i in np.random.default_rng(seed).permutation(len(jobs)))
+    whole_brain.missing_jobs = shuffled
+    track_from_model(experiment, 'sub-04', out, 'seed_mask', in_memory=False, **options)
+
+
 def bits(args, experiment, folder):
     options = dict(nt=args.seeds, batch_size=1_000, save_seeds=True, save_reasons=True)
     print(f"\n{args.seeds} seeds in batches of 1,000, one thread in each process\n| run | lines | sha256 of points, offsets, seeds, reasons |\n|---|---|---|")
@@ -171,6 +183,9 @@ def bits(args, experiment, folder):
     apart(experiment, out := folder/'one.trk', **options); row("one process", out)
     apart(experiment, out := folder/'two.trk', processes=2, **options); row("two processes", out)
     apart(experiment, out := folder/'other.trx', processes=2, **options); row("two processes, .trx", out)
+    for seed in (1, 2):
+        process = multiprocessing.get_context('spawn').Process(target=shuffle, args=(1, experiment, out := folder/f'shuffled_{seed}.trk', seed, {**OPTIONS, **options}))
+        process.start(); process.join(); row(f"batches in a shuffled order, {seed}", out)
     out = folder/'killed.trk'
     for n in (3, 9):
         process = multiprocessing.get_context('spawn').Process(target=die, args=(1, experiment, out, n, {**OPTIONS, **options}))

@@ -50,6 +50,30 @@ def typed_options(
     "What was typed, in our names."
     return {OURS.get(name, name): value for name,value in given.items() if value is not None}
 
+# %% ../../nbs/12_cli/05_tracking.ipynb #72737ceb
+def track_and_tell(
+    experiment_path:str, # Folder of an experiment
+    subj_id:str, # Subject of the study; or a text file of several, .txt
+    out_tractogram:str, # For several subjects with {subject} in it
+    shard:str=None, # Of several, this share
+    missing_only:bool=False, # Of several, leave out those whose file is there
+    **how, # Of `track_run`
+):
+    "Track one subject or several, and print what came of it."
+    if subj_id.endswith('.txt'):
+        n_procs = how.pop('processes', None)
+        found = track_subjects(experiment_path, subj_id, out_tractogram, n_procs=n_procs, shard=shard,
+                               missing_only=missing_only, **how)
+        for s,o in found.items():
+            print(f"{s}: {o['lines']} streamlines; dropped: {o['dropped'] or 'none'}")
+        return
+    if shard or missing_only:
+        raise DataProblem("--shard and --missing_only are for several subjects", found=subj_id,
+                          expected="a text file of subjects, .txt")
+    lines = track_run(experiment_path, subj_id, out_tractogram, in_memory=False, **how)
+    print(f"{len(lines)} streamlines in {out_tractogram}; dropped: {lines.info['dropped'] or 'none'}; "
+          f"stopped by {lines.info['reasons']}")
+
 # %% ../../nbs/12_cli/05_tracking.ipynb #e1af694d
 @call_parse
 def dwiml_track_from_model(
@@ -104,23 +128,10 @@ def dwiml_track_from_model(
     allow_links:Param("Also follow links that lead out of the study's folder", action='store_true')=False,
 ):
     "Track a subject with a trained experiment, as its run file says and as is typed here."
-    apart = ('experiment_path', 'subj_id', 'in_custom_seeds', 'shard', 'missing_only')
-    typed = {k: v for k,v in locals().items() if k not in apart and k != 'apart'}
+    typed = {k: v for k,v in locals().items() if k != 'in_custom_seeds'}
     with plain_problems():
         if in_custom_seeds is not None: typed['seeds'] = read_seeds(in_custom_seeds)
-        if subj_id.endswith('.txt'):
-            how = typed_options(typed)
-            found = track_subjects(experiment_path, subj_id, n_procs=how.pop('processes', None), shard=shard,
-                                   missing_only=missing_only, **how)
-            for s,o in found.items():
-                print(f"{s}: {o['lines']} streamlines; dropped: {o['dropped'] or 'none'}")
-            return
-        if shard or missing_only:
-            raise DataProblem("--shard and --missing_only are for several subjects", found=subj_id,
-                              expected="a text file of subjects, .txt")
-        lines = track_run(experiment_path, subj_id, in_memory=False, **typed_options(typed))
-        print(f"{len(lines)} streamlines in {out_tractogram}; dropped: {lines.info['dropped'] or 'none'}; "
-              f"stopped by {lines.info['reasons']}")
+        track_and_tell(**typed_options(typed))
 
 # %% ../../nbs/12_cli/05_tracking.ipynb #59c06117
 @call_parse

@@ -52,28 +52,31 @@ class Face:
     def frame(self) -> Frame:
         "Where it looks from now."
         raise NotImplementedError
-    def pixels(self,
-        size:tuple=None, # (W, H) pixels; None: twice what is on the page
-    ) -> np.ndarray: # (H, W, 3) uint8
-        "The picture, to keep."
-        frame = self.frame()
-        large = frame.resized(size or [2*n for n in frame.size])
-        times = large.scale/frame.scale
-        return self.marked(self.fine(large, times), large, times)
-    def fine(self,
-        frame:Frame, # Where it is seen from
-        times:float, # How much larger than usual words and lines are
-    ) -> np.ndarray: # (H, W, 3) uint8
-        "The picture, drawn carefully."
-        return paint(self.scene, frame, title='', legend=self.viewer.legend, times=times, smooth=2)
-    def picture(self) -> bytes: # PNG
-        "The picture, for readers without a kernel, whose page may be light or dark."
-        frame,look = still_frame(self.frame(), self.scene), self.scene.look
-        if self.viewer.background == 'auto': look = replace(look, dark=None)
-        still = paint(self.scene, frame, title='', legend=self.viewer.legend, look=look)
-        return to_png(self.marked(still, frame))
     def close(self): self.widget.close()
 
+# %% ../../nbs/09_viz/05_faces.ipynb #4e7f369c
+@patch
+def marked(self:Face,
+    pixels:np.ndarray, # (H, W, 3) uint8
+    frame:Frame, # What it shows
+    times:float=1., # How much wider than usual
+    most:int=2000, # The most lines to mark
+) -> np.ndarray: # (H, W, 3) uint8
+    "The picture with the selected lines and the marks on top."
+    if not self.viewer.selection and not self.viewer.marks: return pixels
+    from PIL import Image as Picture, ImageDraw
+    picture = Picture.fromarray(pixels)
+    pen,tracks = ImageDraw.Draw(picture), []
+    for line in self.viewer.selection[:most]:
+        s,i = self.scene.line_at(line)
+        if s.shown[i]: tracks.append([tuple(p) for p in frame.project(s.lines[i].numpy()).tolist()])
+    for colour,width in (('#1f2933', 4), ('#ffd400', 2)):
+        for track in tracks: pen.line(track, fill=colour, width=max(1, round(width*times)), joint='curve')
+    for x,y in frame.project(np.reshape(self.viewer.marks, (-1, 3))).tolist():
+        pen.circle((x, y), 5*times, fill='white', outline='#1f2933', width=max(1, round(2*times)))
+    return np.asarray(picture)
+
+# %% ../../nbs/09_viz/05_faces.ipynb #c899f694
 def still_frame(
     frame:Frame,
     scene:Scene,
@@ -86,6 +89,33 @@ def still_frame(
     corners = np.stack(np.meshgrid(*scene.bounds.T, indexing='ij'), -1).reshape(-1, 3)
     across = narrow.project(corners)[:, 0]
     return narrow if 0 <= across.min() and across.max() <= widest else frame.resized((widest, h))
+
+@patch
+def picture(self:Face) -> bytes: # PNG
+    "The picture, for readers without a kernel, whose page may be light or dark."
+    frame,look = still_frame(self.frame(), self.scene), self.scene.look
+    if self.viewer.background == 'auto': look = replace(look, dark=None)
+    still = paint(self.scene, frame, title='', legend=self.viewer.legend, look=look)
+    return to_png(self.marked(still, frame))
+
+# %% ../../nbs/09_viz/05_faces.ipynb #278a2c20
+@patch
+def pixels(self:Face,
+    size:tuple=None, # (W, H) pixels; None: twice what is on the page
+) -> np.ndarray: # (H, W, 3) uint8
+    "The picture, to keep."
+    frame = self.frame()
+    large = frame.resized(size or [2*n for n in frame.size])
+    times = large.scale/frame.scale
+    return self.marked(self.fine(large, times), large, times)
+
+@patch
+def fine(self:Face,
+    frame:Frame, # Where it is seen from
+    times:float, # How much larger than usual words and lines are
+) -> np.ndarray: # (H, W, 3) uint8
+    "The picture, drawn carefully."
+    return paint(self.scene, frame, title='', legend=self.viewer.legend, times=times, smooth=2)
 
 # %% ../../nbs/09_viz/05_faces.ipynb #2193258a
 CANVAS_STYLE = """
@@ -384,27 +414,6 @@ class CanvasFace(Face):
         self.widget.picture,self.widget.alt = to_png(self.marked(self.paint(), self.at)),repr(self.viewer)
 
 # %% ../../nbs/09_viz/05_faces.ipynb #364e9ce6
-@patch
-def marked(self:Face,
-    pixels:np.ndarray, # (H, W, 3) uint8
-    frame:Frame, # What it shows
-    times:float=1., # How much wider than usual
-    most:int=2000, # The most lines to mark
-) -> np.ndarray: # (H, W, 3) uint8
-    "The picture with the selected lines and the marks on top."
-    if not self.viewer.selection and not self.viewer.marks: return pixels
-    from PIL import Image as Picture, ImageDraw
-    picture = Picture.fromarray(pixels)
-    pen,tracks = ImageDraw.Draw(picture), []
-    for line in self.viewer.selection[:most]:
-        s,i = self.scene.line_at(line)
-        if s.shown[i]: tracks.append([tuple(p) for p in frame.project(s.lines[i].numpy()).tolist()])
-    for colour,width in (('#1f2933', 4), ('#ffd400', 2)):
-        for track in tracks: pen.line(track, fill=colour, width=max(1, round(width*times)), joint='curve')
-    for x,y in frame.project(np.reshape(self.viewer.marks, (-1, 3))).tolist():
-        pen.circle((x, y), 5*times, fill='white', outline='#1f2933', width=max(1, round(2*times)))
-    return np.asarray(picture)
-
 @patch
 def light(self:CanvasFace):
     "Light the line that is pointed at, and name it beside the mouse."

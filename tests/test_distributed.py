@@ -4,8 +4,11 @@ Ranks are forked (tests/distributed_script.py) and connected by Fabric with gloo
 """
 import os
 import signal
+import subprocess
 import sys
+import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,6 +148,24 @@ def test_the_command_and_what_it_writes(study, tmp_path):
     folder = tmp_path/"experiments"/"by_command"
     assert len(read_rows(folder/"logs"/"epochs.jsonl")) == len([row for row in read_rows(folder/"sessions.jsonl") if "began" in row]) == 1
     with pytest.raises(DataProblem, match="a trial of a sweep trains in one process"): sweep_table(run_config(folder))
+
+
+def test_a_command_with_two_processes_is_stopped_by_ctrl_c_and_gone_on_with(study, tmp_path):
+    (tmp_path/"run.toml").write_text(f"""[data]\nhdf5_file = "{study}"\ninput_group_name = "input"\nstreamline_group_name = "bundles"
+[model]\nstep_size = 2.0\nrnn_layer_sizes = [4]\n[training]\nexperiment_name = "typed"\nmax_epochs = 60\nmax_batches_per_epoch_training = 2\n""")
+    folder = tmp_path/"experiments"/"typed"
+    def typed(name, *words): return subprocess.Popen([Path(sys.executable).with_name(name), *words, "--devices", "2"], cwd=tmp_path, text=True,
+                                                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    run, end = typed("dwiml_train", "run.toml"), time.monotonic() + 100
+    while not (folder/"logs"/"epochs.jsonl").exists() and run.poll() is None and time.monotonic() < end: time.sleep(.02)
+    os.killpg(run.pid, signal.SIGINT)                                    # as a terminal does
+    told, _ = run.communicate(timeout=60)
+    assert run.returncode == 130 and told.count("Interrupted: stopped at epoch ") == 1, told
+    assert f"epoch 1/60: training loss {read_logs(folder, 'epochs')['train_loss'][0]:.6g}, validation loss {read_logs(folder, 'epochs')['valid_loss'][0]:.6g}, best" in told
+    again = typed("dwiml_resume_training_from_checkpoint", "experiments", "typed")
+    told, _ = again.communicate(timeout=100)
+    assert again.returncode == 0 and "ended; best epoch" in told, told
+    assert [row["epoch"] for row in read_rows(folder/"logs"/"epochs.jsonl")] == [*range(60)]
 
 
 def ended_at(trainer, nb, number):

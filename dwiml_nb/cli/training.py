@@ -24,6 +24,7 @@ def train_and_tell(
     "Train, and say how it ended."
     try: trainer.train_and_validate()
     except KeyboardInterrupt:
+        if not trainer.ranks.is_first: raise SystemExit(130) from None
         raise KeyboardInterrupt(f"stopped at epoch {trainer.epoch + 1}, {trainer.phase} batch "
                                 f"{trainer.batch}; the checkpoint is written") from None
     if not trainer.ranks.is_first: return

@@ -596,9 +596,11 @@ def end_epoch(self:DWIMLTrainer) -> dict: # its row
             'seconds': round(self.spent['seconds'], 3), 'points_per_second': pace}
     self.sinks.send('epoch', row)
     best = ", best" if row['is_best'] else ""
-    news = self.epoch+1, self.max_epochs, row['train_loss'], row['valid_loss'], best
+    losses = ', '.join(f"{name} loss {loss:.6g}" for name,loss in (('training', row['train_loss']),
+                                                                   ('validation', row['valid_loss']))
+                       if loss is not None)
     if self.ranks.is_first:
-        logging.getLogger(__name__).info("epoch %d/%d: training loss %.6g, validation loss %s%s", *news)
+        logging.getLogger(__name__).info("epoch %d/%d: %s%s", self.epoch+1, self.max_epochs, losses, best)
     self.begin_epoch(self.epoch + 1)
     self.control.end_epoch()
     return row

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASKED', 'folders_of', 'SteeredRun', 'TrainingDashboard', 'check_start', 'take_up', 'Steering', 'make_steering',
-           'make_tracks', 'runs_html', 'make_table', 'between_batches', 'open_batch']
+           'make_tracks', 'between_batches', 'open_batch', 'runs_html', 'make_table']
 
 # %% ../../nbs/11_widgets/03_training_dashboard.ipynb #5e3dad2a
 import re
@@ -147,15 +147,9 @@ class TrainingDashboard(Panel):
         self.closed,self.seconds,self.nb_orders,self.listeners = threading.Event(),seconds,0,[]
         self.redraw,self.keep_at_times = Throttle(self.draw, seconds),Throttle(self.keep, 20*seconds)
         self.tabulate = Throttle(lambda: make_table(self), 20*seconds)
+        self.preview,self.tracks,self.table = None,None,None    # a clicked batch, those of epochs, of runs
         super().__init__()
-        self.curves = Curves({label: run.log for label,run in self.runs.items()})
-        self.curves.owner = self
-        self.on_pick,self.table = self.curves.on_pick,None      # functions of (phase, epoch, batch)
-        self.preview,self.tracks = None,None                    # of a batch that was clicked; of the epochs
-        self.on_pick.append(self.guard(partial(open_batch, self)))
-        first = make_table(self) if len(self.runs) > 1 else make_steering(self)
-        if not self.table: self.tracks,self.kept_as = make_tracks(self), self.run.folder/'report.html'
-        self.children = [first, self.message, self.curves, *filter(None, [self.tracks])]
+        self.lay_out()
         if self.trainer is None: self.run.look(); self.nb_orders = len(self.run.orders)
         self.draw()
         self.listen() if self.trainer else self.watch()
@@ -180,11 +174,6 @@ class TrainingDashboard(Panel):
         for part in (self.preview, self.tracks, self.curves):
             if part is not None: part.close()
         super().close()
-    def still(self) -> str:
-        words = self.table_html.value if self.table else self.told.value
-        name = '' if self.table else f'{html_text(self.run_name)}: '
-        more = ''.join(o.still() for o in (self.tracks, self.preview) if o is not None)
-        return f"<div>{name}{words}</div>{self.message.value}{self.curves.still()}{more}"
     def __repr__(self):
         if self.table: return repr(self.table)
         return (f"TrainingDashboard({self.run_name}: {self.state}, "
@@ -327,6 +316,36 @@ def update(self:Steering,
     self.rate_field.disabled,self.epochs_field.disabled = not live, live
     self.epochs_field.layout.display = 'none' if trainer or not self.run.record() else None
 
+# %% ../../nbs/11_widgets/03_training_dashboard.ipynb #af3f88bf
+@patch
+def lay_out(self:TrainingDashboard):
+    "Put the parts on the page."
+    self.curves = Curves({label: run.log for label,run in self.runs.items()})
+    self.curves.owner = self
+    self.on_pick = self.curves.on_pick                          # functions of (phase, epoch, batch)
+    self.on_pick.append(self.guard(partial(open_batch, self)))
+    first = make_table(self) if len(self.runs) > 1 else make_steering(self)
+    if not self.table: self.tracks,self.kept_as = make_tracks(self), self.run.folder/'report.html'
+    self.children = [first, self.message, self.curves, *filter(None, [self.tracks])]
+
+def make_steering(
+    dashboard, # `TrainingDashboard`
+): # -> a widget
+    "Buttons, bar and words."
+    made = dashboard.steering = Steering(dashboard)
+    dashboard.start_button,dashboard.stop_button = made.start_button, made.stop_button
+    dashboard.told = made.told
+    return made
+
+def make_tracks(
+    dashboard, # `TrainingDashboard`
+) -> TracksViewer:
+    "The tractograms of the epochs; nothing is seen of it before the first one."
+    trainer = dashboard.trainer
+    made = TracksViewer(dashboard.run.folder, trainer and trainer.batch_sampler.dataset)
+    made.owner = dashboard
+    return made
+
 # %% ../../nbs/11_widgets/03_training_dashboard.ipynb #9011f28a
 @patch
 def listen(self:TrainingDashboard):
@@ -400,49 +419,13 @@ def draw_state(self:TrainingDashboard):
     new,self.nb_orders = self.run.orders[self.nb_orders:], len(self.run.orders)
     if new and not self.error: self.say(order_words(new[-1]) + '.')
 
-def make_steering(
-    dashboard, # `TrainingDashboard`
-): # -> a widget
-    "Buttons, bar and words."
-    made = dashboard.steering = Steering(dashboard)
-    dashboard.start_button,dashboard.stop_button = made.start_button, made.stop_button
-    dashboard.told = made.told
-    return made
-
-def make_tracks(
-    dashboard, # `TrainingDashboard`
-) -> TracksViewer:
-    "The tractograms of the epochs; nothing is seen of it before the first one."
-    trainer = dashboard.trainer
-    made = TracksViewer(dashboard.run.folder, trainer and trainer.batch_sampler.dataset)
-    made.owner = dashboard
-    return made
-
-def runs_html(
-    table:RunsTable,
-) -> str:
-    "The table, which breaks its words where a reader would."
-    def breaks(words):                              # 2026-11-29 | 01:06:33; 0.0091 | (epoch 7)
-        parts = re.split(r' (?=\(|\d\d:)', words) if len(words) < 45 else [words]
-        whole = lambda o: f'<span style="white-space:nowrap">{html_text(o)}</span>'
-        return ' '.join(whole(o) if len(words) < 45 else html_text(o) for o in parts)
-    named = (re.sub('([._])', r'\1<wbr>', html_text(o)) for o in table.table()[0])
-    left = 'style="text-align:left"'                  # said here, as a page of its own has no other style
-    heads = ''.join(f'<th {left}>{o}</th>' for o in named)
-    cells = lambda row: ''.join(f'<td {left}>{breaks(o)}</td>' for o in row)
-    rows = ''.join(f'<tr>{cells(row)}</tr>' for row in table.table()[1:])
-    return f'<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
-
-def make_table(
-    dashboard, # `TrainingDashboard`
-): # -> a widget
-    "The runs, and in what they differ."
-    rows = [{**run_row(run.folder), 'name': label} for label,run in dashboard.runs.items()]
-    dashboard.table = RunsTable(rows)
-    html = f'<div class="dwiml-table">{runs_html(dashboard.table)}</div>'
-    if (made := getattr(dashboard, 'table_html', None)) is None: made = dashboard.table_html = W.HTML()
-    made.value = html
-    return made
+@patch
+def still(self:TrainingDashboard) -> str: # HTML
+    "What is known, for readers without a kernel."
+    words = self.table_html.value if self.table else self.told.value
+    name = '' if self.table else f'{html_text(self.run_name)}: '
+    more = ''.join(o.still() for o in (self.tracks, self.preview) if o is not None)
+    return f"<div>{name}{words}</div>{self.message.value}{self.curves.still()}{more}"
 
 # %% ../../nbs/11_widgets/03_training_dashboard.ipynb #955cf4ea
 def between_batches(
@@ -490,3 +473,30 @@ def open_batch(
     board.say(f"{phase} batch {batch + 1} of epoch {epoch + 1} is open under the curves.")
     bring_to(board.preview)
     board.renewal()
+
+# %% ../../nbs/11_widgets/03_training_dashboard.ipynb #74bbf922
+def runs_html(
+    table:RunsTable,
+) -> str:
+    "The table, which breaks its words where a reader would."
+    def breaks(words):                              # 2026-11-29 | 01:06:33; 0.0091 | (epoch 7)
+        parts = re.split(r' (?=\(|\d\d:)', words) if len(words) < 45 else [words]
+        whole = lambda o: f'<span style="white-space:nowrap">{html_text(o)}</span>'
+        return ' '.join(whole(o) if len(words) < 45 else html_text(o) for o in parts)
+    named = (re.sub('([._])', r'\1<wbr>', html_text(o)) for o in table.table()[0])
+    left = 'style="text-align:left"'                  # said here, as a page of its own has no other style
+    heads = ''.join(f'<th {left}>{o}</th>' for o in named)
+    cells = lambda row: ''.join(f'<td {left}>{breaks(o)}</td>' for o in row)
+    rows = ''.join(f'<tr>{cells(row)}</tr>' for row in table.table()[1:])
+    return f'<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
+
+def make_table(
+    dashboard, # `TrainingDashboard`
+): # -> a widget
+    "The runs, and in what they differ."
+    rows = [{**run_row(run.folder), 'name': label} for label,run in dashboard.runs.items()]
+    dashboard.table = RunsTable(rows)
+    html = f'<div class="dwiml-table">{runs_html(dashboard.table)}</div>'
+    if (made := getattr(dashboard, 'table_html', None)) is None: made = dashboard.table_html = W.HTML()
+    made.value = html
+    return made

@@ -6,7 +6,7 @@
 __all__ = ['ON_THE_WAY', 'BALL', 'FIRST_SEEDS', 'MOST_SEEDS', 'Making', 'making_of', 'label_of', 'end_labels',
            'scene_of_tracking', 'reason_rows', 'ReasonTable', 'Truth', 'truth_of', 'Nearest', 'nearest_true', 'verdict',
            'Signal', 'signal_kind', 'signal_at', 'Place', 'density_of', 'pins_of', 'balls_figure', 'curves_figure',
-           'LineAnswers', 'steps_are_missing', 'line_words', 'place_of', 'step_words', 'TrackingPlayer', 'joined',
+           'line_words', 'place_of', 'step_words', 'LineAnswers', 'steps_are_missing', 'TrackingPlayer', 'joined',
            'parts_of_player']
 
 # %% ../../nbs/11_widgets/05_tracking_player.ipynb #aeaba00b
@@ -387,81 +387,7 @@ def draw_curves(
     ax.legend(*handles, fontsize=8, loc='upper center', bbox_to_anchor=(.5, 1.18), ncols=3, handlelength=1,
               columnspacing=1)
 
-# %% ../../nbs/11_widgets/05_tracking_player.ipynb #909a992f
-class LineAnswers(W.VBox):
-    "A slider through the steps of a line, with the answer at each."
-    def __init__(self,
-        player, # `TrackingPlayer`
-    ):
-        self.player,self.said,self.near,self.row = player,None,None,0
-        self.told,self.words,size = W.HTML(), W.HTML(), dict(max_width='100%', width='440px', height='auto')
-        self.pictures = [W.Image(format='png', layout=W.Layout(**size)) for _ in range(2)]
-        self.picture = W.HBox(self.pictures, layout=W.Layout(flex_flow='row wrap'))
-        self.slider = W.IntSlider(description='step', continuous_update=True,
-                                  layout=W.Layout(width='90%'), style={'description_width': '3em'})
-        self.slider.observe(player.guard(lambda change: setattr(player, 'step', change['new'])), 'value')
-        self.drawn = Settled(player.guard(self.draw))
-        super().__init__([self.told, self.slider, self.words, self.picture])
-        self.layout.display = 'none'
-
-    def ask(self):
-        "Ask the model about the line of the player."
-        player,i = self.player,self.player.line
-        self.layout.display = 'none' if i < 0 else None
-        if i < 0: player.viewer.marks = (); return
-        line,start = player.tractogram.lines[i].numpy(), int(player.making.starts[i])
-        known = player.truth is not None and player.truth.lines is not None and len(player.truth.lines)
-        self.near = nearest_true(player.truth, line) if known else None
-        self.said = player.tracker.answers(line, start) if player.tracker is not None else None
-        self.told.value = escape(line_words(player, i))
-        if self.said is not None and steps_are_missing(player.tracker, line):
-            self.told.value += (" Its points lie further apart than the tracker's steps (it was compressed, "
-                                "perhaps): the model is asked at those that are left, and may answer "
-                                "otherwise than when it tracked.")
-        self.slider.layout.display = None if self.said else 'none'
-        self.picture.layout.display = 'none'                                    # until it is drawn
-        if self.said is None:
-            self.words.value = 'Give <code>tracker=</code> to see what the model said at each step.'
-            return
-        with self.slider.hold_trait_notifications():
-            self.slider.min,self.slider.max = -10**6, 10**6
-            self.slider.value = min(max(player.step, int(self.said.steps[0])), int(self.said.steps[-1]))
-            self.slider.min,self.slider.max = int(self.said.steps[0]), int(self.said.steps[-1])
-        self.show_step()
-
-    def html(self) -> str:
-        "What is shown, to keep."
-        pictures = ''.join(picture_html(o.value, self.words.value) for o in self.pictures if o.value)
-        return f'<p>{self.told.value} {self.words.value}</p>{pictures.replace("<img", "<img width=440")}'
-
-    def show_step(self):
-        "Show the answer of the player's step."
-        if self.said is None: return
-        self.row = int(np.clip(self.player.step - self.said.steps[0], 0, len(self.said.steps) - 1))
-        self.slider.value = int(self.said.steps[self.row])
-        line = self.player.tractogram.lines[self.player.line]
-        self.player.viewer.marks = tuple(line[int(self.said.points[self.row])].tolist()),
-        self.drawn()
-
-    def draw(self):
-        "Draw the answer, and say it."
-        place = place_of(self.player, self.said, self.row, self.near)
-        self.words.value = escape(step_words(self.player, self.said, self.row, place))
-        figures = balls_figure(self.said, self.row, place), curves_figure(self.said, self.row, place.dark)
-        for picture,figure in zip(self.pictures, figures): picture.value = figure_png(figure, dpi=150)
-        self.picture.layout.display = None
-        self.player.renewal()
-
-# %% ../../nbs/11_widgets/05_tracking_player.ipynb #5b1c7e02
-def steps_are_missing(
-    tracker:Tracker,
-    line, # (N, 3) RAS mm
-) -> bool:
-    "Whether some points of a line lie further apart than a tracker's steps."
-    steps = np.linalg.norm(np.diff(line, axis=0), axis=1)
-    return tracker.step_mm > 0 and steps.max(initial=0) > 1.01*tracker.step_mm
-
-# %% ../../nbs/11_widgets/05_tracking_player.ipynb #3b1224c8
+# %% ../../nbs/11_widgets/05_tracking_player.ipynb #136a76dd
 def line_words(
     player, # `TrackingPlayer`
     line:int, # Its number
@@ -476,6 +402,7 @@ def line_words(
     if player.truth is not None: words.append(verdict(player.truth, lines[line].numpy()))
     return '; '.join(filter(None, words)) + '.'
 
+# %% ../../nbs/11_widgets/05_tracking_player.ipynb #f8b433f3
 def place_of(
     player, # `TrackingPlayer`
     said:StepAnswers,
@@ -496,6 +423,7 @@ def place_of(
         truth = truth if truth @ ahead >= 0 else -truth          # a true line has no sense of its own
     return Place(axes, values, name, truth)
 
+# %% ../../nbs/11_widgets/05_tracking_player.ipynb #2de5ba41
 def step_words(
     player, # `TrackingPlayer`
     said:StepAnswers,
@@ -523,6 +451,85 @@ def step_words(
         code = player.making.codes[player.line, 0 if step >= 0 else 1]
         if code: words.append(f"here this half ended: {player.making.names[code]}")
     return '; '.join(words) + '.'
+
+# %% ../../nbs/11_widgets/05_tracking_player.ipynb #909a992f
+class LineAnswers(W.VBox):
+    "A slider through the steps of a line, with the answer at each."
+    def __init__(self,
+        player, # `TrackingPlayer`
+    ):
+        self.player,self.said,self.near,self.row = player,None,None,0
+        self.told,self.words,size = W.HTML(), W.HTML(), dict(max_width='100%', width='440px', height='auto')
+        self.pictures = [W.Image(format='png', layout=W.Layout(**size)) for _ in range(2)]
+        self.picture = W.HBox(self.pictures, layout=W.Layout(flex_flow='row wrap'))
+        self.slider = W.IntSlider(description='step', continuous_update=True,
+                                  layout=W.Layout(width='90%'), style={'description_width': '3em'})
+        self.slider.observe(player.guard(lambda change: setattr(player, 'step', change['new'])), 'value')
+        self.drawn = Settled(player.guard(self.draw))
+        super().__init__([self.told, self.slider, self.words, self.picture])
+        self.layout.display = 'none'
+
+    def html(self) -> str:
+        "What is shown, to keep."
+        pictures = ''.join(picture_html(o.value, self.words.value) for o in self.pictures if o.value)
+        return f'<p>{self.told.value} {self.words.value}</p>{pictures.replace("<img", "<img width=440")}'
+
+# %% ../../nbs/11_widgets/05_tracking_player.ipynb #5b1c7e02
+def steps_are_missing(
+    tracker:Tracker,
+    line, # (N, 3) RAS mm
+) -> bool:
+    "Whether some points of a line lie further apart than a tracker's steps."
+    steps = np.linalg.norm(np.diff(line, axis=0), axis=1)
+    return tracker.step_mm > 0 and steps.max(initial=0) > 1.01*tracker.step_mm
+
+# %% ../../nbs/11_widgets/05_tracking_player.ipynb #556eed94
+@patch
+def ask(self:LineAnswers):
+    "Ask the model about the line of the player."
+    player,i = self.player,self.player.line
+    self.layout.display = 'none' if i < 0 else None
+    if i < 0: player.viewer.marks = (); return
+    line,start = player.tractogram.lines[i].numpy(), int(player.making.starts[i])
+    known = player.truth is not None and player.truth.lines is not None and len(player.truth.lines)
+    self.near = nearest_true(player.truth, line) if known else None
+    self.said = player.tracker.answers(line, start) if player.tracker is not None else None
+    self.told.value = escape(line_words(player, i))
+    if self.said is not None and steps_are_missing(player.tracker, line):
+        self.told.value += (" Its points lie further apart than the tracker's steps (it was compressed, "
+                            "perhaps): the model is asked at those that are left, and may answer "
+                            "otherwise than when it tracked.")
+    self.slider.layout.display = None if self.said else 'none'
+    self.picture.layout.display = 'none'                                    # until it is drawn
+    if self.said is None:
+        self.words.value = 'Give <code>tracker=</code> to see what the model said at each step.'
+        return
+    with self.slider.hold_trait_notifications():
+        self.slider.min,self.slider.max = -10**6, 10**6
+        self.slider.value = min(max(player.step, int(self.said.steps[0])), int(self.said.steps[-1]))
+        self.slider.min,self.slider.max = int(self.said.steps[0]), int(self.said.steps[-1])
+    self.show_step()
+
+# %% ../../nbs/11_widgets/05_tracking_player.ipynb #69141f28
+@patch
+def show_step(self:LineAnswers):
+    "Show the answer of the player's step."
+    if self.said is None: return
+    self.row = int(np.clip(self.player.step - self.said.steps[0], 0, len(self.said.steps) - 1))
+    self.slider.value = int(self.said.steps[self.row])
+    line = self.player.tractogram.lines[self.player.line]
+    self.player.viewer.marks = tuple(line[int(self.said.points[self.row])].tolist()),
+    self.drawn()
+
+@patch
+def draw(self:LineAnswers):
+    "Draw the answer, and say it."
+    place = place_of(self.player, self.said, self.row, self.near)
+    self.words.value = escape(step_words(self.player, self.said, self.row, place))
+    figures = balls_figure(self.said, self.row, place), curves_figure(self.said, self.row, place.dark)
+    for picture,figure in zip(self.pictures, figures): picture.value = figure_png(figure, dpi=150)
+    self.picture.layout.display = None
+    self.player.renewal()
 
 # %% ../../nbs/11_widgets/05_tracking_player.ipynb #12a06d78
 class TrackingPlayer(Panel):

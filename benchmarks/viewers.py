@@ -142,7 +142,7 @@ def run_cell(page, i, wait=True, timeout=120):
         if time.time() > end: raise TimeoutError(f"cell {i}")
         page.wait_for_timeout(20)
     page.wait_for_timeout(100*wait)
-    if cell.locator('[data-mime-type="application/vnd.jupyter.error"]').count(): raise RuntimeError(cell.inner_text())
+    if conftest.errors(cell): raise RuntimeError(cell.inner_text())
     if wait and "print(" in cell.locator(".cm-content").inner_text(): cell.locator(".jp-OutputArea-output").first.wait_for()
     return cell.locator(".jp-Cell-outputArea").inner_text()
 

@@ -7,6 +7,7 @@ import asyncio
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -156,6 +157,15 @@ def lab(tmp_path_factory):
     except subprocess.TimeoutExpired: server.kill()
 
 
+TOLD = '[data-mime-type="application/vnd.jupyter.stderr"], [data-mime-type="application/vnd.jupyter.error"]'
+TRACEBACK = r"Traceback \(most recent call last\)|^\s*Cell In\["
+
+
+def errors(where):
+    "The errors that a page or a part of it shows; JupyterLab 4.6 shows them as it shows what is written to stderr."
+    return [text for text in where.locator(TOLD).all_text_contents() if re.search(TRACEBACK, text)]
+
+
 class Lab:
     "A running JupyterLab."
     def __init__(self, url, folder): self.url, self.folder, self.kernel, self.left = url, folder, None, []
@@ -202,6 +212,7 @@ class Lab:
         "Run all cells from the menu and wait until each has run, or one has failed, and what they print is there."
         page.click('text="Run"')
         page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
-        page.wait_for_function("""() => document.querySelector('[data-mime-type="application/vnd.jupyter.error"]') ||
-            [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')].every(prompt => /\\[\\d+\\]/.test(prompt.textContent))""", timeout=1000 * timeout)
+        page.wait_for_function("""([told, traceback]) => [...document.querySelectorAll(told)].some(shown => RegExp(traceback).test(shown.textContent)) ||
+            [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')].every(prompt => /\\[\\d+\\]/.test(prompt.textContent))""",
+            arg=[TOLD, TRACEBACK], timeout=1000 * timeout)
         self.wait_idle(page)

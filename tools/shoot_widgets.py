@@ -173,7 +173,7 @@ def see(camera, server, names, forms):
     with camera.page(f"{app}.live") as page:
         opened(server, page, file.name)
         run_all(page, sum(WIDGETS[name].seconds for name in names))
-        for error in page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_text_contents(): camera.note(f"cell: {error[-200:]}", app)
+        for error in conftest.errors(page): camera.note(f"cell: {error[-200:]}", app)
         for name, i in shown.items():
             if not (act := WIDGETS[name].act): continue
             shoot = lambda word: camera.shoot(page, f"{name}.{app}.live.did-{word}", output(page, i))  # noqa: B023

@@ -4,6 +4,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
+from conftest import errors
 
 import dwiml_nb.runs.sweeps as sweeps
 from dwiml_nb.study.toy import toy_study
@@ -42,7 +43,7 @@ def test_the_figures_of_a_sweep(browser, lab, swept):
     lab.run_all(page)
     page.wait_for_function("document.querySelectorAll('.jp-OutputArea .js-plotly-plot .main-svg').length >= 3")
     texts = page.locator(".jp-OutputArea .js-plotly-plot").all_text_contents()
-    assert len(texts) == 3 and "rnn_key" in texts[1] and "optimizer.lr" in texts[2] and not page.locator('[data-mime-type="application/vnd.jupyter.error"]').count()
+    assert len(texts) == 3 and "rnn_key" in texts[1] and "optimizer.lr" in texts[2] and not errors(page)
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SCREENSHOTS / "sweep_lab.png")
     lab.leave(page)

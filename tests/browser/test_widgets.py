@@ -12,6 +12,7 @@ from urllib.parse import urlparse
 
 import numpy as np
 import pytest
+from conftest import errors
 
 pytestmark = pytest.mark.browser
 SCREENSHOTS = Path(__file__).resolve().parents[2] / "build" / "screenshots"
@@ -67,9 +68,6 @@ def pixels(where):
     return np.asarray(Image.open(BytesIO(taken)).convert("RGB")).astype(int)
 
 
-def errors(page): return page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_text_contents()
-
-
 def nothing_from_elsewhere(page):
     "Nothing was loaded from another machine."
     hosts = {urlparse(url).hostname for url in page.asked if url.startswith(("http", "ws"))}
@@ -77,6 +75,12 @@ def nothing_from_elsewhere(page):
 
 
 def output(page, i): return page.locator(".jp-Notebook .jp-Cell").nth(i).locator(".jp-Cell-outputArea")
+
+
+def test_errors_are_seen(notebook):
+    page = notebook("errors.ipynb", "import ipywidgets, sys\nprint('fine', file=sys.stderr); 1", "with (shown := ipywidgets.Output()): 1/0\nshown", "x = = 1", "'not run'")
+    wait_until(lambda: len(errors(page)) == 2, said=lambda: errors(page))
+    assert [len(errors(output(page, i))) for i in range(4)] == [0, 1, 1, 0] and "SyntaxError" in errors(output(page, 2))[0]
 
 
 def test_study_browser(notebook, lab):

@@ -406,6 +406,12 @@ def test_names_that_are_not_there(toy):
     with pytest.raises(DataProblem, match="subject sub-01: no streamlines group 'streamlines'"): dataset.training.get_lines(0, 'streamlines')
     with pytest.raises(DataProblem, match="Did you mean 'wm_mask'?"): dataset.training.get_volume(0, 'wm_msk')
     with pytest.raises(DataProblem, match="Did you mean 'training'?"): dataset.subset('trainig')
+    one = dataset.training.subject(0)
+    for names,wrong,says in ((dataset.nb_features, 'inputs', "no volume group 'inputs'. Did you mean 'input'? Expected: input or seed_mask or wm_mask"), (dataset.subjects, 'train', "no subset 'train'. Did you mean 'training'?"),
+                             (one.volumes, 'bundles', "subject sub-01: no volume group 'bundles'. Expected: input or"), (one.streamlines, 'bundle', "no streamlines group 'bundle'. Did you mean 'bundles'?"), (one.groups, 'wm', "no group 'wm'"), (dataset.nb_features, 7, "no volume group '7'")):
+        with pytest.raises(DataProblem) as caught: names[wrong]
+        assert says in str(caught.value) and isinstance(caught.value, KeyError) and wrong not in names and names.get(wrong) is None
+    with pytest.raises(IndexError, match='one list, found one of'): dataset.training.get_lines(0, 'bundles', [[3, 4]])
     with pytest.raises(IndexError, match='streamline 120 of 120'): dataset.training.get_lines(0, 'bundles', [3, 120])
     with pytest.raises(IndexError, match='a mask of 3 for 120'): dataset.training.get_lines(0, 'bundles', np.ones(3, bool))
     dataset.close()

@@ -10,6 +10,7 @@ import dis
 import inspect
 import sys
 from typing import NamedTuple
+from .errors import UnknownName, did_you_mean
 
 # %% ../../nbs/00_core/17_dwi_ml.ipynb #6ab49607
 class Works(NamedTuple):
@@ -159,10 +160,18 @@ ATTRIBUTES['SFTData'] = {
 # %% ../../nbs/00_core/17_dwi_ml.ipynb #fec7a18f
 class ByName(dict):
     "Values by the names of groups; a number is the place of a group, as in dwi_ml."
+    def __init__(self,
+        values=(), # name -> value
+        kind:str='group', # What the names are of, for the message
+        **place, # `subject` or `file` of the message
+    ):
+        super().__init__(values)
+        self.kind,self.place = kind, place
     def __missing__(self, key):
         if isinstance(key, int) and not isinstance(key, bool) and -len(self) <= key < len(self):
             return list(self.values())[key]
-        raise KeyError(key)
+        raise UnknownName(f"no {self.kind} '{key}'.{did_you_mean(key, self)}",
+                          expected=' or '.join(map(str, self)) or 'none is loaded', found=key, **self.place)
 
 # %% ../../nbs/00_core/17_dwi_ml.ipynb #d24195a3
 class AskedByNumber:

@@ -151,9 +151,6 @@ class MultiSubjectDataset(NamesOfDwiml):
     ) -> MultisubjectSubset:
         "A subset by name."
         if self.subsets is None: raise RuntimeError("nothing is loaded yet: call dataset.load_data() first")
-        if name not in self.subsets:
-            raise DataProblem(f"no subset '{name}'.{did_you_mean(name, self.subsets)}",
-                              expected=', '.join(SUBSETS), found=name)
         return self.subsets[name]
     @property
     def training(self) -> MultisubjectSubset: return self.subset('training')
@@ -171,7 +168,7 @@ def read_root(self:MultiSubjectDataset,
     root, # HDF5 file, open
 ):
     "Read the root and the groups of the first subject."
-    self.subjects = without(self.file.subjects, self.leave_out, self.file.path)
+    self.subjects = ByName(without(self.file.subjects, self.leave_out, self.file.path), 'subset')
     said = [quick_attr(root, k) for k in ('step_size', 'nb_points', 'compress')]
     self.step_size,self.nb_points,self.compress = (None if v == NOT_DEFINED else v for v in said)
     # all other subjects must have the groups of the first
@@ -193,7 +190,7 @@ def choose_groups(self:MultiSubjectDataset,
 ):
     "Use these groups, in this order."
     self.volume_groups,self.streamline_groups = list(volume_groups), list(streamline_groups)
-    self.nb_features = ByName(nb_features or self.features_of(volume_groups))
+    self.nb_features = ByName(nb_features or self.features_of(volume_groups), 'volume group')
 
 @patch
 def features_of(self:MultiSubjectDataset,
@@ -256,8 +253,8 @@ def load_data(self:MultiSubjectDataset,
     self.cache.clear()
     if not self.lazy:
         for s in progress(made.values(), 'loading study', unit='subject'): s.load()
-    self.subsets = {name: MultisubjectSubset(name, [made[s] for s in subset])
-                    for name,subset in wanted.items()}
+    self.subsets = ByName({name: MultisubjectSubset(name, [made[s] for s in subset])
+                           for name,subset in wanted.items()}, 'subset')
     self.tell_frame()
     if self.lazy: self.tell_slow()
     return self

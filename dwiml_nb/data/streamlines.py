@@ -38,6 +38,7 @@ def line_numbers(
     if ids is None: return np.arange(n)
     if isinstance(ids, slice): return np.arange(n)[ids]
     ids = np.atleast_1d(ids.cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids))
+    if ids.ndim > 1: raise IndexError(f"the numbers of streamlines are one list, found one of {ids.shape}")
     if ids.dtype == bool:
         if len(ids) != n: raise IndexError(f"a mask of {len(ids)} for {n} streamlines")
         return np.flatnonzero(ids)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from .kernels import fits, kernel
 from .sizes import need_memory
-from .ragged import Ragged, rows_of
+from .ragged import Ragged, as_ragged, rows_of
 
 # %% ../../nbs/00_core/08_lines.ipynb #e928197d
 def suits_kernel(
@@ -48,6 +48,7 @@ def directions(
     lines:Ragged, # (P, 3)
 ) -> Ragged: # N-1 rows a line; none for a line without points
     "The step from each point to the next, `p[i+1] - p[i]`."
+    lines = as_ragged(lines)
     lengths = (lines.lengths - 1).clamp(min=0)
     if suits_kernel(lines):
         steps = Ragged.from_lengths(torch.empty(int(lengths.sum()), 3, dtype=lines.dtype), lengths)
@@ -124,6 +125,7 @@ def previous_directions(
     normalize:bool=False, # Unit vectors (zero steps stay zero)
 ) -> Ragged: # (P, 3n), most recent first
     "The n directions that led to each point."
+    lines = as_ragged(lines)
     if suits_kernel(lines):
         out = torch.empty(len(lines.data), 3*n, dtype=lines.dtype)
         if n: fill_previous(*as_arrays(lines.data, lines.offsets), n, bool(normalize), out.numpy())
@@ -159,6 +161,7 @@ def lengths_of(
     lines:Ragged,
 ) -> Tensor: # (S,) in the unit of the points, float64
     "The length of each line; 0 for a line of one point or none."
+    lines = as_ragged(lines)
     if suits_kernel(lines):
         total = torch.empty(len(lines), dtype=torch.float64)
         fill_lengths(*as_arrays(lines.data, lines.offsets, total))
@@ -172,6 +175,7 @@ def arc_positions(
     lines:Ragged, # (P, 3)
 ) -> Tensor: # (P,) float64, 0 at each line's first point
     "How far along its line each point is. A step that is NaN or infinite counts as zero."
+    lines = as_ragged(lines)
     step = torch.zeros(len(lines.data), dtype=torch.float64, device=lines.device)
     dirs = directions(lines)
     step[rows_of(lines.offsets[:-1] + 1, dirs.lengths)] = (
@@ -214,6 +218,7 @@ def points_along(
     lengths:Tensor=None, # (S,) float64, from `lengths_of`, if the caller has them
 ) -> Ragged:
     "Each line with this many points, equally far apart along the arc. The ends stay where they are."
+    lines = as_ragged(lines)
     if bool(((nb_points > 0) & (lines.lengths == 0)).any()):
         raise ValueError("points cannot be placed on a line without points")
     if not lines.dtype.is_floating_point:
@@ -249,6 +254,7 @@ def resample_nb_points(
     nb_points:int, # Points a line, >= 2
 ) -> Ragged:
     "The same number of equidistant points on every line."
+    lines = as_ragged(lines)
     if not 0 < nb_points < 1 << 31:
         raise ValueError(f"nb_points is a whole number above 0, found {nb_points}")
     return points_along(lines, torch.where(lines.lengths > 0, nb_points, 0))
@@ -259,6 +265,7 @@ def resample_step(
     step:float, # mm between points; the real spacing is length/(n-1): at least this, if the line is that long
 ) -> Ragged:
     "Equidistant points, `max(2, ceil(length/step))` a line."
+    lines = as_ragged(lines)
     if not 0 < step < np.inf: raise ValueError(f"a step size is a positive number of mm, found {step}")
     lengths = lengths_of(lines)
     wanted = (lengths.float()/step).ceil().long().clamp(min=2)
@@ -295,6 +302,7 @@ def compress(
     max_segment_mm:float=10., # Kept points lie no further apart than this, unless they already did
 ) -> Ragged: # Some of the points; always the ends
     "Fewer points, the same shape within a tolerance. Gradients flow to the points kept."
+    lines = as_ragged(lines)
     if not 0 < tolerance_mm < np.inf:
         raise ValueError(f"a tolerance is a positive number of mm, found {tolerance_mm}")
     data,offsets = lines.numpy()
@@ -327,6 +335,7 @@ def reverse(
     which:Tensor=None, # (S,) bool: the lines to turn; None turns all
 ) -> Ragged:
     "Lines read from their other end."
+    lines = as_ragged(lines)
     which = (torch.ones(len(lines), dtype=torch.bool, device=lines.device) if which is None
              else which.to(lines.device))
     if suits_kernel(lines) and which.dtype == torch.bool and which.shape == (len(lines),):
@@ -356,6 +365,7 @@ def cut(
     nb_points:Tensor, # (S,) points kept; start + nb_points <= N
 ) -> Ragged:
     "A run of points of each line."
+    lines = as_ragged(lines)
     if bool(((start < 0) | (nb_points < 0) | (start + nb_points > lines.lengths)).any()):
         raise ValueError("a cut reaches beyond its line")
     if suits_kernel(lines):
@@ -370,6 +380,7 @@ def all_but_last(
     lines:Ragged, # (P, ...) rows of any kind
 ) -> Ragged: # N-1 points a line; a line without points stays so
     "Every point but the last of each line."
+    lines = as_ragged(lines)
     return cut(lines, torch.zeros_like(lines.lengths), (lines.lengths - 1).clamp(min=0))
 
 # %% ../../nbs/00_core/08_lines.ipynb #3576e417
@@ -378,6 +389,7 @@ def split(
     at:Tensor, # (S,) first point of the second part, < N; 0 or less leaves the line whole
 ) -> tuple: # Ragged of S' parts, in order, sharing the points of `lines`; (S',) the line each part was
     "Lines cut in two; no point is lost."
+    lines = as_ragged(lines)
     at = torch.as_tensor(at, dtype=torch.long, device=lines.device)
     cuts = at > 0
     if bool((cuts & (at >= lines.lengths)).any()):
@@ -395,6 +407,7 @@ def white_noise(
     generator:torch.Generator=None, # CPU generator; the draw is the same on every device
 ) -> Ragged:
     "Every point displaced on its own."
+    lines = as_ragged(lines)
     if not 0 <= sigma_mm < np.inf: raise ValueError(f"noise is a number of mm, 0 at least, found {sigma_mm}")
     draw = torch.randn(lines.data.shape, generator=generator).clamp(-2, 2)
     return lines.with_data(lines.data + sigma_mm*draw.to(lines.data))
@@ -422,6 +435,7 @@ def wandering_noise(
     generator:torch.Generator=None, # CPU generator
 ) -> Ragged: # Displacements, same shape as the points
     "Slow random displacements: an Ornstein-Uhlenbeck process along each line."
+    lines = as_ragged(lines)
     if len(lines.data) == 0: return lines
     draws = torch.randn(len(lines.data), 3, generator=generator).to(lines.data)
     sigma = torch.as_tensor(sigma_mm).to(lines.data)

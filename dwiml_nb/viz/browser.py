@@ -20,7 +20,7 @@ import traitlets as T
 from anywidget import AnyWidget
 from fastcore.basics import patch
 from .painter import Frame, VIEWS, frame_of, paint, view_from
-from .scene import (LineSet, Scene, Slices, colours_by, points_to_send, scale_words,
+from .scene import (LineSet, Scene, Slices, colours_by, need_scene, points_to_send, scale_words,
                                 varies_along)
 from .theme import DARK_INK, DARK_PAPER, DARK_QUIET, INK, PAPER, QUIET, rgba, value_colours
 from .panel import Part, page_of
@@ -1415,7 +1415,7 @@ def turning_part(
     **traits, # Other traits of `BrowserStage`: background, selection, together, …
 ) -> Part:
     "A scene that turns, as a part of a page."
-    sent = [line_state(s, varies_along(s)) for s in scene.lines]
+    sent = [line_state(s, varies_along(s)) for s in need_scene(scene).lines]
     defaults = {name: trait.default() for name,trait in BrowserStage.class_own_traits(sync=True).items()}
     state = {**defaults, **scene_state(scene), **look_state(scene), 'lines': [o for o,_ in sent],
              'colours': [colour_bytes(s, p) for s,(_,p) in zip(scene.lines, sent)], 'height': height,

@@ -11,8 +11,8 @@ __all__ = ['VIEWS', 'MOST_DOTS', 'BEHIND', 'View', 'view_from', 'Frame', 'frame_
 import io
 from dataclasses import dataclass
 import numpy as np
-from ..core.errors import printable
-from .scene import LineSet, Look, Scene, Slices, has_grown, scale_words
+from ..core.errors import did_you_mean, printable
+from .scene import LineSet, Look, Scene, Slices, has_grown, need_scene, need_scenes, scale_words
 from .theme import rgba, value_colours
 
 # %% ../../nbs/09_viz/02_painter.ipynb #9a37162d
@@ -89,6 +89,8 @@ def frame_of(
     margin:float=.06, # Share of the picture left free on each side
 ) -> Frame:
     "A frame that holds the whole scene."
+    if isinstance(view, str) and view not in VIEWS:
+        raise ValueError(f"a view is one of {list(VIEWS)}, found {view!r}.{did_you_mean(view, VIEWS)}")
     view = VIEWS[view] if isinstance(view, str) else view
     corners = np.stack(np.meshgrid(*scene.bounds.T, indexing='ij'), -1).reshape(-1, 3)
     extent = [np.ptp(corners @ np.asarray(v)) for v in (view.right, view.up)]
@@ -250,6 +252,7 @@ def paint(
     look:Look=None, # None: the scene's
 ) -> np.ndarray: # (H, W, 3) uint8; (H, W, 4), where the look is for any ground
     "A scene as pixels."
+    scene = need_scene(scene)
     frame = view if isinstance(view, Frame) else frame_of(scene, view, size)
     fine = frame.resized([n*smooth for n in frame.size])
     (w,h),look = fine.size, look or scene.look
@@ -380,11 +383,12 @@ def titled(
 # %% ../../nbs/09_viz/02_painter.ipynb #d92c0247
 def paint_views(
     scene:Scene,
-    views=('axial', 'coronal', 'sagittal'),
+    views=('axial', 'coronal', 'sagittal'), # One or several, as for `paint`
     size:tuple=(300, 300), # (W, H) pixels of each
     **options, # Of `paint`
 ) -> np.ndarray: # (H, n*W, 3) uint8
     "A scene from several sides."
+    views = [views] if isinstance(views, (str, View, Frame)) else views
     return np.concatenate([paint(scene, view, size, title=None if i == 0 else '', **options)
                            for i,view in enumerate(views)], 1)
 
@@ -395,7 +399,7 @@ def paint_side_by_side(
     **options, # Of `paint`
 ) -> np.ndarray: # (H, n*W, 3) uint8
     "Several scenes at the same place and scale, to compare them."
-    together = Scene()
+    scenes,together = need_scenes(scenes), Scene()
     together.lines,together.slices,together.points = ([x for s in scenes.values() for x in getattr(s, kind)]
                                                       for kind in ('lines', 'slices', 'points'))
     frame = frame_of(together, view, size)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SMALLEST_BEND', 'TARGETS', 'BUNDLE_KEYS', 'pen_rows', 'pen_positions', 'LineSet', 'check_lengths', 'colours_by',
-           'points_to_send', 'varies_along', 'Slices', 'PointSet', 'Look', 'Scene', 'scale_words', 'steps_from_start',
-           'has_grown', 'Pick', 'distances_to_segments', 'pick', 'batch_in_world', 'said_of', 'first_group',
-           'ids_of_batch', 'scene_of_batch', 'data_to_colour', 'scene_of_subject']
+           'points_to_send', 'varies_along', 'Slices', 'PointSet', 'Look', 'Scene', 'need_scene', 'need_scenes',
+           'scale_words', 'steps_from_start', 'has_grown', 'Pick', 'distances_to_segments', 'pick', 'batch_in_world',
+           'said_of', 'first_group', 'ids_of_batch', 'scene_of_batch', 'data_to_colour', 'scene_of_subject']
 
 # %% ../../nbs/09_viz/01_scene.ipynb #000d48f0
 from dataclasses import dataclass
@@ -253,6 +253,24 @@ class Scene:
     def __repr__(self):
         parts = [*self.lines, *self.slices, *self.points]
         return f"Scene({self.title!r}: {', '.join(map(repr, parts)) or 'empty'})"
+
+# %% ../../nbs/09_viz/01_scene.ipynb #b93e73e1
+def need_scene(
+    scene, # Given to be shown
+) -> Scene:
+    "The scene, if it is one."
+    if isinstance(scene, Scene): return scene
+    raise TypeError(f"a Scene is shown, found a {type(scene).__name__}. Scene().add_lines(lines) makes one; "
+                    "several are a dict for SideBySide or paint_side_by_side; viz(x) takes what you have.")
+
+def need_scenes(
+    scenes, # Given to be shown beside each other
+) -> dict: # title -> `Scene`
+    "The scenes, if they have titles."
+    if not isinstance(scenes, dict):
+        raise TypeError(f"scenes are a dict, {{title: Scene}}, found a {type(scenes).__name__}")
+    if not scenes: raise ValueError("give at least one scene")
+    return {title: need_scene(o) for title,o in scenes.items()}
 
 # %% ../../nbs/09_viz/01_scene.ipynb #b8377aec
 @patch(as_prop=True)

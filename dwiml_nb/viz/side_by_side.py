@@ -14,7 +14,7 @@ import traitlets as T
 from fastcore.basics import patch
 from ..core.errors import html_text
 from .painter import VIEWS, Frame, frame_of, view_from
-from .scene import Scene
+from .scene import Scene, need_scenes
 from .theme import PALETTE
 from .panel import Panel, Part, parts_of
 from .browser import BrowserFace, camera_of, turning_part
@@ -73,7 +73,7 @@ class SideBySide(Panel):
         size:tuple=(380, 300), # (W, H) pixels of each
         always=None, # label -> value that is chosen at first, where one always is
     ):
-        if not scenes: raise ValueError("give at least one scene")
+        scenes = need_scenes(scenes)
         self.always,self.word = dict(always or {}), token_hex(4)
         self.viewers,self.frame,self.counts = {}, common_frame(scenes.values(), size=size), W.HTML()
         super().__init__()

@@ -207,7 +207,7 @@ class Blind(MainModelAbstract):
     (functools.partial(Blind, step_size=2.), WANTED, "Blind has no tracking_step"),
     (l2t, {**WANTED, "tracking": dict(tracking_mask_group="wm")}, "no volume group 'wm'"),
     (l2t, {**WANTED, "subj_id": "sub-99"}, "no subject 'sub-99'"),
-    (l2t, {**WANTED, "reference": "/nowhere"}, "no scoring configuration")])
+    (l2t, {**WANTED, "reference": "/nowhere"}, "no such reference")])
 def test_what_cannot_be_tracked_is_said_once_and_the_run_goes_on(trainer_of, make, sink, why):
     trainer = trainer_of(make=make, sinks=[sink], max_epochs=2)
     said = warned(trainer.train_and_validate)

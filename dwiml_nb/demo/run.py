@@ -71,9 +71,9 @@ def demo_seeds(
 ) -> torch.Tensor: # (n, 3) rasmm
     "Seeds in the seeding mask of a subject."
     subset = next(s for s in (dataset.testing, dataset.validation, dataset.training) if subj_id in s.subjects)
-    index = subset.subjects.index(subj_id)
-    return seeds_from_mask(subset.get_volume(index, 'seed_mask'), subset.grid(index, 'seed_mask').affine,
-                           npv=npv if nt is None else None, nt=nt, seed=seed)
+    mask,affine = subset.get_volume(subj_id, 'seed_mask'), subset.grid(subj_id, 'seed_mask').affine
+    return seeds_from_mask(mask, affine, npv if nt is None else None, nt, seed, subject=subj_id,
+                           group='seed_mask')
 
 # %% ../../nbs/13_demo/01_demo.ipynb #d418c781
 def demo_scores(

@@ -9,6 +9,7 @@ __all__ = ['ANY', 'SEGMENTATION', 'TRACTOMETRY', 'WITHIN', 'RANGES', 'KNOWN_KEYS
 
 # %% ../../nbs/10_evaluation/01_references.ipynb #b9fc5f4d
 import math
+import os
 import numpy as np
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -238,13 +239,17 @@ def find_scoring(
     reference, # A folder, or a JSON file
 ) -> Path: # The JSON file
     "The file that says what is true."
+    names,do = ('scoring.json', 'truth/scoring.json', SEGMENTATION), "check the path of the reference."
+    expected = f"a JSON file, or a folder with {', '.join(names[:-1])} or {names[-1]}"
+    if not isinstance(reference, (str, os.PathLike)):
+        raise DataProblem("this is no reference", expected, f"a {type(reference).__name__}", do)
     path = Path(reference)
-    if path.is_dir():
-        path = next((p for p in (path/'scoring.json', path/'truth/scoring.json', path/SEGMENTATION)
-                     if p.is_file() or stand_in(p)), path/'truth/scoring.json')
-    return need_file(path, "there is no scoring configuration",
-                     expected="a JSON file, or a folder with scoring.json, truth/scoring.json or "
-                              f"{SEGMENTATION}")
+    if not path.is_dir(): return need_file(path, "there is no such reference", do, expected)
+    if found := [p for p in map(path.joinpath, names) if p.is_file() or stand_in(p)]:
+        return need_file(found[0], "there is no scoring configuration", do, expected)
+    there = sorted(p.name for p in path.iterdir())
+    raise DataProblem("the folder of the reference holds no scoring configuration", expected,
+                      f"{', '.join(there[:8])}{' …'*(len(there) > 8)}" or "an empty folder", do, file=path)
 
 def load_reference(
     reference, # A subject folder, the challenge's folder, a JSON file, or a `Reference` already

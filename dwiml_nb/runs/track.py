@@ -228,7 +228,8 @@ def seeds_of_group(
 ) -> SeedsInMask:
     "Seeds in a mask of the tracker's subject."
     mask = tracker.subset.get_volume(tracker.subject, known_group(group, dataset.volume_groups, 'volume'))
-    return SeedsInMask(mask, tracker.subset.grid(tracker.subject, group).affine, npv, nt, seed, skip)
+    return SeedsInMask(mask, tracker.subset.grid(tracker.subject, group).affine, npv, nt, seed, skip,
+                       subject=tracker.subj_id, group=group)
 
 # %% ../../nbs/08_runs/00_track.ipynb #7fad36d2
 def experiment_tracker(

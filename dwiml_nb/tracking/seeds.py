@@ -25,6 +25,7 @@ class SeedsInMask:
         nt:int=None, # Seeds in total
         seed:int=1234,
         skip:int=0, # Begin with seed number `skip`: those before it belong to another run
+        **place, # Where the mask is from, for messages: subject, group
     ):
         if npv is not None and nt is not None:
             raise ValueError("ask for seeds per voxel (npv) or in total (nt), not both")
@@ -33,11 +34,12 @@ class SeedsInMask:
         mask = np.asarray(mask)
         mask = mask[..., 0] if mask.ndim == 4 and mask.shape[3] == 1 else mask
         if mask.ndim != 3:
-            raise DataProblem("a seeding mask is one 3-D volume", expected="(X, Y, Z)", found=mask.shape)
+            raise DataProblem("a seeding mask is one 3-D volume", expected="(X, Y, Z)", found=mask.shape,
+                              **place)
         voxels = np.argwhere(mask > 0)
         if len(voxels) == 0:
             raise DataProblem("the seeding mask is empty", expected="voxels above 0",
-                              found="none", do="check the mask's threshold and its group name.")
+                              found="none", do="check the mask's threshold and its group name.", **place)
         rng = np.random.default_rng(check_seed(seed))
         self.grid = Grid(affine, mask.shape)
         self.skip = check_number('skip', skip, least=0, most=1 << 60, whole=True)
@@ -76,9 +78,10 @@ def seeds_from_mask(
     nt:int=None, # Seeds in total
     seed:int=1234,
     skip:int=0, # Begin with seed number `skip`: those before it belong to another run
+    **place, # Where the mask is from, for messages: subject, group
 ) -> Tensor: # (n, 3) float32, rasmm
     "Points drawn uniformly inside the mask, all at once."
-    return SeedsInMask(mask, affine, npv, nt, seed, skip)[:]
+    return SeedsInMask(mask, affine, npv, nt, seed, skip, **place)[:]
 
 # %% ../../nbs/06_tracking/00_seeds.ipynb #d318277b
 def checked_seeds(

@@ -24,7 +24,7 @@ from ..batch.inputs import InputsAt, known_group
 from ..directions.ends_starts import check_threshold
 from ..tracking.propagate import Walk, propagate
 from ..tracking.stops import count_reasons
-from ..tracking.tracker import join_halves, lines_together, most_points, volume_on_grid
+from ..tracking.tracker import join_halves, lines_together, mask_on_grid, most_points
 from .feed import Phase
 from .means import Logged
 from .run import data_of
@@ -181,8 +181,7 @@ def walk_in(self:Generation,
     "The model in one subject."
     loader,device = self.loader,self.model.device
     grid = subset.grid(subject, loader.streamline_group_name)
-    mask = None if self.mask_group is None else \
-        volume_on_grid(loader.dataset, subset, subject, self.mask_group, grid, device)
+    mask = mask_on_grid(loader.dataset, subset, subject, self.mask_group, grid, device)
     inputs_at = InputsAt(subset, subject, loader.input_groups, loader.spec, grid, device)
     return Walk(self.model, inputs_at, grid, mask, **self.how)
 

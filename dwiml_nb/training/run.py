@@ -69,7 +69,8 @@ class Experiment:
         if folder.exists():
             found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "a file"
             typed = f"dwiml_resume_training_from_checkpoint {self.experiments_path} {self.name}"
-            do = f"go on with it ({typed}; in Python {resume}(…)), choose another name, or delete the folder."
+            do = (f"go on with it ({typed}; in Python {resume}(…)), choose another name (with a run file "
+                  "training.experiment_name=OTHER; in Python experiment_name), or delete the folder.")
             raise DataProblem("the experiment exists already", expected="a new experiment_name", found=found,
                               file=folder, do=do)
         if not parent.is_dir():

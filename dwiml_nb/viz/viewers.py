@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from ..core.errors import did_you_mean
 from ..core.files import atomic_file, in_notebook
 from .painter import VIEWS, Frame, frame_of, titled, to_png, view_from
-from .scene import TARGETS, Scene, pick
+from .scene import TARGETS, Scene, need_scene, pick
 from .stage import gpu_adapter
 from .panel import Panel, page_of, parts_of, picture_html
 from .faces import LiveFace, PainterFace
@@ -84,7 +84,7 @@ class Viewer(Sight, Panel):
         size:tuple=(600, 450), # (W, H) pixels
         rung:str='painter', # One of `RUNGS`
     ):
-        self.scene,self.size,self.face = scene,tuple(size),None
+        self.scene,self.size,self.face = need_scene(scene),tuple(size),None
         self.caption,self.projected = W.HTML(),{}                 # where lines are seen from one frame
         self.changing = RLock()                  # a thread may bring a scene while a hand brings a face
         super().__init__()

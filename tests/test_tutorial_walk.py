@@ -1,4 +1,8 @@
 """What stopped a reader of the tutorials who changed a value or took one thing for another: each now says what to give instead."""
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -37,3 +41,12 @@ def test_lines_that_are_something_else(dataset, tmp_path):
     with pytest.raises(TypeError, match=r"a Tractogram is saved, found a list. Tractogram\(lines, grid\)"): save_tractogram([np.zeros((3, 3))], tmp_path / "a.trk")
     assert not list(tmp_path.iterdir())
     with pytest.raises(TypeError, match="a type. Make an object of it first"): viz(dict)
+
+
+def test_readers_get_threads_that_sleep():
+    "Torch's idle threads do when dwiml_nb is imported first, so what people copy from says it in that order."
+    pages = Path(__file__).parent.parent/"nbs"
+    for page in [*sorted((pages/"tutorials").glob("*.ipynb")), pages/"gallery.ipynb"]:
+        code = "\n".join("".join(cell["source"]) for cell in json.loads(page.read_text())["cells"] if cell["cell_type"] == "code")
+        first = re.search(r"^(import|from) (torch|lightning_fabric|dwiml_nb)", code, re.M)
+        assert first and first[2] == "dwiml_nb", page.name

@@ -97,11 +97,13 @@ def run_row(
 
 # %% ../../nbs/08_runs/04_runs.ipynb #86a46724
 def duration(
-    seconds:float,
+    seconds:float, # None: not known
+    digits:int=1, # Of seconds, below a minute
 ) -> str:
     "A time as people say it."
+    if seconds is None: return '–'
     s = round(seconds)
-    if s < 60: return f'{seconds:.1f} s'
+    if s < 60: return f'{seconds:.{digits}f} s'
     return f'{s//60} min {s%60:02} s' if s < 3600 else f'{s//3600} h {s%3600//60:02} min'
 
 def of_most(

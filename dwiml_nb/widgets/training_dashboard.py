@@ -22,14 +22,14 @@ from ..core.files import in_notebook
 from ..core.registry import class_path
 from ..training.control import send_control
 from ..runs.resume import trainer_from_folder
-from ..runs.table import RunsTable, of_most, run_row
+from ..runs.table import RunsTable, duration, of_most, run_row
 from ..runs.watch import WatchedRun, order_words
 from ..viz.curves import Curves
 from ..viz.plots import labels_of
 from ..viz.panel import Panel, bring_to
 from ..evaluation.tracks_viewer import TracksViewer
 from .batch_preview import BatchPreview
-from .state import Throttle, error_html, nice_seconds
+from .state import Throttle, error_html
 
 # %% ../../nbs/11_widgets/03_training_dashboard.ipynb #54fbbfa3
 def folders_of(
@@ -414,7 +414,7 @@ def draw_state(self:TrainingDashboard):
     "Bring words, bar and buttons up to date."
     self.state,self.epoch = self.run.present()[0], self.run.epoch
     self.progress,left = self.run.pace()
-    self.eta,made = nice_seconds(left), self.steering
+    self.eta,made = duration(left, 0), self.steering
     made.bar.value,made.told.value = self.progress, self.run.words('' if left is None else self.eta)
     made.update(self.state, self.is_running)
     new,self.nb_orders = self.run.orders[self.nb_orders:], len(self.run.orders)

@@ -169,7 +169,8 @@ class Sink:
         return {}
     def epoch(self, row): "An epoch was done."
     def picture(self, name, png, epoch): "A picture of an epoch, as the bytes of a PNG file."
-    def generated(self, parts, epoch): "Lines that the model made of a batch, as `Generation.generate`."
+    def generated(self, parts, epoch):
+        "Lines that the model made of a batch, as `Generation.generate`; of several ranks, those of rank 0."
     def ended(self, state): "How the training ended: 'ended', 'stopped' or 'failed'. Then comes `close`."
     def close(self): "The training stopped, ended or failed."
 

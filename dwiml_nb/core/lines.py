@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['points_example', 'suits_kernel', 'as_arrays', 'fill_directions', 'directions', 'fill_units', 'unit', 'fill_previous',
-           'previous_directions', 'fill_lengths', 'lengths_of', 'arc_positions', 'fill_along', 'points_along',
-           'resample_nb_points', 'resample_step', 'mark_bends', 'compress', 'fill_reversed', 'reverse', 'fill_runs',
-           'cut', 'all_but_last', 'split', 'white_noise', 'wander', 'wandering_noise', 'fill_lead_back',
+           'previous_directions', 'tangents', 'fill_lengths', 'lengths_of', 'arc_positions', 'fill_along',
+           'points_along', 'resample_nb_points', 'resample_step', 'mark_bends', 'compress', 'fill_reversed', 'reverse',
+           'fill_runs', 'cut', 'all_but_last', 'split', 'white_noise', 'wander', 'wandering_noise', 'fill_lead_back',
            'lead_back_directions', 'join_steps', 'lead_back_targets']
 
 # %% ../../nbs/00_core/08_lines.ipynb #8a2e2ee4
@@ -138,6 +138,17 @@ def previous_directions(
     rows = first[:, None] + rank[:, None] - back
     rows = torch.where(rank[:, None] >= back, rows, len(dirs.data))
     return lines.with_data(steps[rows].flatten(1))
+
+# %% ../../nbs/00_core/08_lines.ipynb #4e512b29
+def tangents(
+    lines:Ragged, # (P, 3)
+) -> np.ndarray: # (P, 3) unit vectors, 0 for a line of one point
+    "The direction of the line at each point, from its two neighbours."
+    points,offsets = lines.numpy()
+    line,here = np.repeat(np.arange(len(lines)), np.diff(offsets)), np.arange(len(points))
+    t = (points[np.minimum(here + 1, offsets[1:][line] - 1)]
+         - points[np.maximum(here - 1, offsets[:-1][line])]).astype(np.float64)
+    return t / np.maximum(np.linalg.norm(t, axis=1, keepdims=True), 1e-12)
 
 # %% ../../nbs/00_core/08_lines.ipynb #872a5a16
 @kernel(lambda: (*points_example(), np.empty(1)))

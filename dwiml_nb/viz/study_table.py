@@ -11,8 +11,9 @@ from collections import deque
 from fastcore.basics import patch
 from ..core.errors import counted, html_text
 from ..data.line_filter import LineFilter
-from ..data.overview import FEWEST, Overview, subject_rows, unlike_others
+from ..data.overview import Overview, subject_rows, unlike_others
 from ..data.subjects import MultisubjectSubset, SubjectData
+from ..study.check import FEWEST
 from .panel import picture_html
 from .tables import Column, LazyTable, cell_html, cell_text
 from .thumbnails import thumbnails
@@ -20,6 +21,7 @@ from .thumbnails import thumbnails
 # %% ../../nbs/09_viz/14_study_table.ipynb #48f2d5de
 COLUMNS = (Column('subset', search=True), Column('subject', search=True),
            Column('lines', 'number', unknown='–'), Column('mean mm', 'decimal'), Column('lengths', 'bars'),
+           Column('agreement', 'share', unknown=''),
            Column('problems', 'warning', search=True), Column('grid', search=True),
            Column('in memory', 'bytes'), Column('use', search=True, unknown=''))
 
@@ -27,11 +29,11 @@ def study_table(
     rows, # `SubjectRow`s
 ) -> LazyTable:
     "The table of a study; what headers do not tell is not known yet."
-    cells = [[r.subset, r.subject, r.nb_lines, None, None, None, r.grid, r.nbytes, None] for r in rows]
+    cells = [[r.subset, r.subject, r.nb_lines, None, None, None, None, r.grid, r.nbytes, None] for r in rows]
     return LazyTable(COLUMNS, cells, off='use')
 
 def cells_of(
-    key:tuple, # Of an `Overview`: ('lengths', group, subject) or ('check', subject)
+    key:tuple, # Of an `Overview`: ('lengths' or 'followed', group, subject) or ('check', subject)
     found, # What became known; the exception; None: nothing yet
     odd=(), # In what the subject is unlike the others
 ) -> dict: # title -> value
@@ -42,6 +44,9 @@ def cells_of(
         if odd: said.append(f"unlike the others: {'; '.join(odd)}")
         return {'problems': None if found is None and not odd else '. '.join(said)}
     if isinstance(found, Exception): return {}
+    if key[0] == 'followed':
+        sure = [a.now for a in found.values() if a.is_named or a.is_proven]
+        return {'agreement': min(sure, default=None)}
     mean = None if found.mean_mm != found.mean_mm else round(found.mean_mm, 1)
     return {'mean mm': mean, 'lengths': list(found.counts)}
 
@@ -80,7 +85,7 @@ class StudyFacts:
             key = self.found.popleft()
             subjects.add(key[-1])
             if key[0] == 'check': checks.add(key)
-            elif key[:2] == ('lengths', self.group):
+            elif key[0] in ('lengths', 'followed') and key[1] == self.group:
                 cells.setdefault(self.row_of[key[-1]], {}).update(cells_of(key, known[key]))
         for key in checks:
             about = cells_of(key, known.get(key), self.odd.get(key[1], ()))
@@ -141,7 +146,7 @@ def count(self:StudyFacts,
 ):
     "Show the numbers and lengths of another group's lines."
     self.group,self.rows = group, subject_rows(self.dataset, group)
-    self.table.fill({i: {'lines': r.nb_lines, 'mean mm': None, 'lengths': None}
+    self.table.fill({i: {'lines': r.nb_lines, 'mean mm': None, 'lengths': None, 'agreement': None}
                      for i,r in enumerate(self.rows)})
     self.found.extend(list(self.overview.known))
     self.show()
@@ -173,7 +178,7 @@ def html_rows(self:StudyFacts,
 ) -> str: # HTML
     "The table as a page keeps it: those with problems or left out, and the first of the others."
     inside = [cells for cells in self.table.rows if subset in ('all', cells[0])]
-    noted = [cells[5] or cells[8] for cells in inside]
+    noted = [cells[self.table.place('problems')] or cells[self.table.place('use')] for cells in inside]
     keep = sorted(sorted(range(len(inside)), key=lambda i: not noted[i])[:most])
     cell = lambda c, v: f'<td style="text-align:left">{cell_html(c.kind, v)}</td>'
     row = lambda cells: (f'<tr data-subject="{html_text(cells[1])}">'

@@ -25,6 +25,7 @@ KINDS = {  # name -> JavaScript: `d` a value that is known, `t` what it is for
     'number': """const n = Number(d)
         return t === 'display' ? n.toLocaleString('en', {maximumFractionDigits: 1}) : n""",
     'decimal': "return t === 'display' ? Number(d).toFixed(1) : Number(d)",
+    'share': "return t === 'display' ? Number(d).toFixed(2) : Number(d)",
     'bytes': """if (t !== 'display') return Number(d)
         const k = d < 1e3 ? 0 : Math.min(4, Math.floor(Math.log10(d)/3)), n = d/1000**k
         return n.toFixed(k && n < 100 ? 1 : 0) + ' ' + ['B', 'kB', 'MB', 'GB', 'TB'][k]""",
@@ -50,7 +51,7 @@ def column_options(
     from itables import JavascriptFunction
     if column.kind not in KINDS:
         raise ValueError(f"kinds of columns are {list(KINDS)}, found {column.kind!r}")
-    kind = 'num' if column.kind in ('number', 'decimal', 'bytes') else 'string'
+    kind = 'num' if column.kind in ('number', 'decimal', 'share', 'bytes') else 'string'
     unknown = f"t === 'display' ? {json.dumps(column.unknown)} : {-1 if kind == 'num' else json.dumps('')}"
     render = f"function(d, t) {{ if (d === null || d === undefined) return {unknown}; {KINDS[column.kind]} }}"
     first = {'orderSequence': ['desc', 'asc']} if column.kind == 'warning' else {}      # warnings to the top
@@ -73,7 +74,7 @@ def cell_text(
     "A cell in words."
     if value is None: return ''
     if kind == 'bytes': return size_text(value)
-    if kind == 'decimal': return f'{value:.1f}'
+    if kind in ('decimal', 'share'): return f'{value:.{1 + (kind == "share")}f}'
     if kind == 'warning': return str(value) or '–'
     return f'{value:,}' if isinstance(value, (int, float)) else str(value)
 
@@ -102,7 +103,8 @@ TABLE_STYLE = f"""
   .dwiml-table table.dataTable .dt-column-order {{ display: none }}
   .dwiml-table table.dataTable svg {{ width: 48px }} }}
 .dwiml-table table.dataTable td.dwiml-bars {{ max-width: none; text-overflow: clip }}
-.dwiml-table table.dataTable :is(.dwiml-number, .dwiml-decimal, .dwiml-bytes) {{ text-align: right }}
+.dwiml-table table.dataTable :is(.dwiml-number, .dwiml-decimal, .dwiml-share, .dwiml-bytes) {{
+    text-align: right }}
 .dwiml-table .dwiml-bars {{ fill: {PALETTE[0]}; vertical-align: middle }}
 .dwiml-table tr.selected .dwiml-bars {{ fill: currentColor }}
 [data-jp-theme-light="false"] .dwiml-table .dwiml-bars {{ fill: {PALETTE[5]} }}

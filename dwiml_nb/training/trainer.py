@@ -75,8 +75,15 @@ def of_a_batch(method):
     def apart(self, batch): return method(self, *batch)
     return apart
 
-WHEN = {'train_and_validate': of_the_run, 'train_one_epoch': of_a_phase('training'),
-        'validate_one_epoch': of_a_phase('validation'), 'run_one_batch': of_a_batch}
+# %% ../../nbs/07_training/12_trainer.ipynb #4c08429b
+class Stages:
+    "A loop whose methods a child class may write anew; they run within the run, and when they are due."
+    WHEN = {'train_and_validate': of_the_run, 'train_one_epoch': of_a_phase('training'),
+            'validate_one_epoch': of_a_phase('validation'), 'run_one_batch': of_a_batch}
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for name,within in cls.WHEN.items():
+            if name in vars(cls): setattr(cls, name, within(vars(cls)[name]))
 
 # %% ../../nbs/07_training/12_trainer.ipynb #df327d86
 class LoopOptions(NamesOfDwiml):
@@ -172,15 +179,10 @@ def make_parts(
 
 # %% ../../nbs/07_training/12_trainer.ipynb #fcba1a82
 @with_parts
-class DWIMLTrainer(LoopOptions):
+class DWIMLTrainer(Stages, LoopOptions):
     "Trains a model on streamlines alone: `model(streamlines)`."
     always_inputs = False               # False: a model that takes streamlines alone gets them alone
     model_steps = False                 # True: the model has a training step of its own
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        for name,within in WHEN.items():
-            if name in vars(cls): setattr(cls, name, within(vars(cls)[name]))
-
     def __init__(self,
         model, # Has `compute_loss`; a child of `MainModelAbstract`
         experiments_path, # Folder of all experiments

@@ -1,4 +1,5 @@
 """Training watched and steered: curves of what is logged, spikes that stay, another process's folder, orders through its file."""
+import base64
 import json
 import os
 import signal
@@ -125,7 +126,28 @@ def test_a_figure_is_updated_in_place():
     curves.draw()
     assert curves.figure is figure and figure.data[:len(traces)] == traces
     trace = curves.traces["run", "loss", "training", "batch"]
-    assert len(trace.y) <= 1000 and max(trace.y) == 1 and trace.customdata[np.argmax(trace.y)].tolist() == [2, 235], "people count from 1"
+    assert len(trace.y) <= 1000 and max(trace.y) == 1 and trace.customdata[np.argmax(trace.y)] == [2, 235], "people count from 1"
+
+
+def answer_of_a_page(sent):
+    "What plotly's page answers of a line: what it holds otherwise than it was sent. It unpacks arrays, and then tells all their numbers."
+    def unpacked(packed): return np.frombuffer(base64.b64decode(packed["bdata"]), packed["dtype"]).reshape([int(n) for n in packed.get("shape", "-1").split(",")])
+    def numbered(values): return {str(i): v for i, v in enumerate(values.tolist())} if values.ndim == 1 else [numbered(row) for row in values]
+    return {"uid": sent["uid"], "type": "scatter", "line": {"shape": "linear", "simplify": True}} | {k: numbered(unpacked(v)) for k, v in sent.items() if isinstance(v, dict) and "bdata" in v}
+
+
+def test_the_answer_of_a_page_is_understood():
+    "Before and after a line grows, with numbers that are not finite."
+    log = RunLog()
+    curves = Curves({"run": log})
+    for epoch in range(3):
+        for batch in range(4): log.add_batch(row("training", epoch, batch, loss=np.nan if batch == 1 else 1., kl=np.inf, seconds=1., waiting_seconds=.1))
+        log.add_epoch({"epoch": epoch, "train_loss": 1., "valid_loss": np.nan, "best_epoch": 0, "best_loss": 1., "is_best": not epoch, "nb_batches": 4, "n": 4, "seconds": 4.})
+        curves.draw()
+        figure, sent = curves.figure, curves.figure._widget_data
+        assert len(sent) > 3 and all(o["uid"] for o in sent)
+        figure._handler_js2py_traceDeltas({"new": {"trace_deltas": [answer_of_a_page(o) for o in sent], "trace_edit_id": figure._last_trace_edit_id}})
+        json.dumps(sent, allow_nan=False)
 
 
 def test_a_clicked_point_names_its_batch(trainer_of):

@@ -6,7 +6,7 @@
 __all__ = ['COUNTS', 'FIRST', 'TITLES', 'ALONG', 'LIGHTER', 'CURVES_STYLE', 'thinned', 'smoothed', 'Curve', 'curves_of',
            'place_of', 'done_after', 'points_of', 'best_point', 'Line', 'lines_of', 'lines_of_curve', 'places_of',
            'title_of', 'only_value', 'curves_figure', 'curves_picture', 'Fit', 'live_figure', 'axes_layout', 'spread',
-           'large', 'Curves', 'parts_of_curves', 'in_order']
+           'large', 'Curves', 'parts_of_curves', 'in_order', 'plain']
 
 # %% ../../nbs/09_viz/10_curves.ipynb #65a9113f
 import json
@@ -582,6 +582,13 @@ def make_figure(self:Curves):
         for old in self.frame.children: old.close()
         self.frame.children = [self.figure]
 
+# %% ../../nbs/09_viz/10_curves.ipynb #25a65bd8
+def plain(
+    values, # (n,) numbers
+) -> list: # None where there is no finite number
+    "Numbers for a live figure: of arrays, plotly does not understand what a page answers."
+    return np.where(np.isfinite(values), np.asarray(values, object), None).tolist()
+
 # %% ../../nbs/09_viz/10_curves.ipynb #418d1b42
 @patch
 def draw(self:Curves):
@@ -613,10 +620,10 @@ def fill(self:Curves,
     there = line is not None and line.value in self.shown
     trace.visible = there
     if not there: return
-    trace.x,trace.y,trace.opacity = line.x, np.where(np.isfinite(line.y), line.y, np.nan), line.opacity
+    trace.x,trace.y,trace.opacity = plain(line.x), plain(line.y), line.opacity
     if line.epochs is None: return
     places = [line.epochs] if line.batches is None else [line.epochs, line.batches]
-    trace.customdata = np.stack(places, 1).astype(np.int32) + 1
+    trace.customdata = (np.stack(places, 1).astype(np.int32) + 1).tolist()
     if line.kind == 'batch': self.points[key] = line
 
 @patch

@@ -133,6 +133,15 @@ def test_a_given_pool_that_breaks_is_replaced_and_the_lost_are_named():
         with pytest.raises(LostWorkers, match="[ab]: its process ended before it was done, 3 times: .*It waits."): list(in_parallel(os._exit, [("a", (1,)), ("b", (1,))], pool, do="It waits."))
 
 
+def test_processes_of_our_own_compute_with_one_thread(monkeypatch):
+    "numpy's libraries too, which read the environment as they are loaded; here it stays as it was."
+    for before in (None, "3"):
+        if before is None: monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        else: monkeypatch.setenv("OMP_NUM_THREADS", before)
+        assert list(in_parallel(os.getenv, [(name, ("OMP_NUM_THREADS",)) for name in "ab"], n_procs=2)) == [("a", "1"), ("b", "1")]
+        assert os.environ.get("OMP_NUM_THREADS") == before
+
+
 # ---- the other entry points
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import (FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor,
                                 ProcessPoolExecutor, wait)
+from contextlib import contextmanager
 from dataclasses import dataclass
 from secrets import token_hex
 import torch
@@ -145,6 +146,22 @@ def in_worker():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
+# %% ../../nbs/00_core/21_parallel.ipynb #ba10d699
+STARTING = threading.RLock() # The environment is one for all threads
+
+@contextmanager
+def starting_with(
+    threads:int, # Of each process
+):
+    "Within this block, a process that starts will compute with so many threads in numpy's libraries."
+    with STARTING:
+        before = os.environ.get('OMP_NUM_THREADS')
+        os.environ['OMP_NUM_THREADS'] = str(threads)
+        try: yield
+        finally:
+            if before is None: del os.environ['OMP_NUM_THREADS']
+            else: os.environ['OMP_NUM_THREADS'] = before
+
 def own_processes(
     n_procs:int, # At most
 ) -> Executor:
@@ -180,13 +197,16 @@ class Crew:
         self.replaces = executor is None or isinstance(executor, ProcessPoolExecutor)
     def submit(self, job:bytes):
         "Hand a job over; a broken pool makes room for a new one."
-        try: return self.pool.submit(do_packed, this_process(), job)
+        try: return self.send(job)
         except BrokenExecutor:
             if not self.replaces: raise
             n = self.n_procs or getattr(self.given, '_max_workers', 1)
             self.close([])
             self.given,self.pool = None, own_processes(n)
-            return self.pool.submit(do_packed, this_process(), job)
+            return self.send(job)
+    def send(self, job:bytes):
+        "A pool of processes starts one for a job if none is free."
+        with starting_with(1): return self.pool.submit(do_packed, this_process(), job)
     def close(self, futures):
         "Cancel what has not begun, and wait for what has."
         begun = [o for o in futures if not o.cancel()]

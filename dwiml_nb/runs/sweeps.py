@@ -40,6 +40,7 @@ from ..core.errors import DataProblem, did_you_mean, html_text, naming, printabl
 from ..core.files import atomic_file
 from ..core.options import (check_number, check_seed, key_and_options, need_extra, options_of,
                                     refuse_unknown, wrong_name)
+from ..core.parallel import starting_with
 from ..core.registry import SameTrust, trusting
 from ..study.config import raise_problems
 from ..data.dataset import MultiSubjectDataset
@@ -736,7 +737,8 @@ def start_workers(
     log,killed = logging.getLogger(__name__), set()
     log.info("%s workers begin; each trial is told when it ends", workers)
     processes = [context.Process(target=told_worker, args=(say, *own)) for _,say in pipes]
-    for p in processes: p.start()
+    with starting_with(threads):
+        for p in processes: p.start()
     try:
         while any(p.is_alive() for p in processes):
             wait([p.sentinel for p in processes if p.is_alive()], 5)

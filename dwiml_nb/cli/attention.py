@@ -9,7 +9,7 @@ __all__ = ['which_maps', 'files_of_maps', 'matrices_page', 'write_maps', 'dwiml_
 from pathlib import Path
 from .arguments import count, device
 from .common import Param, call_parse, plain_problems, switch
-from .losses import check_colormap, check_folder
+from .losses import beginning, check_colormap, check_folder, files_read
 from ..core.errors import DataProblem, html_text
 from ..core.files import atomic_file
 from ..core.tractograms import save_tractogram
@@ -17,7 +17,7 @@ from ..models.transformers import attentions_of
 from ..evaluation.attention_maps import (RESCALINGS, SUMMARIES, LineAttention, arranged,
                                                 attention_figure, growing_tractogram, line_attention,
                                                 need_transformer, summary_tractogram)
-from ..runs.track import experiment_model, files_of_run, read_experiment
+from ..runs.track import experiment_model
 from ..viz.panel import Part, page_of
 
 # %% ../../nbs/12_cli/15_attention.ipynb #cb1ee2c8
@@ -117,9 +117,6 @@ def dwiml_visualize_weights(
 ):
     "What each point of a line looks at, in every layer and head of a trained Transformer."
     with plain_problems():
-        if streamlines_file and streamlines_group:
-            raise DataProblem("lines come from the study or from a file", "one of the two", "both",
-                              "leave out --streamlines_group or --streamlines_file.")
         if group_with_max and not (group_heads or group_all):
             raise DataProblem("it is not said of what the largest is shown",
                               "--group_heads or --group_all with --group_with_max", "neither")
@@ -128,13 +125,12 @@ def dwiml_visualize_weights(
         if more: raise DataProblem("rows are made alike in one way", "one --rescale_…", 1 + len(more))
         check_colormap(cmap)
         group = 'all' if group_all else 'heads' if group_heads else None
-        study = hdf5_file or read_experiment(experiment_path)['dataset']['hdf5_file']
+        inputs = files_read(experiment_path, streamlines_group, streamlines_file, hdf5_file)
         model = need_transformer(experiment_model(experiment_path, use_latest_epoch, device), experiment_path)
-        begin = Path(out_dir or Path(experiment_path)/'visu_weights')
-        begin /= f'{subj_id}_' if out_prefix is None else out_prefix
+        begin = beginning(out_dir or Path(experiment_path)/'visu_weights', subj_id, out_prefix)
         maps = which_maps(model, group)
         files = files_of_maps(begin, maps, color_multi_length, color_x_y_summary, as_matrices is not None)
-        check_folder(files, [streamlines_file, *files_of_run(experiment_path, study)], overwrite)
+        check_folder(files, inputs, overwrite)
         attention = line_attention(experiment_path, subj_id, streamlines_group, streamlines_file, input_group,
                                    hdf5_file, use_latest_epoch, batch_size, nb_lines, reverse_lines, device,
                                    allow_links=allow_links)

@@ -156,4 +156,7 @@ def test_what_may_be_directions():
         found = agreement(unit @ turn, unit)
         assert found.best == name and (mirror_words(found) is None) == (name == "as it is")
     assert agreement(unit[:40], unit[:40]) is None, "too few points"
+    loose = unit * [-1, 1, 1] + rng.normal(size=unit.shape) * .65  # some SH-sized thing else comes as close in one of seven ways
+    loose /= np.linalg.norm(loose, axis=1, keepdims=True)
+    assert [mirror_words(agreement(loose, unit, is_named=named)) is None for named in (True, False)] == [False, True]
     assert mirror_words(agreement(rng.permutation(unit), unit)) is None

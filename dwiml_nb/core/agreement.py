@@ -71,7 +71,8 @@ class Agreement(NamedTuple):
     @property
     def best(self) -> str: return max(self.cosines, key=self.cosines.get)
     @property
-    def is_proven(self) -> bool: return self.cosines[self.best] - self.chance > .1
+    def is_proven(self) -> bool:
+        return self.cosines[self.best] > max(self.chance + .1, .6 if self.is_named else .75)
 
 def agreement(
     values, # (n, c) of a volume at points of lines

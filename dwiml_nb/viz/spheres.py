@@ -12,12 +12,11 @@ from .plots import showing
 from .theme import INK, PALETTE, QUIET, matplotlib_style, value_colours
 
 # %% ../../nbs/09_viz/09_spheres.ipynb #dee4e6b5
-def camera_of(
-    values, # (V,) at the vertices
-    vertices, # (V, 3)
+def camera_before(
+    direction, # (3,) unit vector
 ) -> tuple: # elevation and azimuth, degrees
-    "Where a camera sees the densest vertex."
-    x,y,z = vertices[np.argmax(values)]
+    "Where a camera sees where a direction leaves the ball, a little from the side."
+    x,y,z = direction
     elevation,azimuth = np.degrees(np.arcsin(np.clip(z, -1, 1))), np.degrees(np.arctan2(y, x))
     return elevation + (20 if z < .5 else -20), azimuth + 25
 
@@ -37,7 +36,7 @@ def draw_ball(
     from mpl_toolkits.mplot3d.art3d import Poly3DCollection
     values,vertices = np.asarray(values, float), sphere_vertices(sphere).numpy()
     faces = sphere_faces(sphere).numpy()
-    camera = camera or camera_of(values, vertices)
+    camera = camera or camera_before(vertices[values.argmax()])
     of_faces = values[faces].mean(1)
     colours = value_colours(of_faces, 0, max(of_faces.max(), 1e-30))
     ax.add_collection3d(Poly3DCollection(vertices[faces], facecolors=colours, edgecolors=colours,

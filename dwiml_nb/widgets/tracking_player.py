@@ -38,7 +38,7 @@ from ..tracking.tracker import Tracker
 from ..viz.panel import Panel, Settled, Part, parts_of, picture_html
 from ..viz.plots import figure_png
 from ..viz.scene import Scene, data_to_colour, first_group
-from ..viz.spheres import draw_ball, towards
+from ..viz.spheres import camera_before, draw_ball, towards
 from ..viz.theme import PALETTE, inks, matplotlib_style
 from ..viz.viewers import show
 from ..evaluation.bundles import REASONS, Reference, judge, load_reference
@@ -337,9 +337,7 @@ def balls_figure(
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     pins = pins_of(said, row, place)
-    x,y,z = next(iter(pins.values()), np.array([0., 1, 0]))
-    elevation,azimuth = np.degrees([np.arcsin(np.clip(z, -1, 1)), np.arctan2(y, x)])
-    camera = elevation + (20 if z < .5 else -20), azimuth + 25
+    camera = camera_before(next(iter(pins.values()), np.array([0., 1, 0])))
     name = 'the model' if said.head is not None else 'the model, no density'
     balls = [(density_of(said, row, place.axes), name)]
     if place.signal is not None: balls.append((place.signal, place.signal_name))

@@ -160,3 +160,16 @@ def test_what_may_be_directions():
     loose /= np.linalg.norm(loose, axis=1, keepdims=True)
     assert [mirror_words(agreement(loose, unit, is_named=named)) is None for named in (True, False)] == [False, True]
     assert mirror_words(agreement(rng.permutation(unit), unit)) is None
+
+
+def test_an_image_that_was_never_scaled_is_told(tmp_path):
+    study = toy_study(tmp_path, n_subjects=9)
+    with h5py.File(study, "r+") as file: file["sub-05/input/data"][()] *= 40
+    report = check_study(study)
+    assert report.ok and [(p.subject, p.group, p.found) for p in report.remarks] == [("sub-05", "input", report.remarks[0].found)]
+    assert "another scale" in report.remarks[0].problem and 35 < float(report.remarks[0].found.split()[0]) < 45
+    browser = StudyBrowser(MultiSubjectDataset(study).load_data())
+    browser.facts.ask_all()
+    assert browser.facts.wait()
+    assert list(browser.facts.odd) == ["sub-05"] and "times as large as usual" in browser.facts.odd["sub-05"][0]
+    browser.close()

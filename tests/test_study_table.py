@@ -302,7 +302,7 @@ def test_a_page_that_is_turned_forgets_the_one_before(browser):
     asked = [k for k in browser.facts.overview.waiting if k[0] != "pictures"]
     gate.set()
     browser.facts.found.clear()
-    assert asked == [(what, "bundles", "sub-03") for what in ("lengths", "outside", "followed")] + [("check", "sub-03")]
+    assert asked == [(what, "bundles", "sub-03") for what in ("lengths", "outside", "under")] + [("check", "sub-03")]
     assert browser.facts.overview.wait()
 
 

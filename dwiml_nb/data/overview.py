@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SubjectRow', 'grid_words', 'nbytes_of', 'subject_rows', 'LengthFacts', 'nice_edge', 'length_facts',
-           'subject_problems', 'points_outside', 'followed', 'unlike_others', 'Background', 'Overview']
+           'subject_problems', 'points_outside', 'Under', 'under_steps', 'unlike_others', 'Background', 'Overview']
 
 # %% ../../nbs/02_data/08_overview.ipynb #73aa1b37
 import threading
@@ -13,7 +13,7 @@ import numpy as np
 from fastcore.basics import patch
 from ..core.errors import DataProblem
 from ..study.check import (StudyReport, agreements, check_grids, check_one_subject, linked_subject,
-                                  odd_ones, of_directions)
+                                  magnitudes, odd_ones, of_directions, on_other_scales)
 from ..study.lists import SUBSETS
 from ..study.schema import StudyFile, allowing_links, check_links, group_kind
 from .fingerprint import some_of
@@ -122,14 +122,20 @@ def points_outside(
     return shares
 
 # %% ../../nbs/02_data/08_overview.ipynb #f3ba399b
-def followed(
+class Under(NamedTuple):
+    "What lies under some steps of lines."
+    agreements:dict # volume group -> `Agreement`, of those that hold directions
+    magnitudes:dict # volume group -> root mean square
+
+def under_steps(
     file:StudyFile, # The study
     subject:str, # Id
     group:str, # Streamlines group
-) -> dict: # volume group -> `Agreement`
-    "How well the lines of a group follow the volumes of their subject that hold directions."
+) -> Under:
+    "How well the lines of a group follow the volumes of their subject, and how large those are there."
     with allowing_links(file.allow_links): check_links(there := linked_subject(file.handle, subject))
-    return agreements(there, [group], [g for g in there if group_kind(there[g]) == 'volume'])
+    volumes = [g for g in there if group_kind(there[g]) == 'volume']
+    return Under(*(f(there, [group], volumes) for f in (agreements, magnitudes)))
 
 # %% ../../nbs/02_data/08_overview.ipynb #30da708b
 def unlike_others(
@@ -147,11 +153,13 @@ def unlike_others(
     tables += [(f'{{:.0f}} % of points outside {g}', {s: 100*f[g] for s,f in outside.items() if g in f},
                 dict(least=10., side=1)) for g in dict.fromkeys(g for f in outside.values() for g in f)]
     tables += [(f'agreement {{:.2f}} with {g}', numbers, dict(least=.1, side=-1))
-               for g,numbers in of_directions(facts('followed')).items()]
+               for g,numbers in of_directions({s: f.agreements for s,f in facts('under').items()}).items()]
     odd = {}
     for words,numbers,what in tables:
         middle,subjects = odd_ones(numbers, **what)
         for s in subjects: odd.setdefault(s, []).append(f'{words.format(numbers[s])}, usual {middle:.2g}')
+    for s,g,times in on_other_scales({s: f.magnitudes for s,f in facts('under').items()}):
+        odd.setdefault(s, []).append(f'values of {g} {times:.2g} times as large as usual')
     return odd
 
 # %% ../../nbs/02_data/08_overview.ipynb #bdbcb76b
@@ -232,7 +240,7 @@ class Overview(Background):
         jobs = {('lengths', group, s): lambda s=s: self.lengths(group, s) for s in subjects if group}
         jobs |= {('outside', group, s): lambda s=s: points_outside(self.file, s, group)
                  for s in subjects if group}
-        jobs |= {('followed', group, s): lambda s=s: followed(self.file, s, group)
+        jobs |= {('under', group, s): lambda s=s: under_steps(self.file, s, group)
                  for s in subjects if group}
         self.ask(jobs | {('check', s): lambda s=s: self.check(s) for s in subjects}, first)
     def close(self):

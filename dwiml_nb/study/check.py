@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FEWEST', 'StudyReport', 'noting', 'mapping_hindrance', 'check_attribute', 'check_grid', 'remark_missing',
            'check_volume_group', 'check_beside', 'check_streamlines_group', 'check_group', 'linked_subject',
-           'check_root', 'check_nb_points', 'check_grids', 'values_at', 'some_steps', 'agreements', 'check_turned',
-           'odd_ones', 'of_directions', 'check_astray', 'check_agreeing', 'open_to_check', 'read_told', 'check_index',
-           'SubjectCheck', 'check_one_subject', 'check_subject_of', 'share_of_check', 'read_shares', 'crashed',
-           'checks_of_subjects', 'add_checks', 'check_study', 'check_share']
+           'check_root', 'check_nb_points', 'check_grids', 'values_at', 'some_steps', 'fits_lines', 'under_lines',
+           'agreements', 'check_turned', 'odd_ones', 'of_directions', 'check_astray', 'magnitudes', 'on_other_scales',
+           'check_agreeing', 'open_to_check', 'read_told', 'check_index', 'SubjectCheck', 'check_one_subject',
+           'check_subject_of', 'share_of_check', 'read_shares', 'crashed', 'checks_of_subjects', 'add_checks',
+           'check_study', 'check_share']
 
 # %% ../../nbs/01_study/16_check.ipynb #59ef4d6f
 import math
@@ -430,6 +431,26 @@ def some_steps(
     return (a + b)/2, b - a
 
 # %% ../../nbs/01_study/16_check.ipynb #12d0a1cf
+def fits_lines(
+    group, # HDF5 group of a volume or of streamlines
+    grid:Grid, # Of lines
+) -> bool:
+    "Whether a group lies on the grid of some lines."
+    return same_grid(other := group_grid(group), grid) or almost_same_grid(other, grid)
+
+def under_lines(
+    subject, # HDF5 group of a subject
+    lines, # Names of streamlines groups
+    nb:int, # Steps of lines, of all groups together
+) -> tuple: # `Grid`; voxels and steps: (n, 3) each, vox, n is 0 where there is nothing
+    "Voxels that hold steps of a subject's lines."
+    grid = group_grid(subject[lines[0]])
+    here = [subject[g] for g in lines if fits_lines(subject[g], grid)]
+    middles,steps = map(np.concatenate, zip(*(some_steps(g, max(1, nb//len(here))) for g in here)))
+    voxels = np.floor(middles).astype(np.int64)
+    ok = ((voxels >= 0) & (voxels < grid.dimensions)).all(1) & steps.any(1)
+    return grid, voxels[ok], steps[ok]
+
 def agreements(
     subject, # HDF5 group of a subject
     lines, # Names of streamlines groups
@@ -437,21 +458,15 @@ def agreements(
     nb:int=500, # Steps of lines, of all groups together
 ) -> dict: # volume group -> `Agreement`; without those that hold no directions
     "How well the lines of a subject follow its volumes."
-    if not lines or not volumes: return {}
-    grid,found = group_grid(subject[lines[0]]), {}
-    fits = lambda group: same_grid(other := group_grid(group), grid) or almost_same_grid(other, grid)
-    here = [subject[g] for g in lines if fits(subject[g])]
-    middles,steps = map(np.concatenate, zip(*(some_steps(g, max(1, nb//len(here))) for g in here)))
-    voxels = np.floor(middles).astype(np.int64)
-    ok = ((voxels >= 0) & (voxels < grid.dimensions)).all(1) & steps.any(1)
-    if not ok.any(): return {}
-    for g in volumes:
-        if subject[g]['data'].shape[-1] not in SH_SIZES + PEAKS_SIZES or not fits(subject[g]): continue
-        frame = attr_value(subject[g].attrs, 'frame')
-        mm = steps[ok] @ (grid.affine[:3, :3].T if frame == 'world' else np.diag(grid.voxel_sizes))
+    may_be = [g for g in volumes if subject[g]['data'].shape[-1] in SH_SIZES + PEAKS_SIZES]
+    if not lines or not may_be: return {}
+    (grid,voxels,steps),found = under_lines(subject, lines, nb), {}
+    for group in (subject[g] for g in may_be if len(voxels) and fits_lines(subject[g], grid)):
+        frame = attr_value(group.attrs, 'frame')
+        mm = steps @ (grid.affine[:3, :3].T if frame == 'world' else np.diag(grid.voxel_sizes))
         tangents = mm/np.linalg.norm(mm, axis=1, keepdims=True)
-        one = agreement(values_at(subject[g]['data'], voxels[ok]), tangents, is_named=frame in FRAMES)
-        if one is not None: found[g] = one
+        one = agreement(values_at(group['data'], voxels), tangents, is_named=frame in FRAMES)
+        if one is not None: found[group.name.split('/')[-1]] = one
     return found
 
 # %% ../../nbs/01_study/16_check.ipynb #5e96b43a
@@ -511,6 +526,33 @@ def check_astray(
                                        do="look at it: another person's image, an image that was moved, or "
                                           "gradients of other axes.")
                            for s in odd if not mirror_words(found[s][g])]
+
+# %% ../../nbs/01_study/16_check.ipynb #d8dc9124
+def magnitudes(
+    subject, # HDF5 group of a subject
+    lines, # Names of streamlines groups
+    volumes, # Names of volume groups
+    nb:int=100, # Steps of lines, of all groups together
+) -> dict: # volume group -> root mean square; without those that are 0 there
+    "How large the values under a subject's lines are."
+    if not lines or not volumes: return {}
+    grid,voxels,_ = under_lines(subject, lines, nb)
+    here = [g for g in volumes if len(voxels) and fits_lines(subject[g], grid)]
+    rms = {g: float(np.sqrt((values_at(subject[g]['data'], voxels).astype(np.float64)**2).mean()))
+           for g in here}
+    return {g: v for g,v in rms.items() if 0 < v < np.inf}
+
+def on_other_scales(
+    found:dict, # subject -> volume group -> root mean square
+    times:float=5., # A smaller factor does not matter
+) -> list: # of subject, volume group, how many times as large as is usual
+    "Who has volumes on another scale than most."
+    far = []
+    for g in dict.fromkeys(g for one in found.values() for g in one):
+        logs = {s: np.log10(one[g]) for s,one in found.items() if g in one}
+        middle,odd = odd_ones(logs, least=np.log10(times))
+        far += [(s, g, float(10**(logs[s] - middle))) for s in odd]
+    return far
 
 # %% ../../nbs/01_study/16_check.ipynb #cace1f5b
 def check_agreeing(
@@ -605,6 +647,7 @@ class SubjectCheck:
     remarks:list = field(default_factory=list) # `DataProblem`s
     looked_at:dict = field(default_factory=dict) # groups, streamlines, points, voxels
     agreement:dict = field(default_factory=dict) # volume group -> `Agreement`
+    magnitude:dict = field(default_factory=dict) # volume group -> root mean square under lines
 
     def as_dict(self) -> dict:
         "The same as JSON can keep it."
@@ -613,7 +656,7 @@ class SubjectCheck:
         told = StudyReport(Path(), self.problems, self.remarks).as_dict()
         agreement = {g: list(a) for g,a in self.agreement.items()}
         return dict(subject=self.subject, opened=self.opened, found=found, looked_at=self.looked_at,
-                    agreement=agreement,
+                    agreement=agreement, magnitude=self.magnitude,
                     problems=told['problems'], remarks=told['remarks'])
     @classmethod
     def from_dict(cls, told:dict):
@@ -640,7 +683,8 @@ def check_one_subject(
                 check_nb_points(report, group[g]['lengths'], nb_points, dict(subject=subject, group=g))
         bad = {p.group for p in report.problems}
         well = lambda kind: [g for g,(k,_,grid) in found.items() if k == kind and grid and g not in bad]
-        report.agreement = agreements(group, well('streamlines'), well('volume'))
+        report.agreement,report.magnitude = (f(group, well('streamlines'), well('volume'))
+                                             for f in (agreements, magnitudes))
         check_turned(report, report.agreement, subject)
     return report
 
@@ -715,6 +759,10 @@ def add_checks(
     found = {s: o.found for s,o in checks.items() if o.found is not None}
     check_agreeing(report, found)
     check_astray(report, {s: o.agreement for s,o in checks.items()})
+    report.remarks += [DataProblem("the values are on another scale than in other subjects",
+                                   found=f"{times:.3g} times as large", subject=s, group=g,
+                                   do="scale the image, or let the config do it: standardization.")
+                       for s,g,times in on_other_scales({s: o.magnitude for s,o in checks.items()})]
     groups = {s: linked_subject(file, s) for s,o in checks.items() if o.opened}
     check_index(report, read_told(report, file), groups)
     report.looked_at = {'subjects': len(found), **report.looked_at}

@@ -33,7 +33,7 @@ def study_table(
     return LazyTable(COLUMNS, cells, off='use')
 
 def cells_of(
-    key:tuple, # Of an `Overview`: ('lengths' or 'followed', group, subject) or ('check', subject)
+    key:tuple, # Of an `Overview`: ('lengths' or 'under', group, subject) or ('check', subject)
     found, # What became known; the exception; None: nothing yet
     odd=(), # In what the subject is unlike the others
 ) -> dict: # title -> value
@@ -44,8 +44,8 @@ def cells_of(
         if odd: said.append(f"unlike the others: {'; '.join(odd)}")
         return {'problems': None if found is None and not odd else '. '.join(said)}
     if isinstance(found, Exception): return {}
-    if key[0] == 'followed':
-        sure = [a.now for a in found.values() if a.is_named or a.is_proven]
+    if key[0] == 'under':
+        sure = [a.now for a in found.agreements.values() if a.is_named or a.is_proven]
         return {'agreement': min(sure, default=None)}
     mean = None if found.mean_mm != found.mean_mm else round(found.mean_mm, 1)
     return {'mean mm': mean, 'lengths': list(found.counts)}
@@ -85,7 +85,7 @@ class StudyFacts:
             key = self.found.popleft()
             subjects.add(key[-1])
             if key[0] == 'check': checks.add(key)
-            elif key[0] in ('lengths', 'followed') and key[1] == self.group:
+            elif key[0] in ('lengths', 'under') and key[1] == self.group:
                 cells.setdefault(self.row_of[key[-1]], {}).update(cells_of(key, known[key]))
         for key in checks:
             about = cells_of(key, known.get(key), self.odd.get(key[1], ()))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RegisteredStep', 'no_step', 'before_step', 'Scheduler', 'said_in', 'own_numbers', 'RegisteredTrainer', 'Trace',
-           'plain_tensor', 'told_of_stage', 'check_finite', 'trace_model', 'save_and_load', 'in_numbers', 'check_rows']
+           'plain_tensor', 'told_of_stage', 'check_finite', 'check_rows', 'save_and_load', 'in_numbers', 'trace_model']
 
 # %% ../../nbs/07_training/13_registered.ipynb #92bef2a6
 import hashlib
@@ -248,6 +248,39 @@ def check_finite(
                           found=f"{int((~v.isfinite()).sum())} of {v.numel()} that are not",
                           do="look at the image and the lines, or at the arithmetic.")
 
+# %% ../../nbs/07_training/13_registered.ipynb #7405d03f
+def check_rows(
+    name:str, # Of the class
+    given, # To the steps
+    outputs, # Of `forward`
+    n:int, # Items
+):
+    "Refuse outputs that have another multiplicity than the batch."
+    size = lambda v: len(v) if not isinstance(v, Tensor) or v.ndim else 1
+    first = [size(v) for _,v in named_tensors(outputs)][:1]
+    every = [o for _,v in named_tensors(given) for o in ((v, v.data) if isinstance(v, Ragged) else (v,))]
+    known = {n, *map(size, every)}
+    if not first or first[0] in known: return
+    raise DataProblem(f"{name}: forward gives another number of rows than it got", found=first[0],
+                      expected=' or '.join(map(str, sorted(known))),
+                      do="keep one output for each row, in order.")
+
+# %% ../../nbs/07_training/13_registered.ipynb #c95f1c20
+def save_and_load(
+    own:RegisteredModel,
+):
+    "Let a class save and load what it keeps itself."
+    with tempfile.TemporaryDirectory() as folder:
+        own.step('save')(Path(folder)/'own')
+        load_own(own, Path(folder))
+
+def in_numbers(step): # -> the same, which gives tensors
+    "A step whose values can be traced, and can be logged."
+    def asked(given):
+        with torch.set_grad_enabled(step.__name__ == 'train_step'): loss,values = step(given)
+        return {k: torch.tensor(float(v)) for k,v in {'loss': loss, **checked_values(values)}.items()}
+    return asked
+
 # %% ../../nbs/07_training/13_registered.ipynb #633e532f
 def trace_model(
     trainer:RegisteredTrainer,
@@ -278,34 +311,3 @@ def trace_model(
         if not norms: raise no_step()
         if twin.step('save'): stage('save', save_and_load, twin)
     return made
-
-def save_and_load(
-    own:RegisteredModel,
-):
-    "Let a class save and load what it keeps itself."
-    with tempfile.TemporaryDirectory() as folder:
-        own.step('save')(Path(folder)/'own')
-        load_own(own, Path(folder))
-
-def in_numbers(step): # -> the same, which gives tensors
-    "A step whose values can be traced, and can be logged."
-    def asked(given):
-        with torch.set_grad_enabled(step.__name__ == 'train_step'): loss,values = step(given)
-        return {k: torch.tensor(float(v)) for k,v in {'loss': loss, **checked_values(values)}.items()}
-    return asked
-
-def check_rows(
-    name:str, # Of the class
-    given, # To the steps
-    outputs, # Of `forward`
-    n:int, # Items
-):
-    "Refuse outputs that have another multiplicity than the batch."
-    size = lambda v: len(v) if not isinstance(v, Tensor) or v.ndim else 1
-    first = [size(v) for _,v in named_tensors(outputs)][:1]
-    every = [o for _,v in named_tensors(given) for o in ((v, v.data) if isinstance(v, Ragged) else (v,))]
-    known = {n, *map(size, every)}
-    if not first or first[0] in known: return
-    raise DataProblem(f"{name}: forward gives another number of rows than it got", found=first[0],
-                      expected=' or '.join(map(str, sorted(known))),
-                      do="keep one output for each row, in order.")

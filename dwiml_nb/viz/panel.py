@@ -71,6 +71,19 @@ class Settled:
         self.timer = None
         self.function()
 
+# %% ../../nbs/09_viz/04_panel.ipynb #0e87ee6b
+KEEP_STILL = """
+function keep(model, { mark, still }) {
+  for (const { outputs } of model.widget_manager?.context?.model?.cells ?? [])
+    for (let i = 0; i < (outputs?.length ?? 0); i++) {
+      const output = outputs.get(i).toJSON()
+      if (!String(output.data?.["text/html"]).includes(`class="${mark}"`)) continue
+      if (output.data["text/html"] !== still)
+        outputs.set(i, { ...output, data: { ...output.data, "text/html": still } })
+    }
+}
+"""
+
 # %% ../../nbs/09_viz/04_panel.ipynb #53e92fc1
 class Foot(AnyWidget):
     "A message under a widget, a word when the kernel is gone, and the style that hides the still."
@@ -80,7 +93,7 @@ class Foot(AnyWidget):
     page = T.Unicode('', help="Which load of the browser's page shows it.").tag(sync=True)
     dark = T.Bool(False, help="Whether the page is dark.").tag(sync=True)
     _css = PAGE_STYLE
-    _esm = """
+    _esm = KEEP_STILL + """
     function render({ model, el }) {
       const add = (tag) => el.appendChild(document.createElement(tag))
       const [style, gone, said] = ["style", "div", "div"].map(add)
@@ -100,17 +113,8 @@ class Foot(AnyWidget):
       theme()
       const load = (window.dwimlLoad ??= String(Math.random()))
       if (model.get("page") !== load) { model.set("page", load); model.save_changes() }
-      const keep = ({ mark, still }) => {
-        for (const { outputs } of model.widget_manager?.context?.model?.cells ?? [])
-          for (let i = 0; i < (outputs?.length ?? 0); i++) {
-            const output = outputs.get(i).toJSON()
-            if (!String(output.data?.["text/html"]).includes(`class="${mark}"`)) continue
-            if (output.data["text/html"] !== still)
-              outputs.set(i, { ...output, data: { ...output.data, "text/html": still } })
-          }
-      }
       model.on("msg:custom", (message, [bytes]) => {
-        if (message.still) return keep(message)
+        if (message.still) return keep(model, message)
         if (message.bring) return el.closest(".dwiml-panel")?.scrollIntoView({ block: "nearest" })
         const link = document.createElement("a")
         link.href = URL.createObjectURL(new Blob([bytes]))

@@ -159,7 +159,7 @@ ATTRIBUTES['SFTData'] = {
 
 # %% ../../nbs/00_core/17_dwi_ml.ipynb #fec7a18f
 class ByName(dict):
-    "Values by the names of groups; a number is the place of a group, as in dwi_ml."
+    "Values by the names of groups, or of other things; a number is the place of one, as in dwi_ml."
     def __init__(self,
         values=(), # name -> value
         kind:str='group', # What the names are of, for the message
@@ -171,7 +171,7 @@ class ByName(dict):
         if isinstance(key, int) and not isinstance(key, bool) and -len(self) <= key < len(self):
             return list(self.values())[key]
         raise UnknownName(f"no {self.kind} '{key}'.{did_you_mean(key, self)}",
-                          expected=' or '.join(map(str, self)) or 'none is loaded', found=key, **self.place)
+                          expected=' or '.join(map(str, self)) or 'none', found=key, **self.place)
 
 # %% ../../nbs/00_core/17_dwi_ml.ipynb #d24195a3
 class AskedByNumber:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from dataclasses import dataclass
 from dipy.tracking.metrics import winding
+from ..core.dwi_ml import ByName
 from ..core.errors import DataProblem, did_you_mean, html_text
 from ..core.ragged import Ragged, as_ragged
 from ..core.sizes import refuse_far
@@ -207,7 +208,8 @@ def score_tractogram(
     ref = load_reference(reference)
     lines = check_lines(lines, ref.grid)
     reason,bundle,voxels = judge_in_turn(lines, ref)
-    n,count,table = max(len(lines), 1), np.bincount(reason, minlength=len(REASONS)), {}
+    n,count = max(len(lines), 1), np.bincount(reason, minlength=len(REASONS))
+    table = ByName({}, 'bundle')
     for k,name in enumerate(ref.names):
         mine = (reason == 0) & (bundle == k)
         table[name] = {'n_valid': int(mine.sum()), 'share': float(mine.sum()/n),

@@ -9,6 +9,7 @@ __all__ = ['MOST_TOLD', 'FRAMES', 'SeveralProblems', 'raise_problems', 'VolumeSp
 # %% ../../nbs/01_study/03_config.ipynb #599eb982
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from ..core.dwi_ml import ByName
 from ..core.errors import DataProblem, did_you_mean, need_file
 from ..core.files import read_json
 from ..core.options import wrong_name
@@ -209,4 +210,4 @@ def read_config(
                           found=type(groups).__name__, file=where)
     parsed = {name: group_spec(name, group) for name,group in groups.items()}
     raise_problems([p for _,bad in parsed.values() for p in bad], f"the config {where or ''}".strip())
-    return {name: spec for name,(spec,_) in parsed.items()}
+    return ByName({name: spec for name,(spec,_) in parsed.items()}, 'group', file=where)

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
+from ..core.dwi_ml import ByName
 from ..core.errors import DataProblem, naming, need_file
 from ..core.files import atomic_file, check_outputs, file_to_write, parse_json
 from ..core.folders import folder_to_write
@@ -297,12 +298,14 @@ def read_logs(
         raise DataProblem("this is not an experiment, or it was never trained", file=experiment,
                           expected="a folder logs/ in it", found="none",
                           do="give the folder {experiments_path}/{experiment_name}.")
-    if theirs := sorted(folder.glob('*.npy')): return logs_of_dwi_ml(theirs) if which == 'epochs' else {}
+    by_name = lambda columns: ByName(columns, f'column of {which}', file=experiment)
+    if theirs := sorted(folder.glob('*.npy')):
+        return by_name(logs_of_dwi_ml(theirs) if which == 'epochs' else {})
     rows = read_rows(folder/f'{which}.jsonl')
     at_least = {'epochs': ('epoch', 'train_loss', 'valid_loss'),
                 'batches': ('phase', 'epoch', 'batch', 'loss')}
     names = list(dict.fromkeys(name for row in rows for name in row)) or at_least[which]
-    return {name: [row.get(name) for row in rows] for name in names}
+    return by_name({name: [row.get(name) for row in rows] for name in names})
 
 # %% ../../nbs/07_training/01_sinks.ipynb #b65d1fa7
 def export_csv(

@@ -70,6 +70,21 @@ def check_raw_steps(
         raise ValueError(f"step_mm=0 walks as far as a direction is long, and {first_direction} says "
                          "nothing of a length. Give step_mm, in mm, or take first_direction='model'.")
 
+# %% ../../nbs/06_tracking/03_tracker.ipynb #1e8632a0
+def check_able(
+    spec, # `ModelSpec`
+    step_mm:float,
+    first_direction:str, # As for the tracker
+    temperature:float,
+    algo:str,
+):
+    "Refuse what a model cannot do."
+    if not spec.can_track:
+        raise TypeError(f"{spec.name} has no tracking_step(inputs, previous_dirs, state), "
+                        "so it cannot track.")
+    if step_mm == 0: check_raw_steps(spec, first_direction)
+    check_temperature_of(spec, temperature, algo)
+
 # %% ../../nbs/06_tracking/03_tracker.ipynb #40e8096a
 KEPT = 2 << 30 # bytes that a model may keep of the lines that walk together, unless `batch_size` is given
 
@@ -235,11 +250,7 @@ class Tracker(NamesOfDwiml):
         step_mm = spec.step_size if step_mm is None else step_mm
         check_tracking_options(step_mm, theta_deg, min_length_mm, max_length_mm, algo, batch_size,
                                compress)
-        if not spec.can_track:
-            raise TypeError(f"{spec.name} has no tracking_step(inputs, previous_dirs, state), "
-                            "so it cannot track.")
-        if step_mm == 0: check_raw_steps(spec, first_direction)
-        check_temperature_of(spec, temperature, algo)
+        check_able(spec, step_mm, first_direction, temperature, algo)
         if isinstance(eos_threshold, (str, Real)): check_threshold(eos_threshold)
         self.model,self.subset,self.subject,self.subj_id = model, *find_subject(dataset, subj_id), subj_id
         self.input_group_name,groups = input_group_name, groups_of_inputs(spec, input_group_name, dataset)

@@ -96,11 +96,14 @@ TABLE_STYLE = f"""
 .dwiml-table table.dataTable td {{ max-width: 17em; overflow: hidden; text-overflow: ellipsis;
                                    cursor: pointer; height: 28px; box-sizing: border-box }}
 .dwiml-table .itables_anywidget {{ overflow-x: auto; padding: 2px; container-type: inline-size }}
+@container (max-width: 1100px) {{
+  .dwiml-table table.dataTable.compact > :is(thead, tbody) > tr > :is(th, td) {{
+      padding: 2px 5px; max-width: 13em }}
+  .dwiml-table table.dataTable.compact > thead > tr > th {{ white-space: normal }} }}
 @container (max-width: 800px) {{
+  .dwiml-table table.dataTable .dt-column-order {{ display: none }}
   .dwiml-table table.dataTable.compact > :is(thead, tbody) > tr > :is(th, td) {{
       font-size: 11.5px; padding: 2px 3px; max-width: 7.5em }}
-  .dwiml-table table.dataTable.compact > thead > tr > th {{ white-space: normal }}
-  .dwiml-table table.dataTable .dt-column-order {{ display: none }}
   .dwiml-table table.dataTable svg {{ width: 48px }} }}
 .dwiml-table table.dataTable td.dwiml-bars {{ max-width: none; text-overflow: clip }}
 .dwiml-table table.dataTable :is(.dwiml-number, .dwiml-decimal, .dwiml-share, .dwiml-bytes) {{

@@ -46,6 +46,8 @@ def test_the_study_as_a_table(notebook):  # noqa: F811 - a fixture
     widget.locator("table.dataTable th", has_text="subject").click()
     wait_until(lambda: "sub-019" in rows.first.inner_text(), said=texts)
     shot(widget, "table_searched")
+    wide = widget.locator(".itables_anywidget").evaluate("o => [o.scrollWidth, o.clientWidth]")
+    assert wide[0] <= wide[1], f"a table of {wide[0]} pixels in a cell of {wide[1]}"
     rows.nth(7).locator("td").nth(1).click()  # sub-012
     wait_until(lambda: "120 of 120 lines of bundles of sub-012, over input of sub-012" in widget.inner_text(), said=widget.inner_text)
     pictures = widget.get_by_alt_text("sub-012 from three sides")  # one is in the still, which is hidden

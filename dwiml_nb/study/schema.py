@@ -7,8 +7,8 @@ __all__ = ['FORMAT_VERSION', 'NOT_DEFINED', 'INDEX_KEYS', 'INDEX', 'TABLE', 'WRA
            'NUMBER_TYPE', 'LISTS', 'links_allowed', 'MOST_LINKS', 'SMALL', 'DEEPEST', 'READ_MODES', 'ORIGINS',
            'attr_words', 'attr_value', 'wrapped', 'hard_link', 'quick_attr', 'quick_words', 'link_kinds',
            'missing_names', 'subjects_listed', 'open_study', 'open_with_lists', 'allowing_links', 'stays_inside',
-           'reached', 'opened', 'is_here', 'check_place', 'opened_link', 'file_size', 'check_claim', 'found_in',
-           'subject_in', 'check_name', 'check_links', 'identifiers', 'members', 'StudyFile', 'group_kind', 'group_grid',
+           'reached', 'opened', 'is_here', 'check_place', 'opened_link', 'file_size', 'check_claim', 'check_name',
+           'check_links', 'found_in', 'subject_in', 'identifiers', 'members', 'StudyFile', 'group_kind', 'group_grid',
            'stored_to_vox', 'grid_and_matrix', 'placed_grid', 'study_config', 'short']
 
 # %% ../../nbs/01_study/05_schema.ipynb #a86f3b31
@@ -326,6 +326,35 @@ def check_claim(
                           found=f"{dataset.name}: {dataset.shape}, {say(claimed)}",
                           do="the file is damaged or was cut short; copy or create it again.")
 
+# %% ../../nbs/01_study/05_schema.ipynb #5651de99
+def check_name(
+    group, # HDF5 group
+    name, # In it, as h5py lists it
+):
+    "Refuse a name that is no text: h5py gives it as bytes."
+    if not isinstance(name, bytes): return
+    raise DataProblem(f"a name in {group.name} is not UTF-8", expected="names of letters that UTF-8 has",
+                      found=repr(name)[1:], file=group.file.filename,
+                      do="rename it with the program that wrote the study, or create the study again.")
+
+DEEPEST = 32 # Groups within groups of a subject
+
+def check_links(
+    group, # HDF5 group
+    seen=None, # Where the groups that were looked at lie in the file
+    depth:int=0, # Of the group, below the one that was asked about
+):
+    "Refuse a group from which a link or a dataset leads out of the study, at any depth."
+    about,seen = h5py.h5o.get_info(group.id), set() if seen is None else seen
+    if (at := (about.fileno, about.addr)) in seen: return                             # it has several names
+    seen.add(at)
+    if depth > DEEPEST:
+        raise DataProblem("groups lie too deep in groups", expected=f"at most {DEEPEST} levels",
+                          do="ask who made the study what they are for.", file=group.file.filename)
+    for name in group:
+        check_name(group, name)
+        if isinstance(found := opened(group, name), h5py.Group): check_links(found, seen, depth + 1)
+
 # %% ../../nbs/01_study/05_schema.ipynb #8638daed
 def found_in(
     root, # Open study
@@ -358,34 +387,6 @@ def subject_in(
     with naming("the study is damaged", do="copy it again, or create it again.", subject=subject,
                 file=root.filename): check_links(group)
     return group
-
-def check_name(
-    group, # HDF5 group
-    name, # In it, as h5py lists it
-):
-    "Refuse a name that is no text: h5py gives it as bytes."
-    if not isinstance(name, bytes): return
-    raise DataProblem(f"a name in {group.name} is not UTF-8", expected="names of letters that UTF-8 has",
-                      found=repr(name)[1:], file=group.file.filename,
-                      do="rename it with the program that wrote the study, or create the study again.")
-
-DEEPEST = 32 # Groups within groups of a subject
-
-def check_links(
-    group, # HDF5 group
-    seen=None, # Where the groups that were looked at lie in the file
-    depth:int=0, # Of the group, below the one that was asked about
-):
-    "Refuse a group from which a link or a dataset leads out of the study, at any depth."
-    about,seen = h5py.h5o.get_info(group.id), set() if seen is None else seen
-    if (at := (about.fileno, about.addr)) in seen: return                             # it has several names
-    seen.add(at)
-    if depth > DEEPEST:
-        raise DataProblem("groups lie too deep in groups", expected=f"at most {DEEPEST} levels",
-                          do="ask who made the study what they are for.", file=group.file.filename)
-    for name in group:
-        check_name(group, name)
-        if isinstance(found := opened(group, name), h5py.Group): check_links(found, seen, depth + 1)
 
 # %% ../../nbs/01_study/05_schema.ipynb #60152649
 def identifiers(

@@ -122,6 +122,25 @@ def write_best(self:Experiment,
     losses = {name: row[name] for name in names if name in row}
     write_json(losses, self.folder/'best_epoch_losses.json')
 
+# %% ../../nbs/07_training/10_run.ipynb #60dff8b2
+@patch
+@contextmanager
+def in_use(self:Experiment):
+    "Hold the folder's lock, and remove what a process left that was killed while it wrote."
+    with self.locked(self.folder):
+        remove_partials(self.folder, below=True)
+        with session(self.folder): yield
+
+@patch
+@contextmanager
+def locked(self:Experiment,
+    folder, # The experiment's, under this name
+):
+    "Hold the lock of the folder, and remember which one it is."
+    with only_one(folder) as self.lock:
+        try: yield
+        finally: self.lock = None
+
 # %% ../../nbs/07_training/10_run.ipynb #07bb3ace
 @patch
 def fill(self:Experiment,
@@ -164,24 +183,6 @@ def create(self:Experiment,
             record = self.fill(params, save_checkpoint)
         except BaseException: clear_folder(made); raise
         with session(self.folder): yield record
-
-@patch
-@contextmanager
-def in_use(self:Experiment):
-    "Hold the folder's lock, and remove what a process left that was killed while it wrote."
-    with self.locked(self.folder):
-        remove_partials(self.folder, below=True)
-        with session(self.folder): yield
-
-@patch
-@contextmanager
-def locked(self:Experiment,
-    folder, # The experiment's, under this name
-):
-    "Hold the lock of the folder, and remember which one it is."
-    with only_one(folder) as self.lock:
-        try: yield
-        finally: self.lock = None
 
 # %% ../../nbs/07_training/10_run.ipynb #807dfdfa
 def epoch_name(

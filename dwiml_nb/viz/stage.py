@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_COPIES', 'FIRST', 'LAST', 'DRAWING', 'quiet_runtime_folder', 'gpu_adapter', 'has_gpu_adapter', 'import_fury',
-           'on_demand_manager', 'LineBuffer', 'needs_every_point', 'LineActors', 'slices_actor', 'place_slices',
+           'on_demand_manager', 'needs_every_point', 'LineBuffer', 'LineActors', 'slices_actor', 'place_slices',
            'points_actor', 'Stage']
 
 # %% ../../nbs/09_viz/03_stage.ipynb #fb69194c
@@ -72,6 +72,13 @@ def on_demand_manager(): # -> a class
             self.render()
     return OnDemandShowManager
 
+# %% ../../nbs/09_viz/03_stage.ipynb #774b2303
+def needs_every_point(
+    line_set:LineSet,
+) -> bool:
+    "Whether points between two bends are drawn, too: numbers vary along the lines, or the lines grow."
+    return varies_along(line_set) or line_set.starts is not None
+
 # %% ../../nbs/09_viz/03_stage.ipynb #33f47660
 class LineBuffer:
     "Thin lines on the graphics card, with room for more than there are."
@@ -126,12 +133,6 @@ class LineBuffer:
     ):
         rows = self.nb_rows if most is None or most >= len(self.ends) else int(self.ends[most - 1])
         self.geometry.positions.draw_range = 0, max(rows, 2)
-
-def needs_every_point(
-    line_set:LineSet,
-) -> bool:
-    "Whether points between two bends are drawn, too: numbers vary along the lines, or the lines grow."
-    return varies_along(line_set) or line_set.starts is not None
 
 # %% ../../nbs/09_viz/03_stage.ipynb #c3f42391
 MOST_COPIES = 20_000 # Lines that are drawn side by side, in a frame

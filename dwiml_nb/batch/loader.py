@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DWIMLStreamlinesBatchLoader', 'Place', 'IdsPerSubject', 'is_pair', 'slices_of', 'need_slices', 'slices_after_split',
-           'Batch', 'DWIMLBatchLoader', 'DWIMLBatchLoaderOneInput']
+           'Batch', 'need_batch', 'DWIMLBatchLoader', 'DWIMLBatchLoaderOneInput']
 
 # %% ../../nbs/03_batch/07_loader.ipynb #181e1cca
 import math
@@ -120,6 +120,15 @@ class Batch:
         "Whether targets lead back to the clean lines; their positions are then not anatomy."
         return self.draws.sigma_mm is not None
     def __repr__(self): return f"Batch({batch_words(*self.place)}: {self.sentence()})"
+
+# %% ../../nbs/03_batch/07_loader.ipynb #c3b81f60
+def need_batch(
+    batch, # Given as one
+) -> Batch:
+    "The batch, if it is one."
+    if isinstance(batch, Batch): return batch
+    raise DataProblem("this is no batch", expected="a Batch", found=f"{batch!r:.80}",
+                      do="give what loader.load_batch_streamlines(ids) returned.")
 
 # %% ../../nbs/03_batch/07_loader.ipynb #6c7d8612
 @patch
@@ -380,6 +389,9 @@ def replay(self:DWIMLBatchLoader,
     history:dict, # Of a batch
 ) -> Batch:
     "The same batch again; an error where this loader would make another one."
+    if not isinstance(history, dict) or not {'ids', 'draws', 'made_by'} <= history.keys():
+        raise DataProblem("this is no history of a batch", expected="a dict of ids, draws and made_by",
+                          found=f"{history!r:.80}", do="give batch.history.")
     ids,draws,then = history['ids'], history['draws'], history['made_by']
     now = self.made_by(ids, slices_of(ids).subset, draws)
     other = [k for k in then if now.get(k) != then[k]]
@@ -433,7 +445,7 @@ def finish(self:DWIMLBatchLoader,
     batch:Batch, # From `load_batch_streamlines`, on the model's device
 ) -> Batch: # with `.seen`, `.inputs` and `.targets` as the model gets them
     "The batch with all that a model and its loss need."
-    self.at_hand,ids_per_subj = batch, batch.ids_per_subj
+    self.at_hand,ids_per_subj = need_batch(batch), batch.ids_per_subj
     seen = self.spec.seen(batch.lines)
     return replace(batch, inputs=self.inputs_of(batch, seen),
                    seen=as_ragged(self.add_noise_streamlines_forward(seen, ids_per_subj)),
@@ -450,7 +462,7 @@ def hand_out(self:DWIMLBatchLoader,
     batch:Batch,
 ) -> Batch: # The same; it unpacks to the form that the model takes
     "The batch, remembered as the one at hand, for steps written for dwi_ml."
-    self.at_hand = batch
+    self.at_hand = need_batch(batch)
     return replace(batch, form=self.spec.form)
 
 # %% ../../nbs/03_batch/07_loader.ipynb #19a8f48d

@@ -324,6 +324,15 @@ def write_legend(
         write(24, y, word if len(word) < 30 else f'{word[:28]}…')
     if len(legend) > most: write(8, 14 + 16*most, f'… {len(legend) - most} more', look.quiet)
 
+# %% ../../nbs/09_viz/02_painter.ipynb #e1f6a7d2
+def need_pixels(
+    pixels, # Given as a picture
+) -> np.ndarray:
+    "The pixels, if they are some."
+    if isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim == 3: return pixels
+    found = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
+    raise TypeError(f"a picture is (H, W, 3) uint8, found a {found}. paint(scene) makes one.")
+
 # %% ../../nbs/09_viz/02_painter.ipynb #9c671219
 def label(
     pixels:np.ndarray, # (H, W, 3 or 4) uint8
@@ -335,7 +344,7 @@ def label(
 ) -> np.ndarray: # (H, W, 3) uint8
     "Write sides, scale, legend and title on a picture."
     from PIL import Image as Picture, ImageDraw, ImageFont
-    picture,u = Picture.fromarray(pixels),times
+    picture,u = Picture.fromarray(need_pixels(pixels)),times
     pen,font,(w,h) = ImageDraw.Draw(picture), ImageFont.load_default(14*u), frame.size
     def write(at, text, anchor, fill=look.ink):
         pen.text(at, text, fill=fill, anchor=anchor, font=font, stroke_width=halo(look, u),
@@ -360,7 +369,7 @@ def to_png(
     "The picture as a PNG file."
     from PIL import Image as Picture
     file = io.BytesIO()
-    Picture.fromarray(pixels).save(file, 'png', optimize=False, compress_level=3)
+    Picture.fromarray(need_pixels(pixels)).save(file, 'png', optimize=False, compress_level=3)
     return file.getvalue()
 
 # %% ../../nbs/09_viz/02_painter.ipynb #a2e9836e
@@ -371,7 +380,7 @@ def titled(
 ) -> np.ndarray: # (H', W, 3) uint8
     "The picture under a strip with its title."
     from PIL import Image as Picture, ImageDraw, ImageFont
-    w = pixels.shape[1]
+    w = need_pixels(pixels).shape[1]
     size = max(12, round(w/45))
     font = ImageFont.load_default(size)
     rows = wrapped(title, font, w - size)

@@ -140,7 +140,7 @@ def misnamed(
 def naming(
     problem:str, # What is wrong, if something is raised
     expected=None, # What would have been right
-    do:str="copy the file again from its source, or make it again.", # The next step for the reader
+    do:str="copy the file again from its source, or make it again.", # The next step; None: the error says it
     subject:str=None, # Subject id
     group:str=None, # HDF5 group name
     file=None, # Path of the file
@@ -157,7 +157,7 @@ def naming(
         told = stand_in(file) or misnamed(file)
         if told: raise DataProblem(f"{problem}: it is {told[0]}", expected, None, told[1], subject, group,
                                    file) from e
-        raise DataProblem(problem, expected, f"{type(e).__name__}: {str(e)[:600]}",
+        raise DataProblem(problem, expected, f"{type(e).__name__}: {str(e)[:600].rstrip('.')}",
                           do, subject, group, file) from e
 
 # %% ../../nbs/00_core/00_errors.ipynb #b2524c89

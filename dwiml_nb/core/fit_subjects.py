@@ -19,7 +19,7 @@ def fit_one(
     options:dict, # The other arguments of `fit_sh_files`
 ) -> Path: # The SH file
     "One subject's fit; a problem names the subject."
-    with naming("the fit failed", subject=subject): return fit_sh_files(**files, **options)
+    with naming("the fit failed", do=None, subject=subject): return fit_sh_files(**files, **options)
 
 # %% ../../nbs/00_core/22_fit_subjects.ipynb #0bde435a
 def fit_sh_subjects(

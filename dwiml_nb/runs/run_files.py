@@ -554,7 +554,7 @@ def track_one(
     how:dict, # Of `track_run`
 ) -> dict: # lines, dropped, reasons
     "Track a subject; a problem names it."
-    with naming("it cannot be tracked", subject=subject): 
+    with naming("it cannot be tracked", do=None, subject=subject):
         lines = track_run(experiment, subject, out, in_memory=False, **how)
     return dict(lines=len(lines), **{k: lines.info[k] for k in ('dropped', 'reasons')})
 

@@ -108,11 +108,12 @@ class OneRank:
     def weigh(self, parameters, n): pass
     def __repr__(self): return "one process"
 
-# %% ../../nbs/07_training/11_several.ipynb #c6df0878
+# %% ../../nbs/07_training/11_several.ipynb #c6df0877
 def is_forked() -> bool:
     "Is this a copy of another process? The threads that it computed with are not copied, and waited for."
     return type(multiprocessing.current_process()).__name__ == 'ForkProcess'
 
+# %% ../../nbs/07_training/11_several.ipynb #c6df0878
 TIMEOUT = 60.                        # seconds without a word
 BEAT = .5                            # seconds between two beats
 

@@ -9,6 +9,7 @@ __all__ = ['check_tracking_options', 'check_temperature_of', 'find_subject', 'pe
 # %% ../../nbs/06_tracking/03_tracker.ipynb #c9e1db7b
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Literal
 import torch
@@ -163,12 +164,14 @@ def mask_on_grid(
     group:str, # Volume group; None: there is no mask
     grid:Grid, # Of the model's input
     device, # Where the mask is wanted
+    nb_features:int=1,
+    what:str="a tracking mask", # For the message
 ) -> Tensor: # (X, Y, Z, 1), or None
-    "A tracking mask, if lines can be in it."
+    "A mask, if lines can be in it."
     if group is None: return None
-    mask = volume_on_grid(dataset, subset, subject, group, grid, device)
+    mask = volume_on_grid(dataset, subset, subject, group, grid, device, nb_features, what)
     if bool((mask >= .5).any()): return mask
-    raise DataProblem("the tracking mask is empty", expected="voxels of 1/2 or more",
+    raise DataProblem(f"{what} must not be empty", expected="voxels of 1/2 or more",
                       found=f"{float(mask.nan_to_num().max()):g} at most", group=group,
                       subject=subset.subjects[subject],
                       do="choose another group, or make the mask again; masks are not standardized.")
@@ -182,6 +185,18 @@ def regions_of(
     "Masks."
     groups = [] if groups is None else [groups] if isinstance(groups, str) else list(groups)
     return [volume(group, 1, what)[..., 0] >= .5 for group in groups]
+
+def check_excluded(
+    masks:list, # of (X, Y, Z) bool
+    groups, # Their names, or one
+    subject:str,
+):
+    "Refuse exclusion masks that leave no voxel."
+    if not masks or not bool(torch.stack(masks).any(0).all()): return
+    names = groups if isinstance(groups, str) else ', '.join(groups)
+    raise DataProblem("exclusion masks must not cover the whole volume", expected="voxels below 1/2",
+                      found="none", subject=subject, group=names,
+                      do="choose another group, or make the mask again; masks are not standardized.")
 
 def tissue_maps(
     volume, # As for `regions_of`
@@ -199,6 +214,10 @@ def tissue_maps(
         raise DataProblem("a tissue map holds probabilities", "0 to 1", group=group,
                           found=f"{float(o.min()):g} to {float(o.max()):g}",
                           do="store it without standardization, and divide it by its largest value.")
+    if not bool((maps[0] > (.5 if rule == 'act' else 0)).any()):
+        raise DataProblem("lines can end nowhere: the first tissue map is empty", group=groups[0],
+                          expected="more than 1/2 somewhere" if rule == 'act' else "more than 0 somewhere",
+                          found=f"{float(maps[0].max()):g} at most", do="give the map of grey matter first.")
     return TissueMaps(*(o.clamp(0, 1) for o in maps), rule)
 
 @dataclass
@@ -260,16 +279,18 @@ class Tracker(NamesOfDwiml):
         self.batch_size = batch_size or lines_together(spec, self.most_points)
         self.first_direction = first_direction
         self.forward_only,self.compress = bool(forward_only), compress
-        def volume(group, *what):
-            return volume_on_grid(dataset, self.subset, self.subject, group, self.grid, model.device, *what)
-        mask = mask_on_grid(dataset, self.subset, self.subject, tracking_mask_group, self.grid, model.device)
+        def volume(group, *what, get=volume_on_grid):
+            return get(dataset, self.subset, self.subject, group, self.grid, model.device, *what)
+        mask = volume(tracking_mask_group, get=mask_on_grid)
         self.peaks = None if first_direction == 'model' else \
             volume(peaks_group(first_direction), 3, "peaks")[..., :3]
         inputs_at = InputsAt(self.subset, self.subject, groups, spec, self.grid, model.device,
                              "the model's first input")
-        self.regions = Regions(*(regions_of(volume, groups, what) for groups,what in (
-            (include_groups, "an inclusion mask"), (exclude_groups, "an exclusion mask"),
-            (stop_groups, "a stop mask"))), tissue_maps(volume, tissue_groups, tissue_rule))
+        self.regions = Regions(
+            regions_of(partial(volume, get=mask_on_grid), include_groups, "an inclusion mask"),
+            regions_of(volume, exclude_groups, "an exclusion mask"),
+            regions_of(volume, stop_groups, "a stop mask"), tissue_maps(volume, tissue_groups, tissue_rule))
+        check_excluded(self.regions.exclude, exclude_groups, subj_id)
         rules = *self.regions.rules(), *stop_rules_of(stop_rules)
         self.walk = Walk(model, inputs_at, self.grid, mask, step_mm, theta_deg, algo, eos_threshold,
                          keep_last_point, check_seed(seed), rules, mask_interp, temperature, integration)

@@ -22,6 +22,7 @@ from dwiml_nb.core.options import seed_all
 from dwiml_nb.batch.sampler import DWIMLBatchIDSampler
 from dwiml_nb.data.dataset import MultiSubjectDataset
 from dwiml_nb.models.base import load_model
+from dwiml_nb.models.checks import check_model
 from dwiml_nb.models.items import COLLATE_FUNCTIONS, ITEM_DATASETS, RegisteredBatchLoader
 from dwiml_nb.models.registered import REGISTERED_MODELS, build, dwiml_model, registered_model
 from dwiml_nb.runs.resume import trainer_from_folder
@@ -239,6 +240,10 @@ def test_every_problem_of_a_class_is_listed_at_once():
     with pytest.raises(TypeError) as e: dwiml_model(Wrong)
     assert all(o in str(e.value) for o in ("no __init__(self, config, data_sample)", "no forward", "train_step does not take", "infer_step does not take", "to_tensor is not static"))
     with pytest.raises(TypeError, match="not a class"): dwiml_model(3)
+
+
+def test_promises_of_other_models_are_not_asked_of_it(make):
+    with pytest.raises(DataProblem, match="this model has a step of its own.*dwiml_config check"): check_model(make().model)
 
 
 def test_the_preflight_changes_nothing_and_names_the_stage(make):

@@ -196,7 +196,8 @@ def model_and_lines(
     with trusting(trust): model = experiment_model(experiment_path, use_latest_epoch, device)
     if spec_of(model).to_tensor is not None:
         raise DataProblem("this model has a step of its own", "a child of MainModelAbstract",
-                          "a registered model", "see losses_of_batch, for one batch.", file=experiment_path)
+                          "a registered model", file=experiment_path,
+                          do="losses_of_batch of dwiml_nb.models.batch_losses takes one batch.")
     study = hdf5_file or record['dataset']['hdf5_file']
     dataset = MultiSubjectDataset(study, lazy=True, allow_links=allow_links)
     dataset.load_data(subj_id=subj_id)

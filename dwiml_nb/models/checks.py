@@ -7,6 +7,7 @@ __all__ = ['built', 'check_model', 'check_direction_getter']
 
 # %% ../../nbs/05_models/14_checks.ipynb #e9f34eb2
 import torch
+from ..core.errors import DataProblem
 from ..directions.registry import direction_getter
 from . import check_states   # noqa: F401, its checks register themselves
 from .check_getters import GETTER_CHECKS, GetterCase
@@ -35,6 +36,9 @@ def check_model(
 ) -> CheckReport: # promise -> what was found; shows itself
     "What was found for every promise of a model."
     case = ModelCase(built(model, **kwargs) if isinstance(model, type) else model, nb_columns)
+    if case.spec.to_tensor is not None:
+        raise DataProblem("this model has a step of its own", "a child of MainModelAbstract",
+                          "a registered model", "try it with its run file: dwiml_config check run.toml.")
     return run_checks(case.spec.name, MODEL_CHECKS, case, leave_out).raising(raise_on)
 
 # %% ../../nbs/05_models/14_checks.ipynb #19a873e4

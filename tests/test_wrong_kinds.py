@@ -1,4 +1,8 @@
 """Lines, scenes, ids and masks of a kind that is not meant: each is refused in words, or taken as what it plainly is."""
+import copy
+import json
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -68,3 +72,13 @@ def test_references(tmp_path):
     (tmp_path / "mine.txt").write_text("")
     for reference, says in ((tmp_path / "none", "none: there is no such reference. Expected: a JSON file, or a folder with"), (tmp_path, "holds no scoring configuration.*Found: mine.txt. To do"), (None, "this is no reference.*Found: a NoneType")):
         with pytest.raises(DataProblem, match=says): score_tractogram(Tractogram(as_ragged(LINES), Grid(np.eye(4), (4, 4, 4))), reference)
+
+
+def test_names_of_a_tractogram():
+    "Its dictionaries stay dictionaries: equal, copied, sent, written as JSON; an unknown name is told."
+    given = dict(dps={"weight": np.arange(3.)[:, None]}, groups={"left": [0, 2]}, dpp={"height": np.zeros((18, 1))})
+    whole = Tractogram(as_ragged(LINES), **given)
+    assert whole.groups == given["groups"] and json.loads(json.dumps(whole.groups)) == given["groups"]
+    for made in (whole, copy.deepcopy(whole), pickle.loads(pickle.dumps(whole))):
+        for named, wrong, says in ((made.dps, "wieght", "no data per streamline 'wieght'. Did you mean 'weight'"), (made.dpp, "weight", "no data per point 'weight'"), (made.groups, "lefts", "no group 'lefts'. Did you mean 'left'")):
+            with pytest.raises(KeyError, match=says): named[wrong]

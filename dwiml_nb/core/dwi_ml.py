@@ -10,7 +10,6 @@ import dis
 import inspect
 import sys
 from typing import NamedTuple
-from .errors import UnknownName, did_you_mean
 
 # %% ../../nbs/00_core/17_dwi_ml.ipynb #6ab49607
 class Works(NamedTuple):
@@ -156,22 +155,6 @@ ATTRIBUTES['SFTData'] = {
     'space': "`sft_data.grid`; lines are in voxels, corner origin",
     'origin': "`sft_data.grid`; lines are in voxels, corner origin",
 }
-
-# %% ../../nbs/00_core/17_dwi_ml.ipynb #fec7a18f
-class ByName(dict):
-    "Values by the names of groups, or of other things; a number is the place of one, as in dwi_ml."
-    def __init__(self,
-        values=(), # name -> value
-        kind:str='group', # What the names are of, for the message
-        **place, # `subject` or `file` of the message
-    ):
-        super().__init__(values)
-        self.kind,self.place = kind, place
-    def __missing__(self, key):
-        if isinstance(key, int) and not isinstance(key, bool) and -len(self) <= key < len(self):
-            return list(self.values())[key]
-        raise UnknownName(f"no {self.kind} '{key}'.{did_you_mean(key, self)}",
-                          expected=' or '.join(map(str, self)) or 'none', found=key, **self.place)
 
 # %% ../../nbs/00_core/17_dwi_ml.ipynb #d24195a3
 class AskedByNumber:

@@ -169,3 +169,19 @@ def did_you_mean(
     words = [k for k in map(str, islice(known, 1000)) if len(k) < 100]  # comparing long words takes minutes
     close = get_close_matches(str(word)[:100], words, n=1, cutoff=.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+# %% ../../nbs/00_core/00_errors.ipynb #fec7a18f
+class ByName(dict):
+    "Values by the names of groups, or of other things; a number is the place of one, as in dwi_ml."
+    def __init__(self,
+        values=(), # name -> value
+        kind:str='group', # What the names are of, for the message
+        **place, # `subject` or `file` of the message
+    ):
+        super().__init__(values)
+        self.kind,self.place = kind, place
+    def __missing__(self, key):
+        if isinstance(key, int) and not isinstance(key, bool) and -len(self) <= key < len(self):
+            return list(self.values())[key]
+        raise UnknownName(f"no {self.kind} '{key}'.{did_you_mean(key, self)}",
+                          expected=' or '.join(map(str, self)) or 'none', found=key, **self.place)

@@ -7,7 +7,7 @@ __all__ = ['fit_sh_subjects']
 
 # %% ../../nbs/00_core/22_fit_subjects.ipynb #65a923a8
 from pathlib import Path
-from .errors import naming
+from .errors import ByName, naming
 from .files import progress
 from .parallel import file_of, in_parallel, of_shard, outputs_of, read_subjects
 from .sh import fit_sh_files, sh_json
@@ -45,4 +45,4 @@ def fit_sh_subjects(
     options |= dict(overwrite=overwrite or missing_only)
     done = in_parallel(fit_one, ((s, (s, files(s), options)) for s in ids), executor, n_procs,
                        do="Give missing_only to go on.")
-    return dict(progress(done, 'fitting SH', total=len(ids), unit='subject'))
+    return ByName(progress(done, 'fitting SH', total=len(ids), unit='subject'), 'subject')

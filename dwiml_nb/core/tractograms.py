@@ -32,7 +32,7 @@ from nibabel.streamlines import Field
 from nibabel.streamlines.trk import (decode_value_from_name, encode_value_in_name,
                                      get_affine_rasmm_to_trackvis, get_affine_trackvis_to_rasmm,
                                      header_2_dtype)
-from .errors import DataProblem, naming, need_file
+from .errors import ByName, DataProblem, naming, need_file
 from .files import MOST_JSON, atomic_file, parse_json
 from .kernels import kernel
 from .ragged import Ragged, as_ragged, rows_of
@@ -51,7 +51,9 @@ class Tractogram:
     remarks:list = field(default_factory=list) # What is odd about its file, in words
     dpp:dict = field(default_factory=dict) # Data per point, name -> (P, k) array
 
-    def __post_init__(self): self.lines = as_ragged(self.lines)
+    def __post_init__(self):
+        self.lines,self.groups = as_ragged(self.lines), ByName(self.groups, 'group')
+        self.dps,self.dpp = ByName(self.dps, 'data per streamline'), ByName(self.dpp, 'data per point')
     def __len__(self): return len(self.lines)
     def __repr__(self):
         counts = f"{len(self)} lines, {len(self.lines.data)} points"

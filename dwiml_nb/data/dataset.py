@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from ..core.dwi_ml import ByName, NamesOfDwiml
-from ..core.errors import DataProblem, counted, did_you_mean, html_text, naming, printable
+from ..core.dwi_ml import NamesOfDwiml
+from ..core.errors import ByName, DataProblem, counted, did_you_mean, html_text, naming, printable
 from ..core.files import progress
 from .stored import told_of
 from .subjects import MultisubjectSubset, SubjectData

@@ -9,7 +9,7 @@ __all__ = ['as_vox', 'line_numbers', 'SFTData']
 import numpy as np
 import torch
 from fastcore.basics import patch
-from ..core.errors import DataProblem, printable
+from ..core.errors import ByName, DataProblem, printable
 from ..core.lines import lengths_of
 from ..core.ragged import Ragged, rows_of
 from ..core.space import convert
@@ -162,10 +162,13 @@ def get_dps(
     keys=None, # Names wanted; None for all
 ) -> dict: # name -> (n, k) array
     "Data per streamline of some lines."
-    ids,keys = line_numbers(ids, self.nb_streamlines), self.dps_keys if keys is None else keys
-    if self.dps_kept is not None: return {k: self.dps_kept[k][ids] for k in keys}
+    place = dict(zip(('subject', 'group'), self.name.split('/')), file=self.file.path)
+    by_name = lambda values: ByName(values, 'data per streamline', **place)
+    ids,known = line_numbers(ids, self.nb_streamlines), by_name({k: k for k in self.dps_keys})
+    keys = [known[k] for k in (known if keys is None else keys)]
+    if self.dps_kept is not None: return by_name({k: self.dps_kept[k][ids] for k in keys})
     with told_of(self.file, self.name):
-        return {k: self.parts[f'data_per_streamline/{k}'].take(ids) for k in keys}
+        return by_name({k: self.parts[f'data_per_streamline/{k}'].take(ids) for k in keys})
 
 # %% ../../nbs/02_data/02_streamlines.ipynb #a8fc3788
 @patch

@@ -9,8 +9,8 @@ __all__ = ['SubjectData', 'MultisubjectSubset']
 import numpy as np
 import torch
 from fastcore.basics import patch
-from ..core.dwi_ml import AskedByNumber, ByName, NamesOfDwiml
-from ..core.errors import DataProblem, did_you_mean, printable
+from ..core.dwi_ml import AskedByNumber, NamesOfDwiml
+from ..core.errors import ByName, DataProblem, did_you_mean, printable
 from ..core.ragged import Ragged
 from ..core.space import Grid
 from .streamlines import SFTData

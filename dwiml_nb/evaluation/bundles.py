@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from dataclasses import dataclass
 from dipy.tracking.metrics import winding
-from ..core.dwi_ml import ByName
-from ..core.errors import DataProblem, did_you_mean, html_text
+from ..core.errors import ByName, DataProblem, did_you_mean, html_text
 from ..core.ragged import Ragged, as_ragged
 from ..core.sizes import refuse_far
 from ..core.space import Grid, convert, inside

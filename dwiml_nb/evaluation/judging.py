@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from dipy.tracking.distances import bundles_distances_mdf
 from secrets import token_hex
 from typing import NamedTuple
-from ..core.errors import DataProblem, html_text, naming, need_file, printable
+from ..core.errors import ByName, DataProblem, html_text, naming, need_file, printable
 from ..core.files import progress, read_json
 from ..core.lines import lengths_of, resample_nb_points
 from ..core.parallel import in_parallel
@@ -130,7 +130,7 @@ class Judge:
     def __call__(self, lines) -> Judgement: # Ragged, Tractogram, or list of (N, 3); rasmm
         ref = self.reference
         scores,lines = score_tractogram(lines, ref), check_lines(lines, ref.grid)
-        rows = {}
+        rows = ByName(kind='bundle')
         for k,name in enumerate(ref.names):
             mine = torch.from_numpy(np.flatnonzero((scores.reason == 0) & (scores.bundle == k)))
             rows[name] = scores.bundles[name] | beside_truth(lines[mine], ref.grid, self.truth(name),
@@ -208,7 +208,7 @@ def judge_files(
     else:
         jobs = ((name, (run, reference, near_mm, name)) for name in names)
         found = in_parallel(judge_apart, jobs, executor, n_procs)
-    return dict(progress(found, 'judging', total=len(names), unit='tractogram'))
+    return ByName(progress(found, 'judging', total=len(names), unit='tractogram'), 'tractogram')
 
 # %% ../../nbs/10_evaluation/04_judging.ipynb #ce358363
 def judgement_of(
@@ -228,7 +228,7 @@ def kept_judgements(
     told = read_json(need_file(path, "no such scores"), dict)
     with naming("these are no scores of tractograms", "what dwiml_score wrote for several, or for a share",
                 "score the tractograms again.", file=path):
-        return {name: judgement_of(o) for name,o in told['tractograms'].items()}
+        return ByName({name: judgement_of(o) for name,o in told['tractograms'].items()}, 'tractogram')
 
 # %% ../../nbs/10_evaluation/04_judging.ipynb #d9e6fb74
 WHOLE = ('VS', 'IB', 'NC', 'OL', 'OR', 'F1') # Columns of a tractogram, beside those of `ALIKE`

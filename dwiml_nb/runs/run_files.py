@@ -23,7 +23,7 @@ from typing import NamedTuple
 import tomlkit
 import torch
 from ..core.config import Config, layered, read_toml, thawed, toml_text, typed_values, write_toml
-from ..core.errors import DataProblem, naming, need_file
+from ..core.errors import ByName, DataProblem, naming, need_file
 from ..core.files import atomic_file, progress
 from ..core.options import key_and_options, seed_all
 from ..core.parallel import file_of, in_parallel, of_shard, outputs_of, read_subjects
@@ -577,7 +577,7 @@ def track_subjects(
     with trusting(trust):
         jobs = ((s, (experiment, s, file_of(out_tractogram, s), how)) for s in ids)
         done = in_parallel(track_one, jobs, executor, n_procs, do="Give missing_only to go on.")
-        return dict(progress(done, 'tracking', total=len(ids), unit='subject'))
+        return ByName(progress(done, 'tracking', total=len(ids), unit='subject'), 'subject')
 
 # %% ../../nbs/08_runs/03_run_files.ipynb #3b448116
 def model_tables(

@@ -12,7 +12,7 @@ from array import array
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from ..core.errors import naming, printable
+from ..core.errors import ByName, naming, printable
 from ..training.control import is_held
 from ..training.sessions import last_session
 from ..training.sinks import PHASES, LogTail, read_logs
@@ -53,7 +53,8 @@ class Columns:
 class RunLog:
     "The rows of a run."
     def __init__(self):
-        self.phases,self.epochs,self.place = {},Columns(),None  # place: of the last batch, in time
+        self.phases,self.epochs = ByName(kind='phase'), Columns()
+        self.place = None                                       # of the last batch, in time
         self.nb_known,self.lock = {},threading.RLock()          # phase -> batches of an epoch, if known
 
     def add_batch(self,
@@ -138,7 +139,7 @@ class WatchedRun:
     ) -> bool:
         "Take in rows."
         log = self.log
-        if again and name == 'batches': log.phases,log.place = {},None
+        if again and name == 'batches': log.phases,log.place = ByName(kind='phase'), None
         elif again and name == 'epochs': log.epochs = Columns()
         elif again: self.orders = []
         if name == 'control': self.orders += rows

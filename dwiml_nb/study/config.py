@@ -9,8 +9,7 @@ __all__ = ['MOST_TOLD', 'FRAMES', 'SeveralProblems', 'raise_problems', 'VolumeSp
 # %% ../../nbs/01_study/03_config.ipynb #599eb982
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from ..core.dwi_ml import ByName
-from ..core.errors import DataProblem, did_you_mean, need_file
+from ..core.errors import ByName, DataProblem, did_you_mean, need_file
 from ..core.files import read_json
 from ..core.options import wrong_name
 from .standardize import STANDARDIZATIONS

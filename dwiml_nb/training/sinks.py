@@ -17,8 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from ..core.dwi_ml import ByName
-from ..core.errors import DataProblem, naming, need_file
+from ..core.errors import ByName, DataProblem, naming, need_file
 from ..core.files import atomic_file, check_outputs, file_to_write, parse_json
 from ..core.folders import folder_to_write
 from ..core.options import key_and_options, options_of, refuse_unknown

@@ -9,7 +9,7 @@ __all__ = ['dwiml_fit_sh']
 from .arguments import not_negative, processes, share, whole
 from .common import Param, call_parse
 from .common import plain_problems, switch
-from ..core.errors import DataProblem
+from ..core.errors import DataProblem, counted
 from ..core.files import read_json
 from ..core.fit_subjects import fit_sh_subjects
 from ..core.sh import fit_sh_files, sh_json
@@ -42,7 +42,7 @@ def dwiml_fit_sh(
             done = fit_sh_subjects(subjects, dwi, bvals, bvecs, mask, out, n_procs=processes, shard=shard,
                                    missing_only=missing_only, **how)
             some = ', '.join(list(done)[:8]) + ', …'*(len(done) > 8)
-            return print(f"Wrote SH of {len(done)} subjects: {some or 'none'}")
+            return print(f"Wrote SH of {counted(len(done), 'subject')}: {some or 'none'}")
         if processes > 1 or shard or missing_only:
             raise DataProblem("--processes, --shard and --missing_only are for a list of subjects",
                               expected="--subjects FILE")

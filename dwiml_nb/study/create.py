@@ -25,7 +25,7 @@ import h5py
 import numpy as np
 import torch
 import dwiml_nb
-from ..core.errors import DataProblem, html_text, printable
+from ..core.errors import DataProblem, counted, html_text, printable
 from ..core.files import (atomic_file, check_outputs, fsync_path, parse_json, place_of,
                                  progress, remove_partials, same_place)
 from ..core.options import wrong_name
@@ -283,7 +283,8 @@ class StudySummary:
                  for g in dict.fromkeys(g for r in self.reports for g in r.rounding)}
         worst = {g: cost for g,cost in worst.items() if any(cost)} or worst      # masks lose nothing
         cost = (f"{e:.1e} ({g}: {share:.2g} of a feature's largest value)" for g,(e,share) in worst.items())
-        return (f"{self.path}: {len(self.reports)} subjects{self.done}, {size:.1f} MB in {self.seconds:.1f} s"
+        return (f"{self.path}: {counted(len(self.reports), 'subject')}{self.done}, "
+                + f"{size:.1f} MB in {self.seconds:.1f} s"
                 + f"; {taken} of them were finished before"*(taken > 0)
                 + "; float16 moved values by at most "*bool(worst) + ', '.join(cost))
     def __repr__(self):

@@ -202,6 +202,7 @@ def tissue_maps(
     volume, # As for `regions_of`
     groups, # Two names; None: there are no maps
     rule:str, # 'cmc', 'act'
+    subject:str, # For messages
 ) -> TissueMaps: # or None
     "The rule of two maps."
     if groups is None and rule == 'cmc': return None
@@ -211,13 +212,14 @@ def tissue_maps(
     maps = [volume(group, 1, "a tissue map")[..., 0].float() for group in groups]
     for group,o in zip(groups, maps):
         if bool(((o > -1e-3) & (o < 1 + 1e-3)).all()): continue
-        raise DataProblem("a tissue map holds probabilities", "0 to 1", group=group,
+        raise DataProblem("a tissue map holds probabilities", "0 to 1", subject=subject, group=group,
                           found=f"{float(o.min()):g} to {float(o.max()):g}",
                           do="store it without standardization, and divide it by its largest value.")
     if not bool((maps[0] > (.5 if rule == 'act' else 0)).any()):
-        raise DataProblem("lines can end nowhere: the first tissue map is empty", group=groups[0],
-                          expected="more than 1/2 somewhere" if rule == 'act' else "more than 0 somewhere",
-                          found=f"{float(maps[0].max()):g} at most", do="give the map of grey matter first.")
+        raise DataProblem("lines can end nowhere: the first tissue map is empty", subject=subject,
+                          group=groups[0], expected=f"more than {'1/2' if rule == 'act' else 0} somewhere",
+                          found=f"{float(maps[0].max()):g} at most",
+                          do="give the map of grey matter first.")
     return TissueMaps(*(o.clamp(0, 1) for o in maps), rule)
 
 @dataclass
@@ -289,7 +291,8 @@ class Tracker(NamesOfDwiml):
         self.regions = Regions(
             regions_of(partial(volume, get=mask_on_grid), include_groups, "an inclusion mask"),
             regions_of(volume, exclude_groups, "an exclusion mask"),
-            regions_of(volume, stop_groups, "a stop mask"), tissue_maps(volume, tissue_groups, tissue_rule))
+            regions_of(volume, stop_groups, "a stop mask"),
+            tissue_maps(volume, tissue_groups, tissue_rule, subj_id))
         check_excluded(self.regions.exclude, exclude_groups, subj_id)
         rules = *self.regions.rules(), *stop_rules_of(stop_rules)
         self.walk = Walk(model, inputs_at, self.grid, mask, step_mm, theta_deg, algo, eos_threshold,

@@ -316,7 +316,7 @@ def weigh(self:Ranks,
     for p in parameters:
         if p.grad is not None: p.grad.div_(total)
 
-# %% ../../nbs/07_training/11_several.ipynb #37cada41
+# %% ../../nbs/07_training/11_several.ipynb #37cada42
 def digest(
     tensors, # Of a model
 ) -> int:
@@ -326,6 +326,7 @@ def digest(
         found = zlib.crc32(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), found)
     return found
 
+# %% ../../nbs/07_training/11_several.ipynb #37cada41
 @patch
 def send(self:Ranks,
     tensors, # Of a model
